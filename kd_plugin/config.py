@@ -1,0 +1,293 @@
+"""Every setting and its default, as frozen pydantic models; nothing here imports torch.
+
+Notable decisions:
+- the models are the only place with defaults: YAML files and the command line state differences;
+- unknown keys are refused, so that a misspelt option can never be ignored;
+- a check that needs one section lives on that section, a check across sections on `RunConfig`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+__all__ = [
+    "DataConfig",
+    "DistillConfig",
+    "FromTeacherConfig",
+    "LogConfig",
+    "RunConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainConfig",
+]
+
+Precision = Literal["float32", "bfloat16", "float16"]
+DivergenceName = Literal["forward_kl", "soft_ce", "reverse_kl", "jsd"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DistillConfig(Section):
+    """The objective, and how its loss is computed."""
+
+    divergence: DivergenceName = "forward_kl"
+    """Soft loss between the student's q and the teacher's p: `forward_kl` is KL(p||q), `soft_ce` is
+    -sum p log q, `reverse_kl` is KL(q||p), `jsd` is beta KL(p||m) + (1 - beta) KL(q||m)."""
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Divides both models' logits in the soft loss; the hard loss and generation never see it."""
+
+    temperature_power: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    """The soft loss is multiplied by temperature ** temperature_power, value and gradient alike."""
+
+    soft_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    """Weight of the soft loss (per valid token); 0 skips the teacher altogether."""
+
+    hard_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    """Weight of the cross-entropy against the labels (per valid token); 0 skips it."""
+
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The teacher's share of the jsd mixture m = beta p + (1 - beta) q. The ends are refused: the
+    divergence tends to 0 there. Use forward_kl or reverse_kl."""
+
+    ignore_index: int = -100
+    """Rows with this label count in neither loss and cost no matrix product."""
+
+    chunk_size: Literal["auto"] | PositiveInt = "auto"
+    """Rows per chunk, a hard cap. `auto` takes as many as `loss_memory_mb` allows."""
+
+    loss_memory_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 512.0
+    """Memory for the two logits buffers of one chunk, in MiB; with `chunk_size: auto` only."""
+
+    row_kernel: Literal["auto", "compile", "eager"] = "auto"
+    """What computes one chunk's rows: `compile` is torch.compile, `eager` plain PyTorch; `auto` is
+    `compile` where a compiler is found."""
+
+    metrics: bool = True
+    """Measure agreement, entropies, acceptance rate and KL at temperature 1 in the same pass."""
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> DistillConfig:
+        if self.soft_weight == 0 and self.hard_weight == 0:
+            raise ValueError("soft_weight and hard_weight are both 0: nothing would be trained; set one of them > 0")
+        return self
+
+
+class FromTeacherConfig(Section):
+    """A student cut out of its teacher."""
+
+    layers: Annotated[int, Field(ge=2)]
+    """Number of decoder layers kept: evenly spaced, first and last included (as distil-whisper)."""
+
+
+class ModelSource(Section):
+    """Where a model comes from."""
+
+    model: str | None = None
+    """Hub id, local directory, or `package:NAME` for the folder of an installed Python package."""
+
+    gguf_file: str | None = None
+    """Name of a GGUF file inside `model`; found by itself when the folder holds exactly one."""
+
+    tokenizer: str | None = None
+    """Tokenizer source, when it is not beside the model."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    dtype: Precision = "bfloat16"
+    """Precision of the parameters (teacher) or of the forward and backward pass (student)."""
+
+    attn_implementation: str | None = None
+    """Attention backend as in Transformers: `sdpa`, `eager`, `flash_attention_2`, ..."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    allow_pickle: bool = False
+    """Load `.bin` weights, which can run code; otherwise safetensors and GGUF only."""
+
+
+class TeacherConfig(ModelSource):
+    """The frozen model that is learnt from."""
+
+    sharding: Literal["shard", "replicate"] = "shard"
+    """`shard`: FSDP2 or ZeRO-3 over all ranks; `replicate`: whole on each rank."""
+
+    @model_validator(mode="after")
+    def _named(self) -> TeacherConfig:
+        if not self.model:
+            raise ValueError("teacher.model is missing: give a hub id, a directory or package:NAME")
+        return self
+
+
+class StudentConfig(ModelSource):
+    """The model that is trained: pretrained (`model`), cut from the teacher, or fresh."""
+
+    from_teacher: FromTeacherConfig | None = None
+    """Build the student from the teacher's layers instead of loading one."""
+
+    from_config: dict[str, Any] | None = None
+    """Fresh random student: the teacher's (or `model`'s) configuration with these values replaced,
+    e.g. {num_hidden_layers: 4, hidden_size: 256}."""
+
+    freeze: tuple[str, ...] = ()
+    """Parameters whose name contains one of these strings are not trained."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> StudentConfig:
+        if self.from_teacher and (self.model or self.from_config):
+            raise ValueError("student.from_teacher excludes student.model and student.from_config: keep one of them")
+        if not (self.from_teacher or self.from_config or self.model):
+            raise ValueError("student has no origin: set one of student.model, student.from_teacher, student.from_config")
+        return self
+
+
+class DataConfig(Section):
+    """Text that both models read."""
+
+    train: str = "python_docs"
+    """`python_docs` (built in), a .txt/.jsonl/.parquet file, directory or glob, or a dataset name."""
+
+    eval: str | None = None
+    """Held-out text in the same forms; None holds out `eval_fraction` of the training documents."""
+
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the training documents that is held out when `eval` is None."""
+
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+
+    split: str = "train"
+    """Split of a hub dataset used for training."""
+
+    eval_split: str | None = None
+    """Split of a hub dataset used for evaluation; None falls back to `eval_fraction`."""
+
+    text_column: str = "text"
+    """Column with plain text, where the data has one."""
+
+    seq_len: Annotated[int, Field(ge=2)] = 512
+    """Tokens per packed sequence."""
+
+    max_documents: PositiveInt | None = None
+    """Use only the first so many documents."""
+
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Loader processes per rank."""
+
+
+class TrainConfig(Section):
+    """One run of the training loop."""
+
+    parallel: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
+    """How the student is distributed; `auto`: `fsdp` (FSDP2) when there are several ranks, else
+    `single`. launch/train_deepspeed.py sets `deepspeed`."""
+
+    max_steps: PositiveInt = 100
+    """Optimizer steps."""
+
+    tokens_per_step: PositiveInt | None = None
+    """Tokens of one optimizer step over all ranks; sets `gradient_accumulation_steps`."""
+
+    micro_batch_size: PositiveInt = 1
+    """Sequences per rank and forward pass."""
+
+    gradient_accumulation_steps: PositiveInt = 1
+    """Forward passes per rank and optimizer step."""
+
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
+    """Peak learning rate."""
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up, down to `min_lr_ratio` of the peak at `max_steps`."""
+
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the last step divided by the peak."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
+
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
+
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the global gradient norm to this; null switches clipping off."""
+
+    activation_checkpointing: bool = False
+    """Recompute the student's layers in backward instead of keeping their activations."""
+
+    seed: int = 0
+    """Of initialisation and data order."""
+
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate every so many steps, and at start and end; 0: at start and end only."""
+
+    eval_batches: PositiveInt = 8
+    """Micro-batches per rank and evaluation."""
+
+    save_every: Annotated[int, Field(ge=0)] = 0
+    """Resumable checkpoint every so many steps; 0: none."""
+
+    keep_checkpoints: PositiveInt = 2
+    """Older checkpoints are removed."""
+
+    resume: bool = False
+    """Continue from the newest checkpoint in `log.output_dir`."""
+
+    export: bool = True
+    """Write the student with `save_pretrained` at the end."""
+
+    process_group_timeout_s: PositiveInt = 600
+    """A collective that waits longer than this ends the run with an error."""
+
+    @field_validator("max_steps", mode="before")
+    @classmethod
+    def _no_bool(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("wants a number of steps, not true/false")
+        return value
+
+
+class LogConfig(Section):
+    """What is written while training."""
+
+    output_dir: str = "runs/kd"
+    """Folder of this run: config.yaml, TensorBoard files, checkpoints, export."""
+
+    every: PositiveInt = 1
+    """Log every so many steps."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files (rank 0)."""
+
+    sample_prompt: str | None = None
+    """Prompt continued by teacher and student in the final report."""
+
+    sample_tokens: PositiveInt = 40
+    """New tokens in that continuation."""
+
+
+class RunConfig(Section):
+    """One YAML file: six sections, plus a raw `deepspeed:` block."""
+
+    student: StudentConfig
+    teacher: TeacherConfig
+    distill: DistillConfig = DistillConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+    deepspeed: dict[str, Any] | None = None
+    """DeepSpeed's own configuration; what `train` determines is filled in."""
