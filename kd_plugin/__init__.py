@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from kd_plugin import reference as reference
     from kd_plugin.config import DistillConfig as DistillConfig
     from kd_plugin.config import RunConfig as RunConfig
+    from kd_plugin.config_file import ConfigError as ConfigError
+    from kd_plugin.config_file import load_config as load_config
     from kd_plugin.fused_loss import DistillOutput as DistillOutput
     from kd_plugin.fused_loss import distill_logits as distill_logits
     from kd_plugin.fused_loss import distill_loss as distill_loss
     from kd_plugin.head import DistillHead as DistillHead
-    from kd_plugin.config_file import ConfigError as ConfigError
-    from kd_plugin.config_file import load_config as load_config
     from kd_plugin.plugin import Plugin as Plugin
     from kd_plugin.plugin import attach as attach
     from kd_plugin.training import train as train

@@ -75,7 +75,9 @@ class DistillConfig(Section):
     @model_validator(mode="after")
     def _some_weight(self) -> DistillConfig:
         if self.soft_weight == 0 and self.hard_weight == 0:
-            raise ValueError("soft_weight and hard_weight are both 0: nothing would be trained; set one of them > 0")
+            raise ValueError(
+                "soft_weight and hard_weight are both 0: nothing would be trained; set one of them > 0"
+            )
         return self
 
 
@@ -143,9 +145,13 @@ class StudentConfig(ModelSource):
     @model_validator(mode="after")
     def _one_origin(self) -> StudentConfig:
         if self.from_teacher and (self.model or self.from_config):
-            raise ValueError("student.from_teacher excludes student.model and student.from_config: keep one of them")
+            raise ValueError(
+                "student.from_teacher excludes student.model and student.from_config: keep one of them"
+            )
         if not (self.from_teacher or self.from_config or self.model):
-            raise ValueError("student has no origin: set one of student.model, student.from_teacher, student.from_config")
+            raise ValueError(
+                "student has no origin: set one of student.model, student.from_teacher, student.from_config"
+            )
         return self
 
 
