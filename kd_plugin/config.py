@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo
+from pydantic.functional_validators import field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 __all__ = [
     "DataConfig",
@@ -31,6 +33,14 @@ class Section(BaseModel):
     """Base of every section: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read `true` as 1, and YAML reads `yes` and `on` as true
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("bool_given", "true/false has no meaning here")
+        return value
 
 
 class DistillConfig(Section):
@@ -119,14 +129,11 @@ class ModelSource(Section):
 class TeacherConfig(ModelSource):
     """The frozen model that is learnt from."""
 
+    model: Annotated[str, Field(min_length=1)]
+    """Hub id, local directory, or `package:NAME` for the folder of an installed Python package."""
+
     sharding: Literal["shard", "replicate"] = "shard"
     """`shard`: FSDP2 or ZeRO-3 over all ranks; `replicate`: whole on each rank."""
-
-    @model_validator(mode="after")
-    def _named(self) -> TeacherConfig:
-        if not self.model:
-            raise ValueError("teacher.model is missing: give a hub id, a directory or package:NAME")
-        return self
 
 
 class StudentConfig(ModelSource):
@@ -258,13 +265,6 @@ class TrainConfig(Section):
 
     process_group_timeout_s: PositiveInt = 600
     """A collective that waits longer than this ends the run with an error."""
-
-    @field_validator("max_steps", mode="before")
-    @classmethod
-    def _no_bool(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError("wants a number of steps, not true/false")
-        return value
 
 
 class LogConfig(Section):
