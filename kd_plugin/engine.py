@@ -1,0 +1,203 @@
+"""What the training loop asks of a parallel backend, and what all backends share.
+
+Notable decisions:
+- two adapters stand behind one protocol: FSDP2 (which also serves one process and DDP's layout, so that all
+  three compute in the same precision) and DeepSpeed;
+- the loss arrives divided by the valid tokens of the whole step over all ranks, so an adapter only has to undo
+  its backend's averaging over ranks;
+- host numbers (token counts, memory) are reduced over gloo also on GPUs, so that counting never waits for
+  the device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kd_plugin.config import RunConfig, TrainConfig
+
+__all__ = [
+    "DTYPES",
+    "Engine",
+    "EngineError",
+    "Placement",
+    "accumulation_steps",
+    "learning_rate_at",
+    "parallel_mode",
+    "parameter_groups",
+    "reduce_numbers",
+    "seed_everything",
+    "start_process_group",
+]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class EngineError(ValueError):
+    """The launch and the training settings do not fit together."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """This process among all: its device, its rank, and whether it started the process group itself."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    owns_group: bool
+
+    def close(self) -> None:
+        """End the process group if this run started it."""
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Engine(Protocol):
+    """A student and a teacher on their devices, and the optimizer that trains the student."""
+
+    student: nn.Module
+    """What to call: the sharded student, or DeepSpeed's engine around it."""
+    teacher: nn.Module
+    module: nn.Module
+    """The Hugging Face student itself, whose forward the plugin owns."""
+    applied_notes: list[str]
+    """Lines for the log: what was filled in or could not be applied."""
+
+    def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> None:
+        """One micro-batch: its loss, summed and divided by `num_items`, into the gradients."""
+        ...
+
+    def step(self, learning_rate: float) -> Tensor:
+        """One optimizer step at this rate; returns the global gradient norm before clipping (0-d)."""
+        ...
+
+    def evaluate(self, inputs: Mapping[str, Tensor], *, num_items: int) -> None:
+        """The forward pass of one held-out micro-batch; its numbers are in the plugin's metrics."""
+        ...
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The whole student on rank 0's CPU (empty elsewhere). All ranks must call this."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer into `folder`. All ranks must call this."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote. All ranks must call this."""
+        ...
+
+
+def parallel_mode(config: RunConfig, world_size: int) -> str:
+    """Resolve `train.parallel`; raises EngineError when one process is wanted but several were started."""
+    mode = config.train.parallel
+    if mode == "auto":
+        return "fsdp" if world_size > 1 else "single"
+    if mode == "single" and world_size > 1:
+        raise EngineError(
+            f"train.parallel is single but {world_size} processes were started: "
+            "launch one process, or set train.parallel to fsdp, ddp or deepspeed"
+        )
+    return mode
+
+
+def start_process_group(timeout_s: int) -> Placement:
+    """Join the ranks that torchrun or deepspeed started; without a launcher this is a group of one."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    owns_group = not dist.is_initialized()
+    if owns_group:
+        options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
+        if "RANK" not in os.environ:
+            options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
+    return Placement(device, dist.get_rank(), dist.get_world_size(), owns_group)
+
+
+def reduce_numbers(values: Mapping[str, float], *, op: str = "sum") -> dict[str, float]:
+    """Sum or maximum (`op` "sum" or "max") over all ranks, by one collective on the host."""
+    if dist.get_world_size() == 1:
+        return dict(values)
+    packed = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(packed, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    return dict(zip(values, packed.tolist(), strict=True))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def accumulation_steps(train: TrainConfig, *, seq_len: int, world_size: int) -> int:
+    """Micro-batches per rank and step, from `tokens_per_step` where it is set.
+
+    Raises:
+        EngineError: when the tokens do not divide, or contradict an explicit number of steps.
+    """
+    if train.tokens_per_step is None:
+        return train.gradient_accumulation_steps
+    tokens = train.micro_batch_size * seq_len * world_size
+    steps, rest = divmod(train.tokens_per_step, tokens)
+    sum_up = f"micro_batch_size {train.micro_batch_size} x seq_len {seq_len} x {world_size} ranks = {tokens}"
+    if rest or not steps:
+        raise EngineError(
+            f"train.tokens_per_step {train.tokens_per_step} is no multiple of {sum_up} tokens: "
+            "change tokens_per_step, micro_batch_size or the number of ranks"
+        )
+    explicit = "gradient_accumulation_steps" in train.model_fields_set
+    if explicit and train.gradient_accumulation_steps != steps:
+        raise EngineError(
+            f"train.tokens_per_step {train.tokens_per_step} with {sum_up} makes {steps} accumulation steps, "
+            f"but train.gradient_accumulation_steps is {train.gradient_accumulation_steps}: remove one of the two"
+        )
+    return steps
+
+
+def learning_rate_at(step: int, train: TrainConfig) -> float:
+    """The rate of optimizer step `step` (counted from 1): linear warm-up, then the schedule's descent.
+
+    The peak is reached at step `warmup_steps` (or 1), `min_lr_ratio` of it at `max_steps`.
+    """
+    peak, warmup = train.learning_rate, train.warmup_steps
+    if step < warmup:
+        return peak * step / warmup
+    start = max(warmup, 1)
+    done = min(1.0, max(0.0, (step - start) / max(1, train.max_steps - start)))
+    if train.schedule == "constant":
+        shape = 1.0
+    elif train.schedule == "linear":
+        shape = 1.0 - done
+    else:
+        shape = 0.5 * (1.0 + math.cos(math.pi * done))
+    floor = train.min_lr_ratio if train.schedule != "constant" else 0.0
+    return peak * (floor + (1.0 - floor) * shape)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices decay, vectors (norms, biases) do not.
+
+    Call this before DeepSpeed or FSDP: a ZeRO-3 parameter is flat and would look like a vector.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise EngineError("the student has no trainable parameter: student.freeze matches all of them")
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

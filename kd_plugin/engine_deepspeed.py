@@ -1,0 +1,137 @@
+"""The DeepSpeed adapter: ZeRO 0 to 3 for the student, a ZeRO-3 engine without optimizer for the teacher.
+
+Notable decisions:
+- the optimizer is torch.optim.AdamW given by us (no compilation of an extension), unless the `deepspeed:` block
+  names one, which DeepSpeed then builds on our parameter groups;
+- `engine.backward(..., scale_wrt_gas=False)`: the loss is already divided by the tokens of the whole step;
+- DeepSpeed casts a half-precision model with `.bfloat16()`, buffers included. Rotary frequencies in bf16 are
+  another model, so buffers are put back as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugin.config import RunConfig
+from kd_plugin.engine import EngineError, Placement, parameter_groups
+from kd_plugin.parallel import zero
+
+__all__ = ["DeepSpeedEngine"]
+
+_TAG = "state"
+
+
+class DeepSpeedEngine:
+    """Student and teacher under DeepSpeed; see `kd_plugin.engine.Engine`."""
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, config: RunConfig, place: Placement, accumulation: int
+    ):
+        deepspeed = _import_deepspeed(place)
+        self.module, self.place = student, place
+        self.config, self.applied_notes = zero.student_config(
+            config,
+            world_size=place.world_size,
+            accumulation=accumulation,
+            hidden_size=student.config.get_text_config().hidden_size,
+        )
+        groups = parameter_groups(student, config.train.weight_decay)
+        if self.config.get("optimizer"):
+            client: dict[str, Any] = {"model_parameters": groups}
+        else:
+            train = config.train
+            client = {
+                "optimizer": torch.optim.AdamW(
+                    groups, lr=train.learning_rate, betas=train.adam_betas, eps=train.adam_eps
+                )
+            }
+        self.student = _initialize(deepspeed, student, config=self.config, **client)
+        self.teacher = self._place_teacher(deepspeed, teacher, config)
+
+    def _place_teacher(self, deepspeed: Any, teacher: nn.Module, config: RunConfig) -> nn.Module:
+        teacher.requires_grad_(False).eval()
+        if config.teacher.sharding == "replicate" or self.place.world_size == 1:
+            return teacher.to(self.place.device)
+        block = zero.teacher_config(self.config, precision=config.teacher.dtype)
+        engine = _initialize(deepspeed, teacher, config=block)
+        engine.eval()
+        return engine
+
+    def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> None:
+        """See `Engine`; times world_size, because DeepSpeed averages the gradients over the ranks."""
+        self.student.set_gradient_accumulation_boundary(is_last)
+        loss = self.student(**inputs, num_items_in_batch=num_items).loss
+        self.student.backward(loss * self.place.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> Tensor:
+        """See `Engine`."""
+        for group in self.student.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._plain_norm()
+        self.student.step()
+        norm = norm if norm is not None else self.student.get_global_grad_norm()
+        return torch.as_tensor(float("nan") if norm is None else norm)
+
+    def _plain_norm(self) -> Tensor | None:
+        """The norm where DeepSpeed computes none: stage 0 in fp32, with gradients already averaged."""
+        if isinstance(self.student.optimizer, torch.optim.Optimizer):
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            return torch.nn.utils.get_total_norm(gradients)
+        return None
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Mapping[str, Tensor], *, num_items: int) -> None:
+        """See `Engine`."""
+        self.student(**inputs, num_items_in_batch=num_items)
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """See `Engine`; ZeRO-3 parameters are gathered one at a time."""
+        import deepspeed
+
+        full: dict[str, Tensor] = {}
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            parts = [value] if hasattr(value, "ds_id") else []
+            with deepspeed.zero.GatheredParameters(parts):
+                if self.place.rank == 0:
+                    full[name] = value.detach().cpu().clone()
+        return full
+
+    def save(self, folder: Path) -> None:
+        """See `Engine`; DeepSpeed's own format, which wants the same number of ranks again."""
+        self.student.save_checkpoint(str(folder), tag=_TAG)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine`."""
+        found, _ = self.student.load_checkpoint(str(folder), tag=_TAG)
+        if found is None:
+            raise EngineError(f"{folder} holds no DeepSpeed checkpoint: was it written by another train.parallel?")
+
+
+def _import_deepspeed(place: Placement) -> Any:
+    if place.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at DeepSpeed's first import
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError(
+            "train.parallel deepspeed needs the package: pip install --no-build-isolation 'kd-plugin[deepspeed]'"
+        ) from error
+    if not logging.getLogger("DeepSpeed").isEnabledFor(logging.DEBUG):
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its hundreds of INFO lines hide ours
+    return deepspeed
+
+
+def _initialize(deepspeed: Any, model: nn.Module, **options: Any) -> Any:
+    """deepspeed.initialize, with the buffers' dtypes kept."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    engine, *_ = deepspeed.initialize(model=model, **options)
+    for name, buffer in model.named_buffers():
+        buffer.data = buffers[name].to(buffer.device)
+    return engine

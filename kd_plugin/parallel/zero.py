@@ -1,0 +1,189 @@
+"""DeepSpeed configurations of student and teacher, filled from the training settings.
+
+Notable decisions:
+- the `deepspeed:` block is passed through; only what `train.*` determines is filled in, and said aloud;
+- `"auto"` is understood where Transformers users write it, since DeepSpeed itself does not know the word;
+- all values that contradict `train.*` are refused together, in one error;
+- a sharded teacher is a ZeRO-3 engine of its own without optimizer, whatever the student's stage is.
+
+No torch and no DeepSpeed is imported here: these are dictionaries.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from kd_plugin.config import RunConfig
+
+__all__ = ["DeepSpeedConfigError", "student_config", "teacher_config", "zero_stage"]
+
+AUTO = "auto"
+DEFAULT_STAGE = 3
+_GATHERING_OPTIONS = (
+    "reduce_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "sub_group_size",
+    "offload_param",
+)
+
+
+class DeepSpeedConfigError(ValueError):
+    """The `deepspeed:` block contradicts the training settings, or asks for what is not there."""
+
+
+def zero_stage(block: Mapping[str, Any] | None) -> int:
+    """The student's ZeRO stage; 3 when the block does not say."""
+    stage = ((block or {}).get("zero_optimization") or {}).get("stage", AUTO)
+    return DEFAULT_STAGE if stage == AUTO else stage
+
+
+def student_config(
+    config: RunConfig, *, world_size: int, accumulation: int, hidden_size: int
+) -> tuple[dict[str, Any], list[str]]:
+    """The student's complete DeepSpeed configuration, and one line for each value that was filled in.
+
+    Raises:
+        DeepSpeedConfigError: naming every value that contradicts `train.*` and every "auto" left over.
+    """
+    block = copy.deepcopy(config.deepspeed or {})
+    wanted = _wanted(config, world_size, accumulation) | _sizes(block, hidden_size)
+    problems = _refusals(block)
+    filled: list[str] = []
+    for key, (value, reason) in wanted.items():
+        found = _get(block, key)
+        if found is None or found == AUTO:
+            _set(block, key, value)
+            filled.append(f"deepspeed.{key}: {value} ({reason})")
+        elif not _agree(found, value):
+            problems.append(f"deepspeed.{key} is {found} but {reason} makes it {value}")
+    stage = zero_stage(block)
+    if stage not in (0, 1, 2, 3):
+        problems.append(f"deepspeed.zero_optimization.stage is {stage!r}, wanted 0, 1, 2 or 3")
+    problems += _fill_optimizer(block, config, filled)
+    problems += [f"deepspeed.{key} is 'auto', which nothing here determines" for key in _autos(block)]
+    if problems:
+        raise DeepSpeedConfigError("; ".join(problems) + ": change or remove these keys, or write auto")
+    _settle_offload(block, filled)
+    return block, filled
+
+
+def teacher_config(student: Mapping[str, Any], *, precision: str) -> dict[str, Any]:
+    """ZeRO-3 without optimizer for the frozen teacher, gathering as the student's block says."""
+    source = student.get("zero_optimization", {})
+    zero = {key: copy.deepcopy(source[key]) for key in _GATHERING_OPTIONS if key in source}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; it is used in training only
+        "zero_optimization": {**zero, "stage": 3},
+        "bf16": {"enabled": precision == "bfloat16"},
+        "fp16": {"enabled": precision == "float16"},
+    }
+
+
+def _wanted(config: RunConfig, world_size: int, accumulation: int) -> dict[str, tuple[Any, str]]:
+    train, precision = config.train, config.student.dtype
+    batch = train.micro_batch_size * accumulation * world_size
+    batch_reason = f"micro_batch_size {train.micro_batch_size} x accumulation {accumulation} x {world_size} ranks"
+    clip = train.max_grad_norm or 0.0
+    return {
+        "train_batch_size": (batch, batch_reason),
+        "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "train.gradient_accumulation_steps or tokens_per_step"),
+        "gradient_clipping": (clip, "train.max_grad_norm"),
+        "bf16.enabled": (precision == "bfloat16", f"student.dtype {precision}"),
+        "fp16.enabled": (precision == "float16", f"student.dtype {precision}"),
+        "zero_optimization.stage": (zero_stage(config.deepspeed), "default"),
+    }
+
+
+def _sizes(block: Mapping[str, Any], hidden_size: int) -> dict[str, tuple[Any, str]]:
+    """What Transformers puts for "auto" in ZeRO-3's sizes; without "auto" DeepSpeed's defaults stay."""
+    rules = {
+        "zero_optimization.reduce_bucket_size": (hidden_size**2, "hidden_size ** 2"),
+        "zero_optimization.stage3_prefetch_bucket_size": (int(0.9 * hidden_size**2), "0.9 hidden_size ** 2"),
+        "zero_optimization.stage3_param_persistence_threshold": (10 * hidden_size, "10 hidden_size"),
+    }
+    return {key: rule for key, rule in rules.items() if _get(block, key) == AUTO}
+
+
+def _refusals(block: Mapping[str, Any]) -> list[str]:
+    """Blocks that would take over what the training loop does."""
+    return [
+        f"deepspeed.{key} is set but {owner} does this"
+        for key, owner in {
+            "scheduler": "train.schedule",
+            "sparse_attention": "the model (student.attn_implementation)",
+            "data_efficiency": "data.*",
+            "curriculum_learning": "data.*",
+        }.items()
+        if block.get(key)
+    ]
+
+
+def _fill_optimizer(block: dict[str, Any], config: RunConfig, filled: list[str]) -> list[str]:
+    """Fill the parameters of the user's own `optimizer:` block; returns what contradicts `train.*`."""
+    if not block.get("optimizer"):
+        return []
+    train = config.train
+    wanted: dict[str, tuple[Any, str]] = {
+        "lr": (train.learning_rate, "train.learning_rate"),
+        "weight_decay": (train.weight_decay, "train.weight_decay"),
+    }
+    if "adam" in str(block["optimizer"].get("type", "")).lower():
+        wanted["betas"] = (list(train.adam_betas), "train.adam_betas")
+        wanted["eps"] = (train.adam_eps, "train.adam_eps")
+    problems = []
+    for name, (value, reason) in wanted.items():
+        key = f"optimizer.params.{name}"
+        found = _get(block, key)
+        if found is None or found == AUTO:
+            _set(block, key, value)
+            filled.append(f"deepspeed.{key}: {value} ({reason})")
+        elif not _agree(found, value):
+            problems.append(f"deepspeed.{key} is {found} but {reason} makes it {value}")
+    return problems
+
+
+def _settle_offload(block: dict[str, Any], filled: list[str]) -> None:
+    """DeepSpeed refuses a torch optimizer on offloaded states unless it is told to accept it."""
+    device = _get(block, "zero_optimization.offload_optimizer.device")
+    if device in (None, "none") or block.get("optimizer"):
+        return
+    if block.setdefault("zero_force_ds_cpu_optimizer", False) is False:
+        filled.append("deepspeed.zero_force_ds_cpu_optimizer: False (the optimizer is torch.optim.AdamW)")
+
+
+def _get(block: Mapping[str, Any], key: str) -> Any:
+    value: Any = block
+    for part in key.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(part)
+    return value
+
+
+def _set(block: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for part in parents:
+        if not isinstance(block.get(part), dict):
+            block[part] = {}
+        block = block[part]
+    block[last] = value
+
+
+def _agree(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, float):
+        return isinstance(found, (int, float)) and abs(found - wanted) <= 1e-12 * max(1.0, abs(wanted))
+    if isinstance(wanted, list):
+        return isinstance(found, (list, tuple)) and list(found) == wanted
+    return found == wanted
+
+
+def _autos(block: Any, prefix: str = "") -> list[str]:
+    if isinstance(block, Mapping):
+        return [key for name, value in block.items() for key in _autos(value, f"{prefix}.{name}" if prefix else name)]
+    return [prefix] if block == AUTO else []
