@@ -1,0 +1,97 @@
+"""Starting a run from a command line: what the scripts in launch/ and `kd-plugin train` share.
+
+Notable decisions:
+- a user's mistake is one line on stderr (`-v` adds the traceback), printed once however many ranks make it;
+- nothing here imports torch until the configuration is known to be good.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from kd_plugin.config import RunConfig
+from kd_plugin.config_file import ConfigError, load_config
+
+__all__ = ["Stop", "launch", "one_line_errors", "run_training"]
+
+_VERBOSE = ("-v", "--verbose")
+
+
+class Stop(SystemExit):
+    """The error has been reported; `code` is the exit code."""
+
+
+def launch(argv: Sequence[str], *, script: str, default: str, allowed: Sequence[str]) -> int:
+    """Run training for a script in launch/ and return its exit code: 0, or 2 if it could not be started.
+
+    `argv` is `CONFIG [section.key=value ...]`. `--local_rank=N` in it is ignored (LOCAL_RANK says the same),
+    `-v` shows tracebacks. Where the file's `train.parallel` is not among `allowed`, `default` replaces it;
+    an override on the command line stands.
+    """
+    rest = [
+        arg for arg in argv if arg not in _VERBOSE and not arg.startswith(("--local_rank", "--local-rank"))
+    ]
+    if not rest or rest[0] in ("-h", "--help"):
+        usage = f"usage: {script} CONFIG [section.key=value ...] [-v]"
+        print(usage, file=sys.stdout if rest else sys.stderr)
+        return 0 if rest else 2
+    try:
+        with one_line_errors(verbose=any(arg in _VERBOSE for arg in argv), exit_code=2):
+            config = load_config(rest[0], rest[1:])
+            overridden = any(arg.startswith("train.parallel=") for arg in rest[1:])
+            run_training(config if overridden else _with_parallel(config, script, default, allowed))
+    except Stop as stop:
+        return int(str(stop.code))
+    return 0
+
+
+def run_training(config: RunConfig) -> None:
+    """`kd_plugin.train`, imported when it is needed."""
+    from kd_plugin.training import train
+
+    train(config)
+
+
+@contextmanager
+def one_line_errors(verbose: bool, exit_code: int) -> Iterator[None]:
+    """Report what a user can cure (ValueError, missing file, model, package) in one line, then raise Stop."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        if verbose:
+            raise
+        _report(error)
+        raise Stop(exit_code) from None
+
+
+def _with_parallel(config: RunConfig, script: str, default: str, allowed: Sequence[str]) -> RunConfig:
+    given = config.train.parallel
+    if given in allowed:
+        return config
+    if given != "auto" and _rank() == 0:
+        print(
+            f"train.parallel: {given} -> {default} ({script} was started; `train.parallel={given}` keeps it)"
+        )
+    return config.model_copy(update={"train": config.train.model_copy(update={"parallel": default})})
+
+
+def _report(error: Exception) -> None:
+    if _rank() > 0:
+        # Rank 0 speaks for all. Launchers end all ranks when one has failed, so the others give it time.
+        time.sleep(2)
+        if isinstance(error, ConfigError):
+            return
+    if isinstance(error, ConfigError):
+        print(error, file=sys.stderr)  # one fault per line, each begins with file:line
+        return
+    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    who = f"[rank {_rank()}] " if _rank() else ""
+    print(f"{who}error: {name}{' '.join(str(error).split())} (-v shows where)", file=sys.stderr)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
