@@ -1,0 +1,246 @@
+"""Teacher, student and tokenizer from a YAML section.
+
+Notable decisions:
+- a source is resolved to files before anything is read, so a wrong path costs a second and not a minute;
+- GGUF weights are unpacked into an ordinary model at once: packed ones can be neither trained nor sharded;
+- the student's parameters are float32 masters, whatever the precision of the forward pass;
+- weights that can run code (`.bin`) and Python code beside a model need an explicit yes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from kd_plugin.config import ModelSource, StudentConfig, TeacherConfig
+from kd_plugin.students import config_with, freeze, student_from_layers
+from kd_plugin.vocabulary import TokenizerMismatch, check_tokenizers, check_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "ModelError",
+    "ResolvedSource",
+    "TokenizerMismatch",
+    "build_student",
+    "check_tokenizers",
+    "check_vocabulary",
+    "load_teacher",
+    "load_tokenizer",
+    "resolve_source",
+]
+
+
+class ModelError(ValueError):
+    """A model or tokenizer cannot be found or loaded as configured."""
+
+
+class ResolvedSource(NamedTuple):
+    """What `from_pretrained` is called with."""
+
+    path_or_id: str
+    """Local directory, or hub id."""
+
+    gguf_file: str | None
+    """Name of the GGUF file inside it."""
+
+
+def resolve_source(config: ModelSource) -> ResolvedSource:
+    """Find the files behind `config.model` without loading or importing anything.
+
+    Raises:
+        ModelError: no such package, directory or GGUF file, or several GGUF files to choose from.
+    """
+    if not config.model:
+        raise ModelError(f"{_section(config)}.model is missing: give a hub id, a directory or package:NAME")
+    return _resolve(config.model, config.gguf_file, f"{_section(config)}.model")
+
+
+def load_tokenizer(config: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of `config.tokenizer`, or else the one beside `config.model`.
+
+    Raises:
+        ModelError: not found, or not loadable.
+    """
+    transformers = _transformers()
+    if config.tokenizer:
+        where = f"{_section(config)}.tokenizer"
+        source = _resolve(config.tokenizer, None, where)
+    else:
+        where, source = f"{_section(config)}.model", resolve_source(config)
+    return _load(transformers.AutoTokenizer, source, config, where)
+
+
+def load_teacher(config: TeacherConfig) -> PreTrainedModel:
+    """The frozen teacher on the CPU: eval mode, no gradients, parameters in `config.dtype`.
+
+    Raises:
+        ModelError: not found, or not loadable.
+    """
+    return _load_model(config, getattr(torch, config.dtype)).eval().requires_grad_(False)
+
+
+def build_student(config: StudentConfig, teacher: PreTrainedModel, *, seed: int) -> PreTrainedModel:
+    """The student on the CPU in train mode, with float32 parameters of its own; the teacher is only read.
+
+    Call it before the teacher is attached or sharded. `seed` decides a fresh student's weights, so that all
+    ranks start alike; the global random state is left as it was.
+
+    Raises:
+        ModelError, StudentError: not found, not loadable, or not to be made from this teacher.
+    """
+    if config.from_teacher:
+        student = student_from_layers(teacher, config.from_teacher.layers, partial(_empty, teacher, config))
+    elif config.from_config is not None:
+        base = _load_config(config) if config.model else teacher.config
+        new = config_with(base, config.from_config, where="student.from_config")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            student = _transformers().AutoModelForCausalLM.from_config(
+                new, dtype=torch.float32, trust_remote_code=config.trust_remote_code, **_attention(config)
+            )
+    else:
+        student = _load_model(config, torch.float32)
+    freeze(student, config.freeze)
+    return student.train()
+
+
+def _resolve(name: str, gguf_file: str | None, where: str) -> ResolvedSource:
+    if name.startswith("package:"):
+        folder = _package_folder(name.removeprefix("package:"), where)
+    else:
+        folder = Path(name).expanduser()
+        if folder.is_file() and folder.suffix == ".gguf":
+            return ResolvedSource(str(folder.parent), folder.name)
+        if folder.is_file():
+            raise ModelError(f"{where}: {name} is a file; give the directory it lies in")
+        if not folder.is_dir():
+            if name.count("/") > 1 or name.startswith((".", "~", "/")):
+                raise ModelError(
+                    f"{where}: no such directory {name}; give a directory, hub id or package:NAME"
+                )
+            return ResolvedSource(name, gguf_file)
+    if gguf_file:
+        if not (folder / gguf_file).is_file():
+            raise ModelError(f"{where}: no {gguf_file} in {folder}; found: {_names(folder.rglob('*.gguf'))}")
+        return ResolvedSource(str(folder), gguf_file)
+    return _look_inside(folder, where)
+
+
+def _look_inside(folder: Path, where: str) -> ResolvedSource:
+    """A folder that Transformers can read as it is, or the one GGUF file below it."""
+    if any((folder / name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
+        return ResolvedSource(str(folder), None)
+    found = sorted(folder.rglob("*.gguf"))
+    if len(found) > 1:
+        raise ModelError(
+            f"{where}: {len(found)} GGUF files in {folder}: {_names(found)}; choose one with gguf_file"
+        )
+    if not found:
+        raise ModelError(f"{where}: neither a config.json nor a GGUF file in {folder}")
+    return ResolvedSource(str(found[0].parent), found[0].name)
+
+
+def _package_folder(name: str, where: str) -> Path:
+    """Folder of an installed package; a dotted name is a folder in it (nothing may be imported)."""
+    top, *inner = name.split(".")
+    spec = importlib.util.find_spec(top) if top else None
+    if spec is None:
+        raise ModelError(f"{where}: no installed package {top!r}; install it with pip (where '_' may be '-')")
+    if not spec.submodule_search_locations:
+        raise ModelError(f"{where}: {top!r} is a single module, not a package with files in it")
+    folder = Path(next(iter(spec.submodule_search_locations)), *inner)
+    if not folder.is_dir():
+        raise ModelError(f"{where}: package {top!r} has no folder {'/'.join(inner)!r}")
+    return folder
+
+
+def _load_model(config: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    transformers = _transformers()
+    source, where = resolve_source(config), f"{_section(config)}.model"
+    kwargs: dict[str, Any] = {"dtype": dtype, **_attention(config)}
+    if source.gguf_file:
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    elif not config.allow_pickle:
+        kwargs["use_safetensors"] = True
+        _refuse_pickle(source, where)
+    model = _load(transformers.AutoModelForCausalLM, source, config, where, **kwargs)
+    return _plain(model, config) if source.gguf_file else model
+
+
+def _refuse_pickle(source: ResolvedSource, where: str) -> None:
+    folder = Path(source.path_or_id)
+    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{where}: {folder} has .bin weights only, which can run code when loaded; convert them to "
+            f"safetensors, or set {where.partition('.')[0]}.allow_pickle=true if you trust them"
+        )
+
+
+def _load(auto: Any, source: ResolvedSource, config: ModelSource, where: str, **kwargs: Any) -> Any:
+    """`from_pretrained` with its many-line errors cut to the first, and the setting named."""
+    if source.gguf_file:
+        _require("gguf", "GGUF files need it")
+        kwargs["gguf_file"] = source.gguf_file
+    if config.revision:
+        kwargs["revision"] = config.revision
+    try:
+        return auto.from_pretrained(source.path_or_id, trust_remote_code=config.trust_remote_code, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"{where}: {source.path_or_id!r} cannot be loaded: {reason}") from error
+
+
+def _load_config(config: ModelSource) -> PreTrainedConfig:
+    return _load(_transformers().AutoConfig, resolve_source(config), config, f"{_section(config)}.model")
+
+
+def _empty(model: PreTrainedModel, config: ModelSource, new: PreTrainedConfig) -> PreTrainedModel:
+    """A float32 model of the same class; its weights are about to be filled, so none are drawn."""
+    from transformers.initialization import no_init_weights
+
+    attention = _attention(config) or {"attn_implementation": model.config._attn_implementation}
+    with no_init_weights():
+        fresh = type(model)._from_config(new, dtype=torch.float32, **attention)
+    fresh.tie_weights()  # left out with the initialisation
+    return fresh
+
+
+def _plain(model: PreTrainedModel, config: ModelSource) -> PreTrainedModel:
+    """Drop what the GGUF loader leaves behind (quantizer, mappings): it forbids training and saving."""
+    dtype = model.dtype
+    model.config.quantization_config = None
+    fresh = _empty(model, config, config_with(model.config, {}, where=f"{_section(config)}.model"))
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = model.generation_config
+    fresh.config.dtype = dtype
+    return fresh.to(dtype)
+
+
+def _attention(config: ModelSource) -> dict[str, str]:
+    return {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+
+
+def _section(config: ModelSource) -> str:
+    return {TeacherConfig: "teacher", StudentConfig: "student"}.get(type(config), "model")
+
+
+def _names(paths: Any) -> str:
+    return ", ".join(sorted(path.name for path in paths)) or "none"
+
+
+def _transformers() -> Any:
+    _require("transformers", "loading models needs it")
+    import transformers
+
+    return transformers
+
+
+def _require(package: str, why: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"{package} is not installed and {why}: pip install 'kd-plugin[train]'")
