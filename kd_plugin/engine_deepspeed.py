@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class DeepSpeedEngine:
     def __init__(
         self, student: nn.Module, teacher: nn.Module, config: RunConfig, place: Placement, accumulation: int
     ):
+        if config.student.dtype == "float16" and place.device.type == "cpu":
+            raise EngineError("student.dtype float16 under DeepSpeed needs a GPU: use bfloat16 or float32 on CPU")
         deepspeed = _import_deepspeed(place)
         self.module, self.place = student, place
         self.config, self.applied_notes = zero.student_config(
@@ -47,12 +50,10 @@ class DeepSpeedEngine:
             client: dict[str, Any] = {"model_parameters": groups}
         else:
             train = config.train
-            client = {
-                "optimizer": torch.optim.AdamW(
-                    groups, lr=train.learning_rate, betas=train.adam_betas, eps=train.adam_eps
-                )
-            }
+            # lr 0 until the first step: some of DeepSpeed's wrappers step once on zero gradients to make the states.
+            client = {"optimizer": torch.optim.AdamW(groups, lr=0.0, betas=train.adam_betas, eps=train.adam_eps)}
         self.student = _initialize(deepspeed, student, config=self.config, **client)
+        _forget_warm_up_step(self.student.basic_optimizer)
         self.teacher = self._place_teacher(deepspeed, teacher, config)
 
     def _place_teacher(self, deepspeed: Any, teacher: nn.Module, config: RunConfig) -> nn.Module:
@@ -117,6 +118,7 @@ class DeepSpeedEngine:
 def _import_deepspeed(place: Placement) -> Any:
     if place.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at DeepSpeed's first import
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it also without a launcher
     try:
         import deepspeed
     except ImportError as error:
@@ -125,7 +127,17 @@ def _import_deepspeed(place: Placement) -> Any:
         ) from error
     if not logging.getLogger("DeepSpeed").isEnabledFor(logging.DEBUG):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its hundreds of INFO lines hide ours
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renamed, once per gather: not the user's affair.
+    renamed = r".*torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     return deepspeed
+
+
+def _forget_warm_up_step(optimizer: torch.optim.Optimizer) -> None:
+    """Undo the count of DeepSpeed's step on zero gradients: Adam's bias correction would start one step late."""
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"].zero_()
 
 
 def _initialize(deepspeed: Any, model: nn.Module, **options: Any) -> Any:

@@ -38,7 +38,7 @@ class FsdpEngine:
     student: FSDPModule
 
     def __init__(self, student: nn.Module, teacher: nn.Module, config: RunConfig, place: Placement, mode: str):
-        train = config.train
+        train, fp16 = config.train, config.student.dtype == "float16"
         self.module, self.teacher, self.place = student, teacher, place
         self.applied_notes: list[str] = []
         self._replicate = mode == "ddp"
@@ -52,10 +52,9 @@ class FsdpEngine:
             lr=train.learning_rate,
             betas=train.adam_betas,
             eps=train.adam_eps,
-            fused=True,
+            fused=not fp16,  # its overflow flag has another shape than the scaler's on sharded tensors
         )
-        enabled = config.student.dtype == "float16"
-        self._scaler = ShardedGradScaler(device=place.device.type, enabled=enabled)
+        self._scaler = ShardedGradScaler(device=place.device.type, enabled=fp16)
 
     def _place_teacher(self, config: RunConfig) -> None:
         if config.teacher.sharding == "shard" and self.place.world_size > 1:
