@@ -19,5 +19,6 @@ threads=$((cores / ranks > 0 ? cores / ranks : 1))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 echo "+ export OMP_NUM_THREADS=$OMP_NUM_THREADS"
 
-run torchrun --standalone --nproc-per-node "$ranks" \
-    launch/train_fsdp.py configs/smollm2_135m_to_8l_fsdp2.yaml "$@"
+config=configs/smollm2_135m_to_8l_fsdp2.yaml
+run kd-plugin validate "$config" "$@" # a mistake is told here, without the launcher's traceback
+run torchrun --standalone --nproc-per-node "$ranks" launch/train_fsdp.py "$config" "$@"
