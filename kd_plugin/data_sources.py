@@ -1,0 +1,234 @@
+"""Where text comes from: one stream of records, whatever the source.
+
+Notable decisions:
+- a .txt file is one document; JSONL and Parquet rows, and the topics of `python_docs`, are one each;
+- the form of a record is found from its columns, and a row that lacks them is an error with its place, since
+  a row skipped in silence is another experiment (empty text is skipped, and counted by the caller);
+- what exists on disk goes before a dataset name of the same spelling.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from kd_plugin.config import DataConfig
+
+__all__ = ["DataError", "Record", "is_hub_dataset", "read_records"]
+
+# A name with one of these is a file that is missing, not a dataset of the hub.
+_FILE_ENDINGS = {
+    ".arrow",
+    ".csv",
+    ".gz",
+    ".json",
+    ".jsonl",
+    ".md",
+    ".parquet",
+    ".tsv",
+    ".txt",
+    ".zip",
+    ".zst",
+}
+
+Form = Literal["text", "prompt + completion", "messages"]
+
+
+class DataError(ValueError):
+    """Data that is missing, unreadable, or not in an accepted form."""
+
+
+class Record(NamedTuple):
+    """One document before tokenisation."""
+
+    form: Form
+    values: dict[str, Any]
+    """`text: str`, `prompt: str` and `completion: str`, or `messages: list[dict]`."""
+
+    where: str
+    """Its place, for error messages."""
+
+
+def read_records(source: str, config: DataConfig, *, name: str, split: str) -> Iterator[Record]:
+    """The records of `source`, lazily, in an order that never changes.
+
+    Args:
+        source: `python_docs`, a .txt/.jsonl/.parquet file, a directory or glob of them, or a dataset name.
+        config: for `text_column`, `subset` and `max_documents`.
+        name: the setting that named the source, for errors.
+        split: split of a hub dataset.
+
+    Raises:
+        DataError: nothing there, not readable, or columns that are no accepted form.
+    """
+    if source == "python_docs":
+        return _python_docs()
+    if is_hub_dataset(source):
+        return _hub_dataset(source, config, name, split)
+    files = _files(source, name)
+    return (record for file in files for record in _READERS[file.suffix](file, config.text_column))
+
+
+def is_hub_dataset(source: str) -> bool:
+    """Whether `source` is read as a dataset's name: it looks like one and nothing on disk is called so."""
+    if source == "python_docs" or Path(source).expanduser().exists() or Path(source).suffix in _FILE_ENDINGS:
+        return False
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source) is not None
+
+
+def _files(source: str, name: str) -> list[Path]:
+    path = Path(source).expanduser()
+    accepted = ", ".join(_READERS)
+    if path.is_file():
+        if path.suffix not in _READERS:
+            raise DataError(
+                f"{name}: {source} ends in {path.suffix!r}; give a file that ends in one of {accepted}"
+            )
+        return [path]
+    if path.is_dir():
+        found = path.rglob("*")
+    elif re.search(r"[*?\[]", source):
+        root = Path(path.anchor)
+        found = root.glob(str(path.relative_to(root)))
+    else:
+        raise DataError(f"{name}: no such file or directory: {source}")
+    files = sorted(file for file in found if file.is_file() and file.suffix in _READERS)
+    if not files:
+        raise DataError(f"{name}: no file that ends in one of {accepted} in {source}")
+    return files
+
+
+def _python_docs() -> Iterator[Record]:
+    from pydoc_data.topics import topics
+
+    for topic in sorted(topics):
+        yield Record("text", {"text": topics[topic]}, f"python_docs: {topic}")
+
+
+def _text_file(path: Path, text_column: str) -> Iterator[Record]:
+    try:
+        yield Record("text", {"text": path.read_text(encoding="utf-8")}, str(path))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 text (byte {error.start}); convert it, e.g. with iconv"
+        ) from error
+
+
+def _jsonl_file(path: Path, text_column: str) -> Iterator[Record]:
+    # Bytes, so that an undecodable line is found with its number.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+                raise DataError(f"{where}: not a line of JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"{where}: a JSON {type(row).__name__}; each line has to be an object with columns"
+                )
+            yield _record(row, text_column, where)
+
+
+def _parquet_file(path: Path, text_column: str) -> Iterator[Record]:
+    _require("pyarrow", "Parquet files need it")
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses of these
+        raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
+    with file:
+        columns = _columns(_form(file.schema_arrow.names, text_column, str(path)), text_column)
+        rows = (row for batch in file.iter_batches(columns=list(columns)) for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield _record(row, text_column, f"{path}: row {number}")
+
+
+def _hub_dataset(source: str, config: DataConfig, name: str, split: str) -> Iterator[Record]:
+    _require("datasets", "datasets of the hub need it")
+    import datasets
+
+    try:
+        # Streaming downloads no more than the documents asked for.
+        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
+            source, config.subset, split=split, streaming=config.max_documents is not None
+        )
+    except (OSError, ValueError) as error:  # not found, no such split or subset, no connection
+        raise DataError(
+            f"{name}: no file {source!r} here, and as a dataset it cannot be loaded: {_first_line(error)}"
+        ) from error
+    for number, row in enumerate(rows, 1):
+        yield _record(row, config.text_column, f"{source} ({split}): row {number}")
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+    ".txt": _text_file,
+    ".jsonl": _jsonl_file,
+    ".parquet": _parquet_file,
+}
+
+
+def _form(names: Iterable[str], text_column: str, where: str) -> Form:
+    """The form that the columns `names` make up; a text column named by the user goes first."""
+    have = set(names)
+    order: list[Form] = ["messages", "prompt + completion", "text"]
+    if text_column != "text":
+        order.insert(0, "text")
+    for form in order:
+        if have.issuperset(_columns(form, text_column)):
+            return form
+    raise DataError(
+        f"{where}: columns found: {', '.join(sorted(have)) or 'none'}; wanted {text_column!r}, 'prompt' and "
+        "'completion', or 'messages'; data.text_column names a text column"
+    )
+
+
+def _columns(form: Form, text_column: str) -> tuple[str, ...]:
+    return {
+        "text": (text_column,),
+        "prompt + completion": ("prompt", "completion"),
+        "messages": ("messages",),
+    }[form]
+
+
+def _record(row: Mapping[str, Any], text_column: str, where: str) -> Record:
+    form = _form(row, text_column, where)
+    if form == "messages":
+        return Record(form, {"messages": _checked_messages(row["messages"], where)}, where)
+    values = {}
+    for column in _columns(form, text_column):
+        value = row[column] or ""
+        if not isinstance(value, str):
+            raise DataError(
+                f"{where}: {column!r} is of type {type(value).__name__}, wanted text; "
+                "conversations go in a column 'messages'"
+            )
+        values["text" if form == "text" else column] = value
+    return Record(form, values, where)
+
+
+def _checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not all(
+        isinstance(turn, Mapping) and "role" in turn for turn in messages
+    ):
+        raise DataError(
+            f"{where}: 'messages' has to be a list of {{role, content}}, found {str(messages)[:60]!r}"
+        )
+    return [dict(turn) for turn in messages]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _require(package: str, why: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"{package} is not installed and {why}: pip install 'kd-plugin[train]'")

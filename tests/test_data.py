@@ -1,0 +1,435 @@
+"""Documents, packing and batches, with a tokenizer of words made here."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kd_plugin.config import DataConfig
+from kd_plugin.data import DataError, Document, load_documents, split_documents
+from kd_plugin.packing import PackedDataset, TrainBatches, collate, eval_batches, indices_for_step
+
+pytest.importorskip("transformers")
+
+IGNORED = -100
+WORDS = "<unk> <eos> <bos> : user assistant system hi yes no why because a b c d e f g".split()
+CHAT = (
+    "{% for message in messages %}{{ message.role + ' : ' + message.content + ' <eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+)
+MARKED_CHAT = (
+    "{% for message in messages %}{{ message.role + ' : ' }}{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content + ' <eos> ' }}{% endgeneration %}"
+    "{% else %}{{ message.content + ' <eos> ' }}{% endif %}{% endfor %}"
+)
+# Shows the thoughts of the last turn only, as templates of reasoning models do.
+FORGETFUL_CHAT = (
+    "{% for message in messages %}{{ message.role + ' : ' }}"
+    "{{ 'why ' if loop.last and message.role == 'assistant' else '' }}{{ message.content + ' <eos> ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = None, *, bos: bool = False, eos: bool = True) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    special = {"eos_token": "<eos>"} if eos else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **special)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def write_jsonl(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(source: Any, tokenizer: Any = None, **values: Any) -> list[Document]:
+    """Training documents of `source`, which is also named as evaluation data so that none are held out."""
+    config = DataConfig(**{"train": str(source), "eval": str(source), **values})
+    return load_documents(config, tokenizer or make_tokenizer())[0]
+
+
+def shown(document: Document) -> str:
+    """The document in words, those trained on in upper case."""
+    words = [WORDS[index] for index in document.input_ids]
+    return " ".join(w.upper() if t else w for w, t in zip(words, document.trained, strict=True))
+
+
+def make_documents(*lengths: int) -> list[Document]:
+    """Documents of ever new ids, so that a token's id says where it comes from."""
+    ids = np.arange(100, 100 + sum(lengths), dtype=np.int32)
+    parts = np.split(ids, np.cumsum(lengths)[:-1])
+    return [Document(part, np.ones(len(part), dtype=bool)) for part in parts]
+
+
+# Sources
+
+
+def test_text_file_is_one_document_with_an_end(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("a b\n\nc d\n")
+    assert [shown(document) for document in read(tmp_path / "x.txt")] == ["A B C D <EOS>"]
+    assert shown(read(tmp_path / "x.txt", make_tokenizer(bos=True))[0]) == "<BOS> A B C D <EOS>"
+
+
+def test_end_is_not_doubled_and_its_absence_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "x.txt").write_text("a b <eos>")
+    assert shown(read(tmp_path / "x.txt")[0]) == "A B <EOS>"
+    (tmp_path / "x.txt").write_text("a b")
+    assert shown(read(tmp_path / "x.txt", make_tokenizer(eos=False))[0]) == "A B"
+    assert "no end token" in caplog.text
+
+
+def test_directory_and_glob_read_files_in_order_of_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "deep" / "c.txt").write_text("c")
+    (tmp_path / "notes.md").write_text("d")
+    write_jsonl(tmp_path / "a.jsonl", {"text": "a"})
+    assert [shown(d)[0] for d in read(tmp_path)] == ["A", "B", "C"]
+    assert [shown(d)[0] for d in read(f"{tmp_path}/**/*.txt")] == ["B", "C"]
+    monkeypatch.chdir(tmp_path)
+    assert [shown(d)[0] for d in read("deep/*.txt")] == ["C"]
+
+
+def test_python_docs_come_with_python() -> None:
+    config = DataConfig()
+    train, held_out = load_documents(config, make_tokenizer())
+    from pydoc_data.topics import topics
+
+    assert len(train) + len(held_out) == len(topics) and len(held_out) == round(len(topics) * 0.05)
+
+
+def test_parquet_rows_are_documents(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    table = pyarrow.table({"text": ["a", "b", ""], "other": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert [shown(d) for d in read(tmp_path / "x.parquet")] == ["A <EOS>", "B <EOS>"]
+    chats = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]]
+    parquet.write_table(pyarrow.table({"messages": chats}), tmp_path / "y.parquet")
+    assert shown(read(tmp_path / "y.parquet", make_tokenizer(CHAT))[0]).endswith("assistant : YES <EOS>")
+    with pytest.raises(DataError, match=r"columns found: other, text; wanted 'body'"):
+        read(tmp_path / "x.parquet", text_column="body")
+
+
+def test_dataset_name_is_loaded_with_subset_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(name: str, subset: str | None, *, split: str, streaming: bool) -> Any:
+        calls.append((name, subset, split, streaming))
+        return datasets.Dataset.from_dict({"text": ["a", "b", "c"] if split == "train" else ["d"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = DataConfig(train="some/texts", subset="small", eval_split="test", max_documents=2)
+    train, held_out = load_documents(config, make_tokenizer())
+    assert [shown(d) for d in train] == ["A <EOS>", "B <EOS>"] and [shown(d) for d in held_out] == ["D <EOS>"]
+    assert calls == [("some/texts", "small", "train", True), ("some/texts", "small", "test", True)]
+
+
+def test_dataset_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        raise FileNotFoundError("Dataset 'some/texts' doesn't exist\nmore lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"^data\.train: no file 'some/texts' here, and .*doesn't exist$"):
+        read("some/texts")
+
+
+def test_form_found_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    read(write_jsonl(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b"}, {"text": "c"}))
+    assert "data.train: 1 x prompt + completion, 1 x text in" in caplog.text
+
+
+def test_rows_without_text_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", {"text": "a"}, {"text": ""}, {"text": None})
+    assert len(read(source)) == 1
+    assert "2 record(s) without a token to train on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            '{"body": "a"}',
+            r"x\.jsonl:1: columns found: body; wanted 'text', 'prompt' and 'completion', or 'messages'",
+        ),
+        ('{"text": "a"}\n\n{"text": 3}', r"x\.jsonl:3: 'text' is of type int, wanted text"),
+        ('{"text": "a"}\n{"text"', r"x\.jsonl:2: not a line of JSON"),
+        ("[1]", r"x\.jsonl:1: a JSON list; each line has to be an object"),
+        ('{"messages": "hi"}', r"x\.jsonl:1: 'messages' has to be a list of \{role, content\}, found 'hi'"),
+        ("", "has no text to train on"),
+        ('{"text": ""}', "has no text to train on"),
+    ],
+)
+def test_bad_rows_are_errors_of_one_line_with_their_place(tmp_path: Path, lines: str, message: str) -> None:
+    (tmp_path / "x.jsonl").write_text(lines)
+    with pytest.raises(DataError, match=message) as caught:
+        read(tmp_path / "x.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no/such/file.txt", "data.train: no such file or directory: no/such/file.txt"),
+        ("missing.json", "data.train: no such file or directory: missing.json"),
+        ("{tmp}/*.txt", r"no file that ends in one of \.txt, \.jsonl, \.parquet in"),
+        ("{tmp}/x.csv", r"ends in '\.csv'; give a file that ends in one of \.txt, \.jsonl, \.parquet"),
+        ("{tmp}/x.parquet", "not a readable Parquet file"),
+    ],
+)
+def test_missing_or_foreign_files_are_named(tmp_path: Path, source: str, message: str) -> None:
+    (tmp_path / "x.csv").write_text("a,b")
+    (tmp_path / "x.parquet").write_text("not parquet")
+    with pytest.raises(DataError, match=message) as caught:
+        read(source.replace("{tmp}", str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_undecodable_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"abc\xff")
+    with pytest.raises(DataError, match=r"x\.txt: not UTF-8 text \(byte 3\)"):
+        read(tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize("values", [{"subset": "x"}, {"split": "test"}, {"eval_split": "test"}])
+def test_settings_of_datasets_are_refused_for_files(values: dict[str, str]) -> None:
+    with pytest.raises(DataError, match=rf"data\.{next(iter(values))} is .* no dataset name; remove"):
+        load_documents(DataConfig(**values), make_tokenizer())
+
+
+# What is trained on
+
+
+def test_only_the_completion_is_trained_on(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", {"prompt": "user : hi ", "completion": "yes no"})
+    assert shown(read(source)[0]) == "user : hi YES NO <EOS>"
+    assert shown(read(source, make_tokenizer(bos=True))[0]) == "<bos> user : hi YES NO <EOS>"
+
+
+CONVERSATION = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "why"},
+    {"role": "assistant", "content": "because a"},
+]
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED_CHAT])
+def test_only_the_assistant_s_turns_are_trained_on(tmp_path: Path, template: str) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", {"messages": CONVERSATION})
+    assert shown(read(source, make_tokenizer(template))[0]) == (
+        "user : hi <eos> assistant : YES <EOS> user : why <eos> assistant : BECAUSE A <EOS>"
+    )
+
+
+def test_opening_line_of_the_assistant_is_not_trained_on(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", {"messages": [CONVERSATION[1], *CONVERSATION[2:]]})
+    document = read(source, make_tokenizer(CHAT))[0]
+    assert shown(document) == "assistant : yes <eos> user : why <eos> assistant : BECAUSE A <EOS>"
+
+
+def test_end_is_added_where_the_template_has_none_and_trained_after_an_answer(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(CHAT.replace(" <eos> ", " "))
+    source = write_jsonl(tmp_path / "x.jsonl", {"messages": CONVERSATION[:2]}, {"messages": CONVERSATION[:3]})
+    assert [shown(document) for document in read(source, tokenizer)] == [
+        "user : hi assistant : YES <EOS>",
+        "user : hi assistant : YES user : why <eos>",
+    ]
+
+
+def test_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
+    one = write_jsonl(tmp_path / "one.jsonl", {"messages": CONVERSATION[:2]})
+    document = read(one, make_tokenizer(FORGETFUL_CHAT))[0]
+    assert shown(document) == "user : hi <eos> assistant : WHY YES <EOS>"
+    many = write_jsonl(tmp_path / "many.jsonl", {"messages": CONVERSATION})
+    with pytest.raises(DataError, match=r"many\.jsonl:1: the chat template renders turn 2 differently"):
+        read(many, make_tokenizer(FORGETFUL_CHAT))
+
+
+def test_refusals_of_templates_are_passed_on(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", {"messages": CONVERSATION})
+    with pytest.raises(
+        DataError, match=r"x\.jsonl:1: the chat template refuses the conversation: no systems"
+    ):
+        read(source, make_tokenizer("{{ raise_exception('no systems') }}"))
+    with pytest.raises(DataError, match="'messages' need a chat template, which this tokenizer lacks"):
+        read(source, make_tokenizer())
+
+
+# Held-out text
+
+
+def test_held_out_documents_depend_on_content_only() -> None:
+    documents = make_documents(*[5] * 40)
+    train, held_out = split_documents(documents, 0.1)
+    assert len(held_out) == 4 and len(train) == 36
+    again = split_documents(documents[::-1], 0.1)[1]
+    assert sorted(d.input_ids[0] for d in again) == sorted(d.input_ids[0] for d in held_out)
+
+
+def test_copies_are_never_on_both_sides() -> None:
+    documents = make_documents(*[5] * 10) * 3
+    train, held_out = split_documents(documents, 0.2)
+    assert not {d.input_ids[0] for d in train} & {d.input_ids[0] for d in held_out}
+    assert len(train) + len(held_out) == 30 and len(held_out) == 6
+
+
+def test_single_document_is_cut_in_two() -> None:
+    (document,) = make_documents(100)
+    (train,), (held_out,) = split_documents([document], 0.05)
+    assert np.array_equal(np.concatenate([train.input_ids, held_out.input_ids]), document.input_ids)
+    assert len(held_out.input_ids) == 5
+
+
+def test_split_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match=r"leaves nothing to train on; lower it, or name held-out text"):
+        split_documents(make_documents(5) * 4, 0.5)
+    with pytest.raises(DataError, match=r"one document of 1 token"):
+        split_documents(make_documents(1), 0.5)
+
+
+# Packing
+
+
+@pytest.mark.parametrize("seq_len", [2, 7, 10])
+def test_packing_loses_nothing_but_the_tail(seq_len: int) -> None:
+    documents = make_documents(3, 11, 1, 9)
+    stream = np.concatenate([document.input_ids for document in documents])
+    dataset = PackedDataset(documents, seq_len)
+    packed = np.concatenate([dataset[index]["input_ids"] for index in range(len(dataset))])
+    assert np.array_equal(packed, stream[: len(packed)]) and len(stream) - len(packed) == dataset.num_left_out
+    assert dataset.num_left_out < seq_len
+    whole = PackedDataset(documents, seq_len, keep_tail=True)
+    labels = np.concatenate([whole[index]["labels"] for index in range(len(whole))])
+    starts = [100, 103, 114, 115]
+    assert labels[labels != IGNORED].tolist() == [token for token in stream if token not in starts]
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_nothing_is_predicted_across_the_start_of_a_document() -> None:
+    dataset = PackedDataset(make_documents(3, 4, 5), 12)
+    batch = collate([dataset[0]])
+    # Row s predicts token s + 1: rows 2 and 6 would predict the first tokens of documents 2 and 3.
+    assert batch.loss_rows.tolist() == [0, 1, 3, 4, 5, 7, 8, 9, 10]
+
+
+def test_untrained_tokens_are_no_targets() -> None:
+    document = Document(np.arange(6, dtype=np.int32), np.array([0, 0, 1, 1, 0, 1], dtype=bool))
+    item = PackedDataset([document], 6, ignore_index=-7)[0]
+    assert item["labels"].tolist() == [-7, -7, 2, 3, -7, 5]
+
+
+def test_too_little_text_is_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"2 document\(s\) with 7 tokens fill no sequence of data.seq_len 8; lower"
+    ):
+        PackedDataset(make_documents(3, 4), 8)
+
+
+# Batches
+
+
+def test_loss_rows_are_those_whose_next_label_counts() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.where(generator.random((3, 9)) < 0.4, IGNORED, generator.integers(0, 50, (3, 9)))
+    batch = collate([{"input_ids": np.abs(row), "labels": row} for row in labels])
+    expected = [b * 9 + s for b in range(3) for s in range(8) if labels[b, s + 1] != IGNORED]
+    assert batch.loss_rows.tolist() == expected and batch.num_valid == len(expected)
+    assert batch.loss_rows.dtype == batch.labels.dtype == batch.input_ids.dtype == torch.int64
+    assert batch.num_tokens == 27
+    moved = batch.to("meta")
+    assert {tensor.device.type for tensor in moved.model_inputs().values()} == {"meta"}
+    assert moved.num_valid == batch.num_valid and list(moved.model_inputs()) == [
+        "input_ids",
+        "labels",
+        "loss_rows",
+    ]
+
+
+def test_batch_without_targets_has_no_rows() -> None:
+    item = {"input_ids": np.zeros(4, dtype=np.int64), "labels": np.full(4, IGNORED)}
+    batch = collate([item, item])
+    assert batch.num_valid == 0 and batch.loss_rows.shape == (0,)
+
+
+def test_each_epoch_sees_everything_once_in_its_own_order() -> None:
+    # 10 items, 4 a step: epochs end within steps.
+    order = np.concatenate([indices_for_step(10, step, 4, seed=3) for step in range(5)])
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10].tolist() != order[10:].tolist()
+    assert (
+        order.tolist()
+        != np.concatenate([indices_for_step(10, step, 4, seed=4) for step in range(5)]).tolist()
+    )
+    # Any step can be asked for, in any order.
+    assert indices_for_step(10, 3, 4, seed=3).tolist() == order[12:16].tolist()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "accumulation", "micro"), [(1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (8, 1, 1)]
+)
+def test_step_is_the_same_however_it_is_split(world_size: int, accumulation: int, micro: int) -> None:
+    dataset = PackedDataset(make_documents(*[13] * 17), 10)
+    for step in (0, 1, 5):
+        seen: list[list[int]] = []
+        for rank in range(world_size):
+            batches = TrainBatches(
+                dataset, micro_batch_size=micro, gradient_accumulation_steps=accumulation,
+                seed=1, rank=rank, world_size=world_size,
+            )  # fmt: skip
+            micro_batches = batches.step(step)
+            assert len(micro_batches) == accumulation
+            assert all(batch.input_ids.shape == (micro, 10) for batch in micro_batches)
+            seen += [row for batch in micro_batches for row in batch.input_ids.tolist()]
+        expected = [dataset[i]["input_ids"].tolist() for i in indices_for_step(len(dataset), step, 8, 1)]
+        assert sorted(seen) == sorted(expected)
+
+
+def test_step_larger_than_the_data_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    dataset = PackedDataset(make_documents(30), 10)
+    batches = TrainBatches(dataset, micro_batch_size=2, gradient_accumulation_steps=2, seed=0)
+    assert "one step takes 4 sequences and there are 3" in caplog.text
+    assert batches.epochs(6) == 8
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_reads_the_same_text_on_any_number_of_ranks(world_size: int) -> None:
+    dataset = PackedDataset(make_documents(*[9] * 9), 8, keep_tail=True)
+    shares = [
+        list(eval_batches(dataset, num_sequences=5, micro_batch_size=2, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    counted = [
+        row
+        for share in shares
+        for batch in share
+        for row in batch.input_ids[batch.labels[:, 1] >= 0].tolist()
+    ]
+    assert sorted(counted) == sorted(dataset[index]["input_ids"].tolist() for index in (0, 2, 4, 6, 8))
+    everything = eval_batches(dataset, num_sequences=99, micro_batch_size=2)
+    valid = sum(int((dataset[index]["labels"][1:] != IGNORED).sum()) for index in range(len(dataset)))
+    assert sum(batch.num_valid for batch in everything) == valid
