@@ -19,6 +19,7 @@ __all__ = [
     "DistillConfig",
     "FromTeacherConfig",
     "LogConfig",
+    "ModelSource",
     "RunConfig",
     "StudentConfig",
     "TeacherConfig",
@@ -166,13 +167,14 @@ class DataConfig(Section):
     """Text that both models read."""
 
     train: str = "python_docs"
-    """`python_docs` (built in), a .txt/.jsonl/.parquet file, directory or glob, or a dataset name."""
+    """`python_docs` (built in), a .txt/.jsonl/.parquet file, directory or glob, or a dataset name. A .txt
+    file is one document; rows have `text`, `prompt` and `completion`, or `messages`."""
 
     eval: str | None = None
     """Held-out text in the same forms; None holds out `eval_fraction` of the training documents."""
 
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the training documents that is held out when `eval` is None."""
+    """Share of the training documents that is held out when `eval` is None; a single document is cut."""
 
     subset: str | None = None
     """Configuration name of a hub dataset."""
@@ -190,10 +192,7 @@ class DataConfig(Section):
     """Tokens per packed sequence."""
 
     max_documents: PositiveInt | None = None
-    """Use only the first so many documents."""
-
-    num_workers: Annotated[int, Field(ge=0)] = 0
-    """Loader processes per rank."""
+    """Use only the first so many documents (of `train`, and of `eval`)."""
 
 
 class TrainConfig(Section):
