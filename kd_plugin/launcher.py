@@ -61,6 +61,8 @@ def one_line_errors(verbose: bool, exit_code: int) -> Iterator[None]:
     """Report what a user can cure (ValueError, missing file, model, package) in one line, then raise Stop."""
     try:
         yield
+    except BrokenPipeError:  # `| head` is no mistake
+        raise
     except (ValueError, OSError, ImportError) as error:
         if verbose:
             raise
