@@ -1,0 +1,74 @@
+"""The README's code and commands, run as they are written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kd_plugin.config_file import load_config
+from kd_plugin.tensorboard import TAGS
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def tiny_model(*_: Any) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
+
+
+@pytest.fixture
+def names() -> dict[str, Any]:
+    """What the blocks take for granted."""
+    import kd_plugin as kd
+
+    torch.manual_seed(0)
+    ids = torch.randint(0, 32, (2, 8))
+    return {
+        "AutoModelForCausalLM": SimpleNamespace(from_pretrained=tiny_model),
+        "loader": [{"input_ids": ids, "labels": ids}],
+        "kd": kd,
+        "config": kd.DistillConfig(row_kernel="eager"),
+        "student_hidden": torch.randn(2, 8, 16, requires_grad=True),
+        "student_weight": torch.randn(32, 16, requires_grad=True),
+        "teacher_hidden": torch.randn(2, 8, 24),
+        "teacher_weight": torch.randn(32, 24),
+        "targets": ids,
+    }
+
+
+@pytest.mark.parametrize("block", CODE, ids=["before", "after", "tensors"])
+def test_code_blocks_run(block: str, names: dict[str, Any]) -> None:
+    exec(compile(block, "README.md", "exec"), names)
+    if "student" in names:
+        gradients = [parameter.grad for parameter in names["student"].parameters()]
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    else:
+        assert names["student_weight"].grad.abs().sum() > 0
+
+
+def test_commands_name_files_that_exist_and_overrides_that_are_accepted(repo_root: Path) -> None:
+    lines = [shlex.split(line, comments=True) for line in README.splitlines() if line.startswith("    ")]
+    configs = [words for words in lines if any(word.endswith(".yaml") for word in words)]
+    assert len(configs) == 3
+    for words in configs:
+        at = next(index for index, word in enumerate(words) if word.endswith(".yaml"))
+        load_config(repo_root / words[at], words[at + 1 :])
+    scripts = [word for words in lines for word in words if re.fullmatch(r"launch/\w+\.(py|sh)", word)]
+    assert len(scripts) == 4
+    assert all((repo_root / script).is_file() for script in scripts)
+
+
+def test_the_table_of_tags_is_complete() -> None:
+    listed = set(re.findall(r"`((?:train|distill)/\w+)`", README))
+    written = {tag for tag in TAGS.values() if tag.startswith(("train/", "distill/"))}
+    assert written - listed <= {"distill/temperature", "distill/valid_tokens", "distill/chunk_size"}
+    assert listed <= written
