@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from kd_plugin.config_file import ConfigError as ConfigError
     from kd_plugin.config_file import load_config as load_config
     from kd_plugin.fused_loss import DistillOutput as DistillOutput
-    from kd_plugin.fused_loss import distill_logits as distill_logits
     from kd_plugin.fused_loss import distill_loss as distill_loss
     from kd_plugin.head import DistillHead as DistillHead
+    from kd_plugin.logits_loss import distill_logits as distill_logits
     from kd_plugin.plugin import Plugin as Plugin
     from kd_plugin.plugin import attach as attach
     from kd_plugin.training import train as train
@@ -32,7 +32,7 @@ _HOMES = {
     "Plugin": "plugin",
     "RunConfig": "config",
     "attach": "plugin",
-    "distill_logits": "fused_loss",
+    "distill_logits": "logits_loss",
     "distill_loss": "fused_loss",
     "load_config": "config_file",
     "reference": "",

@@ -1,0 +1,152 @@
+"""Refusals of the loss: what was found, what is wanted, what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kd_plugin.config import DistillConfig
+
+
+def whole_weight(name: str, weight: Tensor) -> None:
+    """Refuse a head weight that is sharded, partitioned or quantised."""
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            f"{name} is a DTensor (sharded by FSDP2): its full_tensor() would lose the gradient reduction. "
+            "Call the loss inside the head's own forward: kd_plugin.attach(student, teacher, config) before fully_shard"
+        )
+    if weight.numel() == 0 or (hasattr(weight, "ds_id") and weight.dim() != 2):
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)}: ZeRO-3 has partitioned it away. Call the loss inside the "
+            "engine's forward: kd_plugin.attach(student, teacher, config) before deepspeed.initialize"
+        )
+    if weight.dim() != 2:
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)}; wanted [vocab, width]. A flat one comes from FSDP1: "
+            "attach before wrapping, so that the loss runs inside the head's forward"
+        )
+    if not weight.is_floating_point():
+        raise ValueError(f"{name} is {weight.dtype}; wanted a float weight: keep the head out of quantisation")
+
+
+def _pair(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    whole_weight(f"{side}_weight", weight)
+    if isinstance(hidden, DTensor):
+        raise ValueError(f"{side}_hidden is a DTensor; pass this rank's rows: {side}_hidden.to_local()")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{side}_hidden {tuple(hidden.shape)} and {side}_weight {tuple(weight.shape)} differ in width: "
+            "wanted [..., width] and [vocab, width]"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(
+            f"{side}_bias has shape {tuple(bias.shape)}; wanted [{weight.shape[0]}], one per vocabulary row"
+        )
+    if hidden.device != weight.device:
+        raise ValueError(f"{side}_hidden is on {hidden.device}, {side}_weight on {weight.device}: move one of them")
+
+
+def loss_inputs(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    targets: Tensor | None,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    config: DistillConfig,
+) -> None:
+    """Shapes and kinds of everything `distill_loss` takes."""
+    _pair("student", student_hidden, student_weight, student_bias)
+    if config.soft_weight:
+        if teacher_hidden is None or teacher_weight is None:
+            raise ValueError(
+                f"soft_weight is {config.soft_weight:g} but there is no teacher: pass teacher_hidden and "
+                "teacher_weight, or set soft_weight=0"
+            )
+        _pair("teacher", teacher_hidden, teacher_weight, teacher_bias)
+        if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+            raise ValueError(
+                f"student_hidden {tuple(student_hidden.shape)} and teacher_hidden {tuple(teacher_hidden.shape)} "
+                "differ in rows: both models must see the same tokens"
+            )
+    loss_targets(targets, student_hidden.shape[:-1], config)
+
+
+def loss_targets(targets: Tensor | None, rows: torch.Size, config: DistillConfig) -> None:
+    """Shape and dtype of the targets."""
+    if targets is None:
+        if config.hard_weight:
+            raise ValueError(
+                f"hard_weight is {config.hard_weight:g} but targets is None: pass targets, or set hard_weight=0"
+            )
+        return
+    if targets.shape != rows:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} do not match the rows {tuple(rows)}: targets[i] is the label of row i "
+            "(shift labels first; attach() does that by itself)"
+        )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets are {targets.dtype}; wanted torch.int64: targets.long()")
+
+
+def token_weights(weights: Tensor | None, hidden: Tensor) -> None:
+    """Shape of per-row weights."""
+    if weights is not None and weights.shape != hidden.shape[:-1]:
+        raise ValueError(f"token_weights {tuple(weights.shape)} do not match the rows {tuple(hidden.shape[:-1])}")
+
+
+def targets_in_vocabulary(targets: Tensor, rows: Tensor, vocab_size: int) -> None:
+    """Every counted label must be one of the `vocab_size` shared token ids. Reads the device back."""
+    if rows.numel() == 0:
+        return
+    counted = targets[rows]
+    low, high = torch.stack([counted.min(), counted.max()]).tolist()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"target {low if low < 0 else high} lies outside the vocabulary of {vocab_size} shared tokens: "
+            "wrong tokenizer, or a padding label other than ignore_index?"
+        )
+
+
+def logits_inputs(
+    student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None, config: DistillConfig
+) -> None:
+    """Shapes of everything `distill_logits` takes."""
+    if config.soft_weight:
+        if teacher_logits is None:
+            raise ValueError(
+                f"soft_weight is {config.soft_weight:g} but teacher_logits is None: pass them, or set soft_weight=0"
+            )
+        if teacher_logits.shape[:-1] != student_logits.shape[:-1]:
+            raise ValueError(
+                f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} "
+                "differ in rows: both must score the same items"
+            )
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if isinstance(logits, DTensor):
+            raise ValueError(f"{name} is a DTensor; pass whole rows of logits: {name}.full_tensor() or the local rows")
+    loss_targets(targets, student_logits.shape[:-1], config)
+
+
+def linear_head(name: str, head: object) -> None:
+    """A head that the loss can take over: a float `nn.Linear` that nothing has sharded yet."""
+    kind = type(head).__name__
+    if not isinstance(head, torch.nn.Linear):
+        raise ValueError(f"{name} is a {kind}; wanted torch.nn.Linear: merge adapters and unwrap it before attach()")
+    weight = head.weight
+    if isinstance(weight, DTensor) or (hasattr(weight, "ds_id") and weight.numel() == 0):
+        raise ValueError(f"{name} is sharded already: call attach() before fully_shard or deepspeed.initialize")
+    if not weight.is_floating_point():
+        raise ValueError(f"{name} is a {kind} with {weight.dtype} weights: keep the head out of quantisation")
+
+
+def teacher_pair(teacher_hidden: Tensor, teacher_weight: Tensor, student_hidden: Tensor) -> None:
+    """Teacher hidden states and head that fit the student's rows."""
+    _pair("teacher", teacher_hidden, teacher_weight, None)
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"hidden_states {tuple(student_hidden.shape)} and teacher_hidden {tuple(teacher_hidden.shape)} "
+            "differ in rows: both models must see the same tokens"
+        )

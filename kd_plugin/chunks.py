@@ -1,0 +1,200 @@
+"""The loop over chunks: hidden states in, loss sums and gradients out, never a `[tokens, vocab]` tensor.
+
+Per chunk: one product for the student's logits, one for the teacher's, one row pass that leaves the gradient
+where the student's logits were, one product for the hidden states' gradient and one for the weight's.
+
+Memory above the inputs: `8 * C * V` bytes of chunk buffers (fp32; the teacher's is reused for the gradient in
+the precision of the model), the gradient of the hidden states, and the fp32 gradient of the weight. On a CPU
+with half-precision models, the fp32 copies of both heads come on top (see `matmul`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kd_plugin import row_kernels
+from kd_plugin.divergences import Objective
+from kd_plugin.matmul import Operand, accumulate_outer, add_bias, mm_into
+from kd_plugin.row_kernels import IDENTITY, LogitTransform, RowSpec
+from kd_plugin.teachers import TeacherSource
+
+_MIB = 2**20
+_BYTES_PER_LOGIT = 8  # one fp32 logit of the student, one of the teacher
+
+
+@dataclass
+class Problem:
+    """One call of the loss: everything but the differentiable tensors. Flattened rows."""
+
+    objective: Objective
+    teacher: TeacherSource | None
+    targets: Tensor | None  # [N] int64
+    rows: Tensor | None  # [n] int64 indices of the valid rows; None: all of them
+    num_rows: int  # n
+    token_weights: Tensor | None  # [N]
+    chunk_size: int
+    row_kernel: str
+    student_transform: LogitTransform = IDENTITY
+    workspace_bytes: int = 0
+    """Out: bytes held above the inputs at the loop's peak."""
+    dense_bytes: int = 0
+    """Out: bytes that the fp32 logits of all rows would have taken, both models' together."""
+
+
+@dataclass
+class Result:
+    """Sums over the valid rows, and un-normalised gradients."""
+
+    sums: Tensor  # [len(STATISTICS)] weighted by token_weights
+    grad_hidden: Tensor | None  # [N, D]
+    grad_weight: Tensor | None  # [V, D] fp32 (fp64 for fp64 models)
+    grad_bias: Tensor | None  # [V]
+
+
+def rows_per_chunk(chunk_size: int | str, loss_memory_mb: float, vocab_size: int) -> int:
+    """Rows C of one chunk: `chunk_size`, or the most for which 8 * C * V bytes fit `loss_memory_mb` MiB.
+
+    From 64 rows on, the automatic value is a multiple of 64. Raises `ValueError` if not even one row fits.
+    """
+    if chunk_size != "auto":
+        return int(chunk_size)
+    row_bytes = _BYTES_PER_LOGIT * vocab_size
+    rows = int(loss_memory_mb * _MIB) // row_bytes
+    if rows < 1:
+        raise ValueError(
+            f"loss_memory_mb={loss_memory_mb:g} does not hold one row of {vocab_size} logits; "
+            f"one row needs {row_bytes / _MIB:.3g} MiB: raise loss_memory_mb"
+        )
+    return rows if rows < 64 else rows // 64 * 64
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of logits, statistics and the weight's gradient."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_cpu_workspace: dict[tuple[torch.dtype, str], Tensor] = {}
+
+
+def _buffer(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A `[rows, columns]` buffer. CUDA's allocator keeps freed blocks; on a CPU, where fresh pages cost more
+    than the row pass that fills them, the largest buffer so far is kept (see `release_workspace`)."""
+    if device.type != "cpu":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    flat = _cpu_workspace.get((dtype, name))
+    if flat is None or flat.numel() < rows * columns:
+        flat = _cpu_workspace[dtype, name] = torch.empty(rows * columns, dtype=dtype)
+    return flat[: rows * columns].view(rows, columns)
+
+
+def release_workspace() -> None:
+    """Give back the chunk buffers kept for the next step (CPU only)."""
+    _cpu_workspace.clear()
+
+
+class _Loop:
+    """State shared by the chunks of one call."""
+
+    def __init__(self, problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int) -> None:
+        self.problem, self.hidden, self.bias = problem, hidden, bias
+        self.vocab_size = vocab_size
+        self.dtype = wide_dtype(hidden.dtype)
+        self.operand = Operand(weight[:vocab_size], self.dtype)
+        self.chunk = min(problem.chunk_size, max(problem.num_rows, 1))
+        capacity = max(self.chunk, 2)  # row_kernels.run never compiles for a single row
+        self.student = _buffer("student", capacity, vocab_size, self.dtype, hidden.device)
+        self.teacher = None
+        if problem.teacher is not None:
+            problem.teacher.prepare(vocab_size, self.dtype)
+            self.teacher = _buffer("teacher", capacity, vocab_size, self.dtype, hidden.device)
+
+    def indices(self, start: int, stop: int) -> slice | Tensor:
+        rows = self.problem.rows
+        return slice(start, stop) if rows is None else rows[start:stop]
+
+    def run_rows(self, spec: RowSpec, hidden: Tensor, rows: slice | Tensor) -> Tensor:
+        """Logits and row pass of one chunk; leaves the gradient in `self.student`. -> statistics `[n, K]`."""
+        problem, n = self.problem, hidden.shape[0]
+        logits = self.student[:n]
+        mm_into(logits, hidden, self.operand)
+        add_bias(logits, None if self.bias is None else self.bias[: self.vocab_size])
+        if problem.teacher is not None:
+            assert self.teacher is not None
+            problem.teacher.logits_into(self.teacher[:n], rows)
+        targets = target_logits = weights = None
+        if spec.objective.hard_weight:
+            assert problem.targets is not None
+            targets = problem.targets[rows, None]
+            target_logits = logits.gather(1, targets)
+        if problem.token_weights is not None:
+            weights = problem.token_weights[rows, None].to(self.dtype)
+        statistics = row_kernels.run(problem.row_kernel, spec, n, self.student, self.teacher, target_logits, weights)
+        if spec.with_gradient and targets is not None:
+            row_kernels.subtract_labels(spec, logits, targets, target_logits, weights)
+        return statistics if weights is None else statistics * weights
+
+    def narrow(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """`gradient` in the model's precision; in the teacher's buffer, which the row pass is done with."""
+        if gradient.dtype == dtype:
+            return gradient
+        if self.teacher is None:
+            return gradient.to(dtype)
+        return self.teacher.view(-1).view(dtype)[: gradient.numel()].view_as(gradient).copy_(gradient)
+
+
+def run(
+    problem: Problem,
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    *,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> Result:
+    """All chunks of one call. Skips every product whose result is not needed."""
+    teacher = problem.teacher
+    vocab_size = weight.shape[0] if teacher is None else min(weight.shape[0], teacher.vocab_size)
+    loop = _Loop(problem, hidden, weight, bias, vocab_size)
+    spec = RowSpec(
+        problem.objective,
+        problem.student_transform,
+        IDENTITY if teacher is None else teacher.transform,
+        with_gradient=need_hidden or need_weight or need_bias,
+    )
+    sums = hidden.new_zeros(len(row_kernels.STATISTICS), dtype=loop.dtype)
+    all_valid = problem.rows is None
+    grad_hidden = (torch.empty_like if all_valid else torch.zeros_like)(hidden) if need_hidden else None
+    grad_weight = _weight_gradient(weight, vocab_size, loop.dtype, problem.num_rows) if need_weight else None
+    grad_bias = weight.new_zeros(weight.shape[0], dtype=loop.dtype) if need_bias else None
+
+    for start in range(0, problem.num_rows, loop.chunk):
+        stop = min(start + loop.chunk, problem.num_rows)
+        rows = loop.indices(start, stop)
+        chunk_hidden = hidden[rows]
+        sums += loop.run_rows(spec, chunk_hidden, rows).sum(0)
+        if not spec.with_gradient:
+            continue
+        gradient = loop.student[: stop - start]
+        if grad_bias is not None:
+            grad_bias[:vocab_size] += gradient.sum(0)
+        narrow = loop.narrow(gradient, weight.dtype)
+        if grad_hidden is not None:
+            grad_hidden[rows] = torch.mm(narrow, weight[:vocab_size]).to(hidden.dtype)
+        if grad_weight is not None:
+            narrow = narrow if weight.dtype == hidden.dtype else gradient.to(hidden.dtype)
+            accumulate_outer(grad_weight[:vocab_size], gradient, narrow, chunk_hidden, first=start == 0)
+    held = [loop.student, loop.teacher, grad_hidden, grad_weight, grad_bias]
+    problem.workspace_bytes = sum(t.numel() * t.element_size() for t in held if t is not None)
+    problem.dense_bytes = problem.num_rows * vocab_size * _BYTES_PER_LOGIT // (2 if teacher is None else 1)
+    return Result(sums, grad_hidden, grad_weight, grad_bias)
+
+
+def _weight_gradient(weight: Tensor, vocab_size: int, dtype: torch.dtype, num_rows: int) -> Tensor:
+    """Uninitialised where the first chunk writes, zero where no chunk does."""
+    gradient = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    gradient[vocab_size if num_rows else 0 :].zero_()
+    return gradient

@@ -1,0 +1,203 @@
+"""Hidden states in, distillation loss and its gradients out.
+
+Notable decisions:
+- gradients are computed in forward, in closed form, and kept un-normalised; backward multiplies them once by
+  `grad_output` (which carries 1 / num_items, the loss scale and the accumulation factor), so that fp16 does not
+  underflow and every gradient is scaled alike;
+- no collective is called here, and nothing is read back from the device when the valid rows are given.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kd_plugin import checks, chunks, row_kernels
+from kd_plugin.config import DistillConfig
+from kd_plugin.divergences import make_objective
+from kd_plugin.row_kernels import LogitTransform
+from kd_plugin.teachers import HeadTeacher, TeacherSource
+
+
+class DistillOutput(NamedTuple):
+    """`loss == soft_weight * soft_loss + hard_weight * hard_loss`; only `loss` is differentiable."""
+
+    loss: Tensor
+    """Scalar, fp32 (fp64 for fp64 inputs)."""
+    soft_loss: Tensor
+    """Scalar: temperature ** temperature_power * divergence, per item."""
+    hard_loss: Tensor
+    """Scalar: cross-entropy, per item."""
+    num_valid: Tensor
+    """Scalar int64: rows of this call that count."""
+    metrics: dict[str, Tensor]
+    """Scalars per valid row: teacher_entropy, student_entropy, top1_agreement, acceptance_rate, kl_t1."""
+
+
+def _graph_is_kept() -> bool:
+    """Whether backward may run again (`retain_graph=True`)."""
+    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if query is None else query()
+
+
+def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`gradient * scale` in fp32, then cast; in blocks, so that a half-precision gradient is never held wide.
+
+    In place when autograd is about to free the saved tensors anyway, never when it keeps them.
+    """
+    if gradient is None:
+        return None
+    if gradient.dtype == scale.dtype == dtype:
+        return gradient * scale if _graph_is_kept() else gradient.mul_(scale)
+    result = torch.empty_like(gradient, dtype=dtype)
+    for block, out in zip(gradient.split(1024), result.split(1024), strict=True):
+        out.copy_(block.to(scale.dtype) * scale)
+    return result
+
+
+class FusedDistill(torch.autograd.Function):
+    """(hidden [N, D], weight [V, D], bias [V] or None, problem) -> (loss sum, statistics sums [K])."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: chunks.Problem
+    ) -> tuple[Tensor, Tensor]:
+        """All the work; gradients wait in `ctx`."""
+        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+        result = chunks.run(
+            problem,
+            hidden,
+            weight,
+            bias,
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
+        ctx.save_for_backward(result.grad_hidden, result.grad_weight, result.grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(result.sums)
+        objective = problem.objective
+        loss_sum = objective.soft_weight * result.sums[0] + objective.hard_weight * result.sums[1]
+        return loss_sum, result.sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        """The waiting gradients times `grad_loss`."""
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (*(scaled(gradient, grad_loss, dtype) for gradient, dtype in pairs), None)
+
+
+class LossSums(NamedTuple):
+    """Un-normalised result of one call."""
+
+    loss_sum: Tensor  # differentiable scalar
+    statistics: Tensor  # [len(STATISTICS)] sums over the valid rows
+    num_valid: Tensor  # scalar int64
+    workspace_bytes: int = 0
+    dense_bytes: int = 0
+
+
+def loss_sums(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    teacher: TeacherSource | None,
+    targets: Tensor | None,  # [...] int64
+    config: DistillConfig,
+    *,
+    transform: LogitTransform | None = None,
+    token_weights: Tensor | None = None,  # [...]
+    rows: Tensor | None = None,  # [n] flat indices of the valid rows, counted on the host
+) -> LossSums:
+    """Sums over the valid rows, before any normalisation; what the head and `distill_loss` share."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    targets = None if targets is None else targets.reshape(-1)
+    if rows is None and targets is not None:
+        valid = targets != config.ignore_index
+        rows = valid.nonzero().squeeze(1)
+        limit = weight.shape[0] if teacher is None else min(weight.shape[0], teacher.vocab_size)
+        checks.targets_in_vocabulary(targets, rows, limit)
+    num_rows = flat.shape[0] if rows is None else rows.shape[0]
+    objective = make_objective(config)
+    problem = chunks.Problem(
+        objective=objective,
+        teacher=teacher if objective.needs_teacher else None,
+        targets=targets,
+        rows=None if num_rows == flat.shape[0] else rows,
+        num_rows=num_rows,
+        token_weights=None if token_weights is None else token_weights.reshape(-1),
+        chunk_size=chunks.rows_per_chunk(config.chunk_size, config.loss_memory_mb, weight.shape[0]),
+        row_kernel=row_kernels.choose(config.row_kernel, flat.device.type),
+        student_transform=transform or LogitTransform(),
+    )
+    loss_sum, statistics = FusedDistill.apply(flat, weight, bias, problem)
+    num_valid = torch.full((), num_rows, dtype=torch.int64, device=flat.device)
+    return LossSums(loss_sum, statistics, num_valid, problem.workspace_bytes, problem.dense_bytes)
+
+
+def normalised(sums: LossSums, num_items: int | float | Tensor | None) -> DistillOutput:
+    """Divide the sums by `num_items` (default: the valid rows of this call), at least 1."""
+    num_valid = sums.num_valid
+    items = num_valid if num_items is None else num_items
+    items = items.clamp_min(1) if isinstance(items, Tensor) else max(items, 1)
+    per_row = sums.statistics / num_valid.clamp_min(1)
+    means = sums.statistics / items
+    names = row_kernels.STATISTICS
+    metrics = dict(zip(names[2:], per_row[2:].unbind(), strict=True))
+    return DistillOutput(sums.loss_sum / items, means[0], means[1], num_valid, metrics)
+
+
+def distill_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    targets: Tensor | None,
+    *,
+    config: DistillConfig,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+) -> DistillOutput:
+    """Distillation loss of aligned rows, without ever holding `[tokens, vocab]` logits.
+
+    Args:
+        student_hidden: `[..., D]`, any float dtype; gets a gradient if it requires one.
+        student_weight: `[V, D]`; likewise.
+        teacher_hidden: `[..., E]`, the same leading shape; never gets a gradient. None if `soft_weight` is 0.
+        teacher_weight: `[V', E]`. Both vocabularies are cut to the first min(V, V') rows.
+        targets: `[...]` int64, the label of each row itself (already shifted); `config.ignore_index` skips a row.
+            None with `hard_weight=0`: every row counts.
+        config: the objective.
+        student_bias: `[V]`.
+        teacher_bias: `[V']`.
+        token_weights: `[...]`, multiplies each row's loss and gradient.
+        num_items: divides the sums over rows; default: the valid rows of this call (at least 1).
+
+    Raises:
+        ValueError: shapes that do not fit, targets outside the shared vocabulary, DTensors, or weights that
+            ZeRO-3 has partitioned away; the message says what to do instead.
+    """
+    checks.loss_inputs(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        targets,
+        student_bias,
+        teacher_bias,
+        config,
+    )
+    checks.token_weights(token_weights, student_hidden)
+    teacher = None
+    if config.soft_weight and teacher_hidden is not None and teacher_weight is not None:
+        teacher = HeadTeacher(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias)
+    sums = loss_sums(
+        student_hidden, student_weight, student_bias, teacher, targets, config, token_weights=token_weights
+    )
+    return normalised(sums, num_items)

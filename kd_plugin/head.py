@@ -1,0 +1,138 @@
+"""The student's lm_head with the loss inside its own forward.
+
+Everything that shards models (DDP, FSDP, ZeRO) makes a module's weight whole exactly while that module's
+forward runs and reduces its gradient exactly once after it. So the loss runs there: one call, one gradient.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kd_plugin import checks
+from kd_plugin.config import DistillConfig
+from kd_plugin.fused_loss import DistillOutput, LossSums, loss_sums, normalised
+from kd_plugin.row_kernels import LogitTransform
+from kd_plugin.teachers import HeadTeacher, TeacherSource
+
+
+class HeadCall:
+    """One loss computation, as handed through the head's forward.
+
+    A plain object on purpose: FSDP2's mixed precision casts every float tensor it finds in tuples, dicts and
+    dataclasses among a module's arguments, the 1/N inside them included.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherSource | None,
+        targets: Tensor,  # [N] int64
+        rows: Tensor | None = None,  # [n] int64
+        token_weights: Tensor | None = None,  # [N]
+    ) -> None:
+        self.teacher, self.targets, self.rows, self.token_weights = teacher, targets, rows, token_weights
+        self.sums: LossSums | None = None
+        """Filled in by the head; `sums.loss_sum` is what the head returns."""
+
+
+class DistillHead(nn.Linear):
+    """An `nn.Linear` head that can also compute the distillation loss.
+
+    Takes over parameters, buffers and hooks of `lm_head` (the same objects, so tying and state_dict keys stay).
+
+    Args:
+        lm_head: `nn.Linear` with weight `[V, D]`, not yet sharded.
+        config: the objective.
+        transform: scale and soft-cap that the model applies to this head's logits.
+        logits_bias: `[V]`, what the model adds to the logits besides the head's own bias.
+    """
+
+    def __init__(
+        self,
+        lm_head: nn.Linear,
+        config: DistillConfig,
+        *,
+        transform: LogitTransform | None = None,
+        logits_bias: Tensor | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        checks.linear_head("lm_head", lm_head)
+        self.__dict__.update(lm_head.__dict__)
+        self.distill_config = config
+        self.transform = transform or LogitTransform()
+        self._logits_bias = None if logits_bias is None else (logits_bias,)  # a tuple: not registered as a buffer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        targets: Tensor | HeadCall | None = None,
+        *,
+        teacher: TeacherSource | tuple[Tensor, Tensor] | None = None,
+        token_weights: Tensor | None = None,
+        num_items: int | float | Tensor | None = None,
+    ) -> Tensor | DistillOutput:
+        """Logits `[..., V]` without targets; otherwise the loss.
+
+        Args:
+            hidden_states: `[..., D]`.
+            targets: `[...]` int64, the label of each row itself.
+            teacher: a source of teacher logits, or `(teacher_hidden [..., E], teacher_weight [V', E])`.
+            token_weights: `[...]`.
+            num_items: divides the sums over rows; default: the valid rows of this call.
+        """
+        if isinstance(targets, HeadCall):
+            return self._call(hidden_states, targets)
+        if targets is None and teacher is None:
+            return super().forward(hidden_states)
+        if isinstance(teacher, tuple):
+            teacher_hidden, teacher_weight = teacher
+            checks.teacher_pair(teacher_hidden, teacher_weight, hidden_states)
+            teacher = HeadTeacher(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight)
+        if teacher is None and self.distill_config.soft_weight:
+            raise ValueError("no teacher given: pass teacher=(teacher_hidden, teacher_weight), or set soft_weight=0")
+        checks.loss_targets(targets, hidden_states.shape[:-1], self.distill_config)
+        checks.token_weights(token_weights, hidden_states)
+        sums = self._sums(hidden_states, targets, teacher, token_weights, rows=None)
+        return normalised(sums, num_items)
+
+    def _call(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
+        call.sums = self._sums(hidden_states, call.targets, call.teacher, call.token_weights, call.rows)
+        return call.sums.loss_sum
+
+    def _sums(
+        self,
+        hidden_states: Tensor,
+        targets: Tensor | None,
+        teacher: TeacherSource | None,
+        token_weights: Tensor | None,
+        rows: Tensor | None,
+    ) -> LossSums:
+        checks.whole_weight("lm_head.weight", self.weight)
+        return loss_sums(
+            hidden_states,
+            self.weight,
+            self._whole_bias(),
+            teacher,
+            targets,
+            self.distill_config,
+            transform=self.transform,
+            token_weights=token_weights,
+            rows=rows,
+        )
+
+    def _whole_bias(self) -> Tensor | None:
+        if self._logits_bias is None:
+            return self.bias
+        extra = self._logits_bias[0].to(device=self.weight.device, dtype=self.weight.dtype)
+        return extra if self.bias is None else self.bias + extra
+
+
+def teacher_head_forward(
+    head: nn.Linear, hidden_states: Tensor, transform: LogitTransform, logits_bias: Tensor | None
+) -> HeadTeacher:
+    """The teacher's head as a source of logits; to be called inside that head's forward, where it is whole."""
+    checks.whole_weight("teacher lm_head.weight", head.weight)
+    bias = head.bias
+    if logits_bias is not None:
+        extra = logits_bias.to(device=head.weight.device, dtype=head.weight.dtype)
+        bias = extra if bias is None else bias + extra
+    return HeadTeacher(hidden_states.reshape(-1, hidden_states.shape[-1]), head.weight, bias, transform)

@@ -1,0 +1,111 @@
+"""The same objective for logits that already exist: listwise ranking, tests, models without an lm_head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kd_plugin import checks, reference, row_kernels
+from kd_plugin.chunks import rows_per_chunk, wide_dtype
+from kd_plugin.config import DistillConfig
+from kd_plugin.divergences import make_objective
+from kd_plugin.fused_loss import DistillOutput, LossSums, normalised, scaled
+from kd_plugin.row_kernels import RowSpec
+
+
+class _LogitsLoss(torch.autograd.Function):
+    """(student_logits [N, V], teacher_logits [N, V'], targets, rows, config) -> (loss sum, statistics sums)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor | None,
+        targets: Tensor | None,
+        rows: Tensor,
+        config: DistillConfig,
+    ) -> tuple[Tensor, Tensor]:
+        objective = make_objective(config)
+        vocab_size = student.shape[1] if teacher is None else min(student.shape[1], teacher.shape[1])
+        spec = RowSpec(objective, with_gradient=ctx.needs_input_grad[0])
+        kernel = row_kernels.choose(config.row_kernel, student.device.type)
+        wide = wide_dtype(student.dtype)
+        gradient = torch.zeros_like(student) if spec.with_gradient else None
+        sums = student.new_zeros(len(row_kernels.STATISTICS), dtype=wide)
+        chunk = rows_per_chunk(config.chunk_size, config.loss_memory_mb, vocab_size)
+        for piece in rows.split(chunk):
+            logits = _taken(student, piece, vocab_size, wide)
+            others = None if teacher is None else _taken(teacher, piece, vocab_size, wide)
+            labels = target_logits = None
+            if objective.hard_weight and targets is not None:
+                labels = targets[piece, None]
+                target_logits = logits[: piece.numel()].gather(1, labels)
+            sums += row_kernels.run(kernel, spec, piece.numel(), logits, others, target_logits, None).sum(0)
+            logits = logits[: piece.numel()]
+            if gradient is None:
+                continue
+            if labels is not None:
+                row_kernels.subtract_labels(spec, logits, labels, target_logits, None)
+            gradient[piece, :vocab_size] = logits.to(gradient.dtype)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(sums)
+        return objective.soft_weight * sums[0] + objective.hard_weight * sums[1], sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return scaled(gradient, grad_loss, gradient.dtype), None, None, None, None
+
+
+def _taken(logits: Tensor, rows: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """`rows` of `logits`, cut to the shared vocabulary, in `dtype`; at least two rows (see row_kernels.run)."""
+    taken = logits.new_empty(max(rows.numel(), 2), vocab_size, dtype=dtype)
+    taken[: rows.numel()] = logits[rows, :vocab_size]
+    return taken
+
+
+def distill_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    targets: Tensor | None = None,
+    *,
+    config: DistillConfig,
+    detach_teacher: bool = True,
+    num_items: int | float | Tensor | None = None,
+) -> DistillOutput:
+    """Distillation loss of logits `[..., V]` and `[..., V']`; both are cut to the first min(V, V') columns.
+
+    Args:
+        student_logits: any float dtype; gets a gradient if it requires one.
+        teacher_logits: the same leading shape; None if `soft_weight` is 0.
+        targets: `[...]` int64; `config.ignore_index` skips a row. None with `hard_weight=0`: every row counts.
+        config: the objective.
+        detach_teacher: False lets the gradient into the teacher's logits too (e.g. a ranker trained jointly);
+            computed by autograd on the dense logits, which exist anyway.
+        num_items: divides the sums over rows; default: the valid rows of this call (at least 1).
+
+    Raises:
+        ValueError: shapes that do not fit, or targets outside the shared vocabulary.
+    """
+    if not detach_teacher:
+        return reference.distill_logits(
+            student_logits, teacher_logits, targets, config=config, detach_teacher=False, num_items=num_items
+        )
+    checks.logits_inputs(student_logits, teacher_logits, targets, config)
+    student = student_logits.reshape(-1, student_logits.shape[-1])
+    teacher = None
+    if config.soft_weight and teacher_logits is not None:
+        teacher = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
+    rows = torch.arange(student.shape[0], device=student.device)
+    if targets is not None:
+        targets = targets.reshape(-1)
+        rows = rows[targets != config.ignore_index]
+        limit = student.shape[1] if teacher is None else min(student.shape[1], teacher.shape[1])
+        checks.targets_in_vocabulary(targets, rows, limit)
+    loss_sum, statistics = _LogitsLoss.apply(student, teacher, targets, rows, config)
+    num_valid = torch.full((), rows.numel(), dtype=torch.int64, device=student.device)
+    return normalised(LossSums(loss_sum, statistics, num_valid), num_items)

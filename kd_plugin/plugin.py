@@ -1,0 +1,306 @@
+"""`attach` a teacher to a student: `student(input_ids, labels=...).loss` becomes the distillation loss.
+
+One forward of the student in distillation mode:
+
+    student backbone -> teacher(...) under no_grad -> teacher backbone -> teacher.lm_head
+                                                                         \\-> student.lm_head: the loss
+
+Each head is only ever used inside its own module's forward, the student's nested in the teacher's, because
+that is where every wrapper (DDP, FSDP1, FSDP2, ZeRO-3) guarantees a whole weight and a reduced gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_plugin import causal_lm, checks, row_kernels
+from kd_plugin.chunks import rows_per_chunk
+from kd_plugin.config import DistillConfig
+from kd_plugin.head import DistillHead, HeadCall, teacher_head_forward
+from kd_plugin.metrics import GIB, MetricSums, Stopwatch, num_ranks
+from kd_plugin.teachers import HeadTeacher
+from kd_plugin.vocabulary import check_tokenizers
+
+# Inputs of one model's own bookkeeping, of no use to the other.
+_NOT_FOR_TEACHER = {"past_key_values", "use_cache", "cache_position", "inputs_embeds", "output_attentions"}
+_NOT_FOR_TEACHER |= {"output_hidden_states", "return_dict", "logits_to_keep"}
+
+
+class _Consumer:
+    """What the teacher's head does with its hidden states. A plain object, so that no wrapper looks inside."""
+
+    def __init__(self, use: Callable[[HeadTeacher], None]) -> None:
+        self.use = use
+
+
+class Plugin:
+    """A student bound to its teacher; made by `attach`."""
+
+    def __init__(self, student: nn.Module, teacher: Any, config: DistillConfig, group: Any = None) -> None:
+        self.config, self.group = config, group
+        self.student = student
+        self.teacher = teacher
+        """The teacher as it is to be called; set it to the wrapper made after `attach`."""
+        self._undo: list[Callable[[], None]] = []
+        self._sums = MetricSums((*row_kernels.STATISTICS, "valid_tokens"))
+        self._watch = Stopwatch()
+        self._peak_loss_bytes = 0
+        self._dense_bytes = 0
+
+    def metrics(self) -> dict[str, float]:
+        """Means per valid token since the last call, over all ranks. One collective: call it on every rank.
+
+        Keys: loss, soft_loss, hard_loss, teacher_entropy, student_entropy (nats), top1_agreement,
+        acceptance_rate, kl_t1, valid_tokens, temperature, chunk_size, logits_avoided_gib, loss_peak_gib, and
+        this rank's wall time in student_ms (backbone), teacher_ms (backbone), loss_ms, summed over forwards.
+        """
+        device = self._slot.module.weight.device
+        sums = self._sums.take(device, self.group)
+        valid = sums.pop("valid_tokens")
+        means = {name: value / max(valid, 1.0) for name, value in sums.items()}
+        if not (self.config.metrics and self.config.soft_weight):
+            means = {name: means[name] for name in ("soft_loss", "hard_loss")}
+        loss = self.config.soft_weight * means["soft_loss"] + self.config.hard_weight * means["hard_loss"]
+        times = {f"{name}_ms": elapsed for name, elapsed in self._watch.take().items()}
+        return {
+            "loss": loss,
+            **means,
+            "valid_tokens": valid,
+            "temperature": self.config.temperature,
+            "chunk_size": float(self.chunk_size),
+            "loss_peak_gib": self._peak_loss_bytes / GIB,
+            "logits_avoided_gib": self._dense_bytes / GIB,
+            **times,
+        }
+
+    @property
+    def chunk_size(self) -> int:
+        """Rows per chunk, resolved."""
+        return rows_per_chunk(self.config.chunk_size, self.config.loss_memory_mb, self._slot.module.out_features)
+
+    def detach(self) -> None:
+        """Give both models back as they were; state_dict keys never changed. Calling it twice does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    # -- attaching ------------------------------------------------------------------------------------------
+
+    def _attach_student(self) -> None:
+        model = causal_lm.unwrap(self.student)
+        self._slot = slot = causal_lm.find_head(model, "student")
+        transform, logits_bias = causal_lm.logit_transform(model, slot, "student")
+        original = slot.module
+        head = DistillHead(original, self.config, transform=transform, logits_bias=logits_bias)
+
+        def restore_head() -> None:
+            original.train(head.training)
+            slot.put(original)
+
+        slot.put(head)
+        self._undo.append(restore_head)
+        self._student_forward = model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._distill_forward(*args, **kwargs)
+
+        self._replace_forward(model, forward)
+
+    def _attach_teacher(self) -> None:
+        model = causal_lm.unwrap(self.teacher)
+        self._freeze(model)
+        slot = causal_lm.find_head(model, "teacher")
+        transform, logits_bias = causal_lm.logit_transform(model, slot, "teacher")
+        model_forward, head = model.forward, causal_lm.unwrap(slot.module)
+        head_forward = head.forward
+        self.teacher_vocab_size = head.out_features
+
+        def forward(*args: Any, kd_consumer: _Consumer | None = None, **kwargs: Any) -> Any:
+            if kd_consumer is None:
+                return model_forward(*args, **kwargs)
+            with self._watch.region("teacher", head.weight.device):
+                hidden = causal_lm.run_backbone(slot, model_forward, kwargs)
+            return slot.module(hidden, kd_consumer)
+
+        def call_head(hidden_states: Tensor, kd_consumer: _Consumer | None = None) -> Tensor:
+            if kd_consumer is None:
+                return head_forward(hidden_states)
+            kd_consumer.use(teacher_head_forward(head, hidden_states, transform, logits_bias))
+            return hidden_states.new_zeros(())
+
+        self._replace_forward(model, forward)
+        self._replace_forward(head, call_head)
+
+    def _freeze(self, teacher: nn.Module) -> None:
+        trainable = [p for p in teacher.parameters() if p.requires_grad]
+        was_training = teacher.training
+
+        def restore() -> None:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            teacher.train(was_training)
+
+        teacher.requires_grad_(False)
+        teacher.eval()
+        self._undo.append(restore)
+
+    def _replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        own = module.__dict__.get("forward")
+        module.forward = functools.wraps(module.forward)(forward)
+
+        def restore() -> None:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+        self._undo.append(restore)
+
+    # -- one step -------------------------------------------------------------------------------------------
+
+    def _distill_forward(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,  # [B, S], unshifted for a causal LM
+        shift_labels: Tensor | None = None,  # [B, S], already shifted
+        num_items_in_batch: int | Tensor | None = None,
+        loss_rows: Tensor | None = None,  # [n] flat indices of the rows that count
+        token_weights: Tensor | None = None,  # [B, S], by row
+        **kwargs: Any,
+    ) -> Any:
+        """The student's forward. Without labels, the original one."""
+        names = list(inspect.signature(self._student_forward).parameters)
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        labels = inputs.pop("labels", labels)
+        if labels is None and shift_labels is None:
+            return self._student_forward(**inputs)
+        targets = self._targets(inputs, labels, shift_labels)
+        inputs.pop("logits_to_keep", None)
+        device = targets.device
+        with self._watch.region("student", device):
+            hidden = causal_lm.run_backbone(self._slot, self._student_forward, inputs)
+        checks.loss_targets(targets, hidden.shape[:-1], self.config)
+        call = HeadCall(None, targets.reshape(-1), loss_rows, token_weights)
+        loss_sum = self._through_heads(hidden, call, inputs)
+        self._record(call)
+        return self._model_output(self._normalise(loss_sum, call, num_items_in_batch))
+
+    def _targets(self, inputs: dict[str, Any], labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
+        """Label of each row `[B, S]`; adds `decoder_input_ids` to `inputs` for an encoder-decoder."""
+        if shift_labels is not None:
+            return shift_labels
+        assert labels is not None
+        model_config = causal_lm.unwrap(self.student).config
+        if not getattr(model_config, "is_encoder_decoder", False):
+            return F.pad(labels, (0, 1), value=self.config.ignore_index)[..., 1:]
+        if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
+            start = torch.full_like(labels[:, :1], model_config.decoder_start_token_id)
+            shifted = torch.cat([start, labels[:, :-1]], dim=1)
+            padding = shifted == self.config.ignore_index
+            inputs["decoder_input_ids"] = shifted.masked_fill(padding, model_config.pad_token_id)
+        return labels
+
+    def _through_heads(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
+        """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
+        if not self.config.soft_weight:
+            with self._watch.region("loss", hidden.device):
+                return self._slot.module(hidden, call)
+        if inputs.get("inputs_embeds") is not None:
+            raise ValueError("the student got inputs_embeds, which the teacher cannot read: pass input_ids")
+        results: list[Tensor] = []
+        with_gradient = torch.is_grad_enabled()
+
+        def use(teacher: HeadTeacher) -> None:
+            call.teacher = teacher
+            with torch.set_grad_enabled(with_gradient), self._watch.region("loss", hidden.device):
+                results.append(self._slot.module(hidden, call))
+
+        shared = {name: value for name, value in inputs.items() if name not in _NOT_FOR_TEACHER}
+        with torch.no_grad():
+            self.teacher(**shared, kd_consumer=_Consumer(use))
+        call.teacher = None
+        return results[0]
+
+    def _record(self, call: HeadCall) -> None:
+        assert call.sums is not None
+        valid = call.sums.num_valid.to(call.sums.statistics)
+        self._sums.add(torch.cat([call.sums.statistics, valid[None]]))
+        self._peak_loss_bytes = max(self._peak_loss_bytes, call.sums.workspace_bytes)
+        self._dense_bytes = max(self._dense_bytes, call.sums.dense_bytes)
+
+    def _normalise(self, loss_sum: Tensor, call: HeadCall, num_items: int | Tensor | None) -> Tensor:
+        """Divide by `num_items`; without it, count over all ranks and undo the wrapper's averaging over them."""
+        if num_items is not None:
+            items = num_items.to(loss_sum.device) if isinstance(num_items, Tensor) else num_items
+            return loss_sum / (items.clamp_min(1) if isinstance(items, Tensor) else max(items, 1))
+        assert call.sums is not None
+        valid, ranks = call.sums.num_valid.clone(), num_ranks(self.group)
+        if ranks > 1:
+            dist.all_reduce(valid, group=self.group)
+        return loss_sum * ranks / valid.clamp_min(1)
+
+    def _model_output(self, loss: Tensor) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
+
+        config = causal_lm.unwrap(self.student).config
+        return (Seq2SeqLMOutput if getattr(config, "is_encoder_decoder", False) else CausalLMOutputWithPast)(loss=loss)
+
+
+def attach(
+    student: nn.Module,
+    teacher: Any,
+    config: DistillConfig | None = None,
+    *,
+    group: Any = None,
+    tokenizers: Any = None,
+) -> Plugin:
+    """Make `student(input_ids, labels=...).loss` the distillation loss; call it before wrapping the student.
+
+    Args:
+        student: a Hugging Face causal language model or encoder-decoder, not yet sharded.
+        teacher: likewise, or already wrapped (FSDP2, DDP, a DeepSpeed engine); it is frozen and set to eval.
+            None if `soft_weight` is 0.
+        config: the objective; default `DistillConfig()`.
+        group: ranks over which the data is split; default: all.
+        tokenizers: `(student_tokenizer, teacher_tokenizer)`, compared if given.
+
+    Returns:
+        The plugin: `metrics()`, `detach()`.
+
+    With `labels`, the student's forward also takes `num_items_in_batch` (valid tokens of the whole optimizer
+    step over all ranks, as the Hugging Face Trainer passes it: then loss = local sum / num_items_in_batch and
+    the caller undoes the wrapper's averaging), `loss_rows` and `token_weights`. Without `num_items_in_batch`
+    one collective counts the valid tokens of all ranks, and the loss is scaled so that gradients averaged
+    over the ranks are those of the global mean.
+
+    Raises:
+        ValueError: a head that is sharded, quantised or not linear, logits changed in an unknown way, a student
+            attached twice, or tokenizers that differ.
+    """
+    config = config or DistillConfig()
+    model = causal_lm.unwrap(student)
+    if isinstance(getattr(model, "get_output_embeddings", lambda: None)(), DistillHead):
+        raise ValueError("this student has a teacher attached already: call plugin.detach() first")
+    if config.soft_weight and teacher is None:
+        raise ValueError(f"soft_weight is {config.soft_weight:g} but teacher is None: pass one, or set soft_weight=0")
+    if tokenizers is not None:
+        check_tokenizers(*tokenizers)
+    plugin = Plugin(student, teacher, config, group)
+    try:
+        plugin._attach_student()
+        if config.soft_weight:
+            plugin._attach_teacher()
+    except Exception:
+        plugin.detach()
+        raise
+    return plugin
+
+
+__all__ = ["Plugin", "attach"]

@@ -1,0 +1,157 @@
+"""Ground truth: dense, unchunked, plain autograd, written from the textbook formulas.
+
+Same signatures as the fused functions, one difference: `[tokens, vocab]` logits exist. Nothing of the loss
+engine is used here, so that the two can be compared.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_plugin import checks
+from kd_plugin.config import DistillConfig
+from kd_plugin.fused_loss import DistillOutput
+
+_FLOOR = -1e5  # log-probability that stands for zero: 0 * _FLOOR is 0 where 0 * -inf is NaN
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits, dim=-1).clamp_min(_FLOOR)
+
+
+def _kl(first: Tensor, second: Tensor) -> Tensor:
+    """KL(first || second) of log-probabilities `[N, V]` -> `[N]`."""
+    return (first.exp() * (first - second)).sum(-1)
+
+
+def divergence(student_logits: Tensor, teacher_logits: Tensor, config: DistillConfig) -> Tensor:
+    """Value of each row `[N]`, of logits `[N, V]` already divided by the temperature."""
+    q, p = _log_softmax(student_logits), _log_softmax(teacher_logits)
+    if config.divergence == "forward_kl":
+        return _kl(p, q)
+    if config.divergence == "soft_ce":
+        return -(p.exp() * q).sum(-1)
+    if config.divergence == "reverse_kl":
+        return _kl(q, p)
+    if config.divergence == "jsd":
+        beta = torch.tensor(config.beta, dtype=q.dtype, device=q.device)
+        m = torch.logaddexp(beta.log() + p, torch.log1p(-beta) + q)
+        return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+    raise ValueError(f"unknown divergence {config.divergence!r}")
+
+
+def _output(
+    student_logits: Tensor,  # [N, V], valid rows, fp32 or wider
+    teacher_logits: Tensor | None,
+    targets: Tensor | None,  # [N]
+    weights: Tensor | None,  # [N]
+    config: DistillConfig,
+    num_items: int | float | Tensor | None,
+) -> DistillOutput:
+    rows = student_logits.shape[0]
+    items = max(rows, 1) if num_items is None else num_items
+    soft = hard = student_logits.sum(-1) * 0.0
+    metrics = {}
+    if config.soft_weight:
+        assert teacher_logits is not None
+        scale = config.temperature**config.temperature_power
+        soft = scale * divergence(student_logits / config.temperature, teacher_logits / config.temperature, config)
+        if config.metrics:
+            metrics = _metrics(student_logits.detach(), teacher_logits.detach())
+    if config.hard_weight:
+        hard = F.cross_entropy(student_logits, targets, reduction="none")
+    if weights is not None:
+        soft, hard = soft * weights, hard * weights
+    soft_loss, hard_loss = soft.sum() / items, hard.sum() / items
+    loss = config.soft_weight * soft_loss + config.hard_weight * hard_loss
+    num_valid = torch.tensor(rows, device=student_logits.device)
+    return DistillOutput(loss, soft_loss.detach(), hard_loss.detach(), num_valid, metrics)
+
+
+def _metrics(student_logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
+    q, p = _log_softmax(student_logits), _log_softmax(teacher_logits)
+    per_row = {
+        "teacher_entropy": -(p.exp() * p).sum(-1),
+        "student_entropy": -(q.exp() * q).sum(-1),
+        "top1_agreement": (p.argmax(-1) == q.argmax(-1)).to(q.dtype),
+        "acceptance_rate": torch.minimum(p.exp(), q.exp()).sum(-1),
+        "kl_t1": _kl(p, q),
+    }
+    return {name: values.sum() / max(values.shape[0], 1) for name, values in per_row.items()}
+
+
+def distill_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    targets: Tensor | None,
+    *,
+    config: DistillConfig,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+) -> DistillOutput:
+    """As `kd_plugin.distill_loss`, dense. Half-precision inputs are multiplied in fp32."""
+    checks.loss_inputs(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        targets,
+        student_bias,
+        teacher_bias,
+        config,
+    )
+    checks.token_weights(token_weights, student_hidden)
+    rows = slice(None) if targets is None else targets.reshape(-1) != config.ignore_index
+    vocab_size = student_weight.shape[0]
+    if config.soft_weight and teacher_weight is not None:
+        vocab_size = min(vocab_size, teacher_weight.shape[0])
+
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        flat = hidden.reshape(-1, hidden.shape[-1])[rows].to(wide)
+        bias = None if bias is None else bias[:vocab_size].to(wide)
+        return F.linear(flat, weight[:vocab_size].to(wide), bias)
+
+    teacher_logits = None
+    if config.soft_weight:
+        assert teacher_hidden is not None and teacher_weight is not None
+        with torch.no_grad():
+            teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias)
+    flat_targets = None if targets is None else targets.reshape(-1)[rows]
+    weights = None if token_weights is None else token_weights.reshape(-1)[rows]
+    student_logits = logits(student_hidden, student_weight, student_bias)
+    return _output(student_logits, teacher_logits, flat_targets, weights, config, num_items)
+
+
+def distill_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    targets: Tensor | None = None,
+    *,
+    config: DistillConfig,
+    detach_teacher: bool = True,
+    num_items: int | float | Tensor | None = None,
+) -> DistillOutput:
+    """As `kd_plugin.distill_logits`, plain autograd; `detach_teacher=False` lets gradients into both."""
+    checks.logits_inputs(student_logits, teacher_logits, targets, config)
+    rows = slice(None) if targets is None else targets.reshape(-1) != config.ignore_index
+    vocab_size = student_logits.shape[-1]
+    if config.soft_weight and teacher_logits is not None:
+        vocab_size = min(vocab_size, teacher_logits.shape[-1])
+
+    def flat(logits: Tensor) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return logits.reshape(-1, logits.shape[-1])[rows, :vocab_size].to(wide)
+
+    teacher = None
+    if config.soft_weight:
+        assert teacher_logits is not None
+        teacher = flat(teacher_logits.detach() if detach_teacher else teacher_logits)
+    flat_targets = None if targets is None else targets.reshape(-1)[rows]
+    return _output(flat(student_logits), teacher, flat_targets, None, config, num_items)

@@ -1,0 +1,104 @@
+"""The body of one chunk in its interchangeable versions, all with `row_pass`'s signature."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kd_plugin.row_kernels.body import IDENTITY, STATISTICS, LogitTransform, RowSpec, row_pass, subtract_labels
+
+__all__ = ["IDENTITY", "STATISTICS", "LogitTransform", "RowSpec", "choose", "row_pass", "run", "subtract_labels"]
+
+logger = logging.getLogger(__name__)
+
+# On a CPU a chunk is passed to the kernel in blocks of rows that stay in the last-level cache: its five or so
+# sweeps over the vocabulary then read memory once. Measured on 2 Zen cores at V = 49152: 1.6x faster.
+_CPU_BLOCK_BYTES = 8 * 2**20
+# A graph is specialised to V, dtype and strides; more than this many per objective means something is wrong.
+_MAX_GRAPHS = 64
+
+
+@functools.cache
+def choose(row_kernel: str, device_type: str) -> str:
+    """`auto` -> the kernel that runs on this device; anything else unchanged. Logged once."""
+    if row_kernel != "auto":
+        return row_kernel
+    compilers = ["c++", "g++", "clang++"] if device_type == "cpu" else ["nvcc", "gcc", "cc", "clang"]
+    found = os.environ.get("CXX") or any(shutil.which(name) for name in compilers)
+    chosen = "compile" if found else "eager"
+    logger.info("row_kernel: auto -> %s (%s)", chosen, "compiler found" if found else f"none of {compilers} in PATH")
+    return chosen
+
+
+@functools.cache
+def _compiled(spec: RowSpec) -> Callable[..., Tensor]:
+    def body(*tensors: Tensor | None) -> Tensor:
+        return row_pass(spec, *tensors)
+
+    return torch.compile(body, fullgraph=True, isolate_recompiles=True, recompile_limit=_MAX_GRAPHS)
+
+
+def _block_rows(num_rows: int, vocab_size: int, device_type: str) -> int:
+    if device_type != "cpu":
+        return num_rows
+    return max(2, _CPU_BLOCK_BYTES // (8 * vocab_size))
+
+
+def run(
+    kernel: str,
+    spec: RowSpec,
+    num_rows: int,
+    student_logits: Tensor,  # [>= max(num_rows, 2), V]
+    teacher_logits: Tensor | None,  # [>= max(num_rows, 2), V]
+    target_logits: Tensor | None,  # [num_rows, 1]
+    row_weights: Tensor | None,  # [num_rows, 1]
+) -> Tensor:
+    """`row_pass` over the first `num_rows` rows by the chosen kernel -> statistics `[num_rows, K]`.
+
+    The number of rows is the one dynamic dimension of the compiled graph, so ragged chunks neither recompile
+    nor need padding. torch.compile treats a size of 1 as a constant; a single row therefore takes a second,
+    meaningless one from the buffer along.
+    """
+    if kernel == "eager":
+        tensors = (t if t is None else t[:num_rows] for t in (student_logits, teacher_logits))
+        return row_pass(spec, *tensors, target_logits, row_weights)
+    return _run_compiled(spec, num_rows, student_logits, teacher_logits, target_logits, row_weights)
+
+
+def _run_compiled(
+    spec: RowSpec,
+    num_rows: int,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target_logits: Tensor | None,
+    row_weights: Tensor | None,
+) -> Tensor:
+    body = _compiled(spec)
+    tensors = (student_logits, teacher_logits, target_logits, row_weights)
+    block = _block_rows(num_rows, student_logits.shape[1], student_logits.device.type)
+    statistics = []
+    start = 0
+    # The objective's weights and temperatures are constants of the graph, not inputs that could vary.
+    with torch._dynamo.config.patch(specialize_float=True):
+        while start < num_rows:
+            stop = num_rows if num_rows - start <= block + 1 else start + block  # never leaves a single row over
+            length = stop - start
+            statistics.append(body(*(_piece(tensor, start, max(length, 2)) for tensor in tensors))[:length])
+            start = stop
+    return statistics[0] if len(statistics) == 1 else torch.cat(statistics)
+
+
+def _piece(tensor: Tensor | None, start: int, length: int) -> Tensor | None:
+    if tensor is None:
+        return None
+    piece = tensor[start : start + length]
+    if piece.shape[0] < length:  # one row of [num_rows, 1]: repeat it
+        piece = piece.expand(length, -1).contiguous()
+    torch._dynamo.maybe_mark_dynamic(piece, 0)
+    return piece

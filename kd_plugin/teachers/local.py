@@ -1,0 +1,77 @@
+"""Teachers whose logits this rank can compute alone."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kd_plugin.matmul import Operand, add_bias, mm_into
+from kd_plugin.row_kernels import LogitTransform
+
+
+class TeacherSource(Protocol):
+    """What the chunk loop asks of a teacher."""
+
+    vocab_size: int
+    transform: LogitTransform
+
+    def prepare(self, vocab_size: int, dtype: torch.dtype) -> None:
+        """Once before the chunks: only the first `vocab_size` columns will be asked for, in `dtype`."""
+        ...
+
+    def logits_into(self, out: Tensor, rows: slice | Tensor) -> None:
+        """Write the raw logits of `rows` (indices into the flattened batch) into `out` `[n, V]`."""
+        ...
+
+
+class HeadTeacher:
+    """Teacher hidden states times the teacher's own head, multiplied chunk by chunk.
+
+    Args:
+        hidden: `[N, E]`, flattened.
+        weight: `[V', E]`, whole.
+        bias: `[V']` or None.
+        transform: what the teacher does to its raw logits.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        transform: LogitTransform | None = None,
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), bias
+        self.transform = transform or LogitTransform()
+        self.vocab_size = weight.shape[0]
+        self._operand: Operand | None = None
+
+    def prepare(self, vocab_size: int, dtype: torch.dtype) -> None:
+        """See `TeacherSource`."""
+        self._operand = Operand(self.weight[:vocab_size], dtype)
+        self._bias = None if self.bias is None else self.bias.detach()[:vocab_size]
+
+    def logits_into(self, out: Tensor, rows: slice | Tensor) -> None:
+        """See `TeacherSource`."""
+        assert self._operand is not None
+        mm_into(out, self.hidden[rows], self._operand)
+        add_bias(out, self._bias)
+
+
+class LogitsTeacher:
+    """Logits that already exist, `[N, V']`: a listwise ranker, a cache, a test."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits.detach()
+        self.vocab_size = logits.shape[1]
+        self.transform = LogitTransform()
+
+    def prepare(self, vocab_size: int, dtype: torch.dtype) -> None:
+        """See `TeacherSource`."""
+        self._columns = vocab_size
+
+    def logits_into(self, out: Tensor, rows: slice | Tensor) -> None:
+        """See `TeacherSource`."""
+        out.copy_(self.logits[rows, : self._columns])
