@@ -3,8 +3,8 @@
 Notable decisions:
 - two adapters stand behind one protocol: FSDP2 (which also serves one process and DDP's layout, so that all
   three compute in the same precision) and DeepSpeed;
-- the loss arrives divided by the valid tokens of the whole step over all ranks, so an adapter only has to undo
-  its backend's averaging over ranks;
+- the loss arrives divided by the valid tokens of the whole step over all ranks, so an adapter only has to
+  undo its backend's averaging over ranks;
 - host numbers (token counts, memory) are reduced over gloo also on GPUs, so that counting never waits for
   the device.
 """
@@ -163,7 +163,7 @@ def accumulation_steps(train: TrainConfig, *, seq_len: int, world_size: int) -> 
     if explicit and train.gradient_accumulation_steps != steps:
         raise EngineError(
             f"train.tokens_per_step {train.tokens_per_step} with {sum_up} makes {steps} accumulation steps, "
-            f"but train.gradient_accumulation_steps is {train.gradient_accumulation_steps}: remove one of the two"
+            f"but gradient_accumulation_steps is {train.gradient_accumulation_steps}: remove one of the two"
         )
     return steps
 

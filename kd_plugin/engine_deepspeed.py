@@ -1,8 +1,8 @@
 """The DeepSpeed adapter: ZeRO 0 to 3 for the student, a ZeRO-3 engine without optimizer for the teacher.
 
 Notable decisions:
-- the optimizer is torch.optim.AdamW given by us (no compilation of an extension), unless the `deepspeed:` block
-  names one, which DeepSpeed then builds on our parameter groups;
+- the optimizer is torch.optim.AdamW given by us (no compilation of an extension), unless the `deepspeed:`
+  block names one, which DeepSpeed then builds on our parameter groups;
 - `engine.backward(..., scale_wrt_gas=False)`: the loss is already divided by the tokens of the whole step;
 - DeepSpeed casts a half-precision model with `.bfloat16()`, buffers included. Rotary frequencies in bf16 are
   another model, so buffers are put back as they were.
@@ -32,9 +32,7 @@ _TAG = "state"
 class DeepSpeedEngine:
     """Student and teacher under DeepSpeed; see `kd_plugin.engine.Engine`."""
 
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, config: RunConfig, place: Placement, accumulation: int
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, config: RunConfig, place: Placement, accumulation: int):
         if config.student.dtype == "float16" and place.device.type == "cpu":
             raise EngineError("student.dtype float16 under DeepSpeed needs a GPU: use bfloat16 or float32 on CPU")
         deepspeed = _import_deepspeed(place)
@@ -50,7 +48,7 @@ class DeepSpeedEngine:
             client: dict[str, Any] = {"model_parameters": groups}
         else:
             train = config.train
-            # lr 0 until the first step: some of DeepSpeed's wrappers step once on zero gradients to make the states.
+            # lr 0 until the first step: some of DeepSpeed's wrappers make states by a step on zero gradients.
             client = {"optimizer": torch.optim.AdamW(groups, lr=0.0, betas=train.adam_betas, eps=train.adam_eps)}
         self.student = _initialize(deepspeed, student, config=self.config, **client)
         _forget_warm_up_step(self.student.basic_optimizer)
@@ -123,18 +121,18 @@ def _import_deepspeed(place: Placement) -> Any:
         import deepspeed
     except ImportError as error:
         raise ImportError(
-            "train.parallel deepspeed needs the package: pip install --no-build-isolation 'kd-plugin[deepspeed]'"
+            "train.parallel deepspeed needs it: pip install --no-build-isolation 'kd-plugin[deepspeed]'"
         ) from error
     if not logging.getLogger("DeepSpeed").isEnabledFor(logging.DEBUG):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its hundreds of INFO lines hide ours
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renamed, once per gather: not the user's affair.
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renamed: not the user's affair.
     renamed = r".*torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     return deepspeed
 
 
 def _forget_warm_up_step(optimizer: torch.optim.Optimizer) -> None:
-    """Undo the count of DeepSpeed's step on zero gradients: Adam's bias correction would start one step late."""
+    """Uncount DeepSpeed's step on zero gradients: Adam's bias correction would start one step late."""
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"].zero_()

@@ -1,0 +1,176 @@
+"""The steps of a run: train, measure, evaluate, save, export; written against the engine protocol.
+
+Notable decisions:
+- a logged number is about all tokens since the last log line, over all ranks and micro-batches;
+- the last step, and each step that is evaluated, is logged too, so that evaluation never swallows a window;
+- evaluation is at temperature 1 with every measurement on, whatever the run optimises.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kd_plugin import checkpoint
+from kd_plugin.config import RunConfig
+from kd_plugin.console import progress, step_line
+from kd_plugin.data import Batch, TrainBatches
+from kd_plugin.engine import Engine, Placement, learning_rate_at, reduce_numbers
+from kd_plugin.metrics import memory_readings
+from kd_plugin.tensorboard import Writer, tagged
+
+if TYPE_CHECKING:
+    from kd_plugin.plugin import Plugin
+
+__all__ = ["Session", "evaluate", "run_steps"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """Everything that a run holds while it lasts."""
+
+    config: RunConfig
+    place: Placement
+    mode: str
+    engine: Engine
+    plugin: Plugin
+    batches: TrainBatches
+    held_out: Callable[[], Iterator[Batch]]
+    writer: Writer
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the wall time of the body to `seconds[name]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def run_steps(session: Session, first: int, before: dict[str, float]) -> dict[str, float]:
+    """Steps `first` to `max_steps`; returns the last evaluation (`before` when nothing is left to do)."""
+    train, log = session.config.train, session.config.log
+    session.plugin.metrics()  # the window starts here
+    started = window_start = time.perf_counter()
+    window, result = 0, before
+    for step in progress(first, train.max_steps, rank=session.place.rank):
+        gradient_norm = _train_step(session, step)
+        window += 1
+        last = step == train.max_steps
+        evaluated = last or (train.eval_every > 0 and step % train.eval_every == 0)
+        if evaluated or step % log.every == 0:
+            norm = gradient_norm.item()  # waits for the device, so that the window's time is the window's
+            elapsed = time.perf_counter() - window_start
+            values = _measure(session, step, norm, elapsed, window)
+            eta = (time.perf_counter() - started) / (step - first + 1) * (train.max_steps - step)
+            _log(session, step, values, eta)
+            window, window_start = 0, time.perf_counter()
+        if evaluated:
+            result = evaluate(session, step)
+        if train.save_every and step % train.save_every == 0:
+            with session.timed("save"):
+                folder = checkpoint.save(session.engine, session.config, mode=session.mode, step=step)
+            logger.info("checkpoint %s", folder)
+        if evaluated or train.save_every:
+            window_start = time.perf_counter() if not window else window_start
+    return result
+
+
+def _train_step(session: Session, step: int) -> Tensor:
+    """One optimizer step; returns the gradient norm, on the device."""
+    engine = session.engine
+    batches = session.batches.step(step - 1)
+    # One count for the whole step: tokens weigh the same wherever they fall.
+    counted = reduce_numbers({"valid": sum(batch.num_valid for batch in batches)})
+    num_items = max(1, int(counted["valid"]))
+    for index, batch in enumerate(batches):
+        inputs = batch.to(session.place.device, non_blocking=True).model_inputs()
+        engine.forward_backward(inputs, num_items=num_items, is_last=index == len(batches) - 1)
+    return engine.step(learning_rate_at(step, session.config.train))
+
+
+def _measure(session: Session, step: int, norm: float, elapsed: float, window: int) -> dict[str, float]:
+    """All numbers of the window that ends with this step. All ranks call this."""
+    train = session.config.train
+    values = session.plugin.metrics()
+    memory = reduce_numbers(memory_readings(), op="max")
+    session.memory = memory
+    tokens = session.batches.sequences_per_step * session.batches.dataset.seq_len * window
+    values |= memory
+    values |= {
+        "lr": learning_rate_at(step, train),
+        "grad_norm": norm,
+        "step_time_ms": 1e3 * elapsed / window,
+        "tokens_per_second": tokens / elapsed,
+        "memory_gib": next(iter(memory.values())),
+    }
+    _split_time(session, values, elapsed, window)
+    return values
+
+
+def _split_time(session: Session, values: dict[str, float], elapsed: float, window: int) -> None:
+    """Times of the window to times per step; the student's is the rest, backward and optimizer included."""
+    values.pop("student_ms", None)  # of its forward alone
+    parts = {name: values.get(f"{name}_ms", 0.0) / window for name in ("teacher", "loss")}
+    parts["student"] = max(0.0, 1e3 * elapsed / window - sum(parts.values()))
+    for name, milliseconds in parts.items():
+        values[f"{name}_ms"] = milliseconds
+        session.seconds[name] = session.seconds.get(name, 0.0) + milliseconds * window / 1e3
+
+
+def _log(session: Session, step: int, values: dict[str, float], eta_s: float) -> None:
+    if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+        logger.warning("step %d: loss %s, gradient norm %s", step, values["loss"], values["grad_norm"])
+    session.history.append({"step": step, **values})
+    session.writer.scalars(step, tagged(values))
+    logger.info("%s", step_line(step, session.config.train.max_steps, values, eta_s=eta_s))
+
+
+@contextmanager
+def _at_temperature_one(session: Session) -> Iterator[None]:
+    """Let plugin and head measure cross-entropy, divergence at temperature 1 and agreement for a while."""
+    plugin, head, config = (
+        session.plugin,
+        session.engine.module.get_output_embeddings(),
+        session.config.distill,
+    )
+    plain = config.model_copy(update={"temperature": 1.0, "hard_weight": 1.0, "metrics": True})
+    plugin.config = head.distill_config = plain
+    try:
+        yield
+    finally:
+        plugin.config = head.distill_config = config
+
+
+def evaluate(session: Session, step: int) -> dict[str, float]:
+    """Held-out perplexity, losses at temperature 1, agreement, over all ranks. All ranks call this."""
+    engine = session.engine
+    with session.timed("eval"), _at_temperature_one(session):
+        engine.student.eval()
+        try:
+            for batch in session.held_out():
+                inputs = batch.to(session.place.device, non_blocking=True).model_inputs()
+                engine.evaluate(inputs, num_items=max(1, batch.num_valid))
+            measured = session.plugin.metrics()
+        finally:
+            engine.student.train()
+    names = ("hard_loss", "soft_loss", "kl_t1", "top1_agreement", "acceptance_rate")
+    values = {name: measured[name] for name in names if name in measured}
+    values["perplexity"] = math.exp(min(values["hard_loss"], 700.0))  # beyond, a float would overflow
+    session.writer.scalars(step, {f"eval/{name}": value for name, value in values.items()})
+    shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())
+    logger.info("eval step %d %s", step, shown)
+    return values

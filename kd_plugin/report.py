@@ -1,0 +1,74 @@
+"""The table at the end of a run, and the continuations in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kd_plugin.console import duration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["continuation", "report"]
+
+_QUALITY = {
+    "perplexity": ("held-out perplexity", "{:.2f}"),
+    "kl_t1": ("KL(teacher||student), nats", "{:.4f}"),
+    "top1_agreement": ("top-1 agreement", "{:.1%}"),
+    "hard_loss": ("cross-entropy, nats", "{:.4f}"),
+}
+
+
+@torch.no_grad()
+def continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
+    """Greedy continuation of `prompt`; for a sharded model all ranks must call this.
+
+    Without a key-value cache: a few tokens are not worth depending on every model's cache under sharding.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)  # [1, S]
+    start = ids.shape[1]
+    for _ in range(num_tokens):
+        following = model(input_ids=ids).logits[:, -1].argmax(dim=-1, keepdim=True)  # [1, 1]
+        if following.item() == tokenizer.eos_token_id:
+            break
+        ids = torch.cat([ids, following], dim=1)
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def report(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    *,
+    seconds: Mapping[str, float],
+    memory: Mapping[str, float],
+    samples: Mapping[str, str],
+    places: Mapping[str, Path],
+) -> str:
+    """The table as text: quality before and after, wall time, peak memory, continuations, files."""
+    lines = ["", f"{'on held-out text':<28}{'before':>12}{'after':>12}{'change':>10}"]
+    lines += [_quality_line(name, before, after) for name in _QUALITY if name in before and name in after]
+    total = sum(seconds.values())
+    split = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+    lines += ["", f"wall time   {duration(total)}: {split}"]
+    peaks = ", ".join(
+        f"{name.removesuffix('_gib').replace('_', ' ')} {value:.2f} GiB" for name, value in memory.items()
+    )
+    lines += [f"peak memory {peaks} (largest rank)"] if peaks else []
+    lines += [f"{name:<11} {text!r}" for name, text in samples.items()]
+    lines += [f"{name:<11} {place}" for name, place in places.items()]
+    return "\n".join(lines)
+
+
+def _quality_line(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    label, form = _QUALITY[name]
+    if name == "top1_agreement":
+        change = f"{(after[name] - before[name]) * 100:+.1f} pp"
+    else:
+        change = f"{after[name] / before[name] - 1:+.1%}" if before[name] else "-"
+    return f"{label:<28}{form.format(before[name]):>12}{form.format(after[name]):>12}{change:>10}"

@@ -1,0 +1,290 @@
+"""`kd.train(config)`: load, attach, shard, run the steps, export, report.
+
+Notable decisions:
+- what is cheap to get wrong is checked first: layout, tokenizers and data before any model is loaded;
+- the teacher is attached before either model is sharded, so that every head is sharded as the plugin left it;
+- the export is an ordinary Transformers folder in `student.dtype`, the precision in which the student ran.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch.distributed as dist
+from torch import nn
+
+from kd_plugin import checkpoint
+from kd_plugin.config import RunConfig
+from kd_plugin.config_file import to_yaml
+from kd_plugin.console import run_log
+from kd_plugin.data import Document, PackedDataset, TrainBatches, eval_batches, load_documents
+from kd_plugin.engine import (
+    DTYPES,
+    Engine,
+    Placement,
+    accumulation_steps,
+    parallel_mode,
+    seed_everything,
+    start_process_group,
+)
+from kd_plugin.loop import Session, evaluate, run_steps
+from kd_plugin.models import build_student, check_tokenizers, check_vocabulary, load_teacher, load_tokenizer
+from kd_plugin.plugin import attach
+from kd_plugin.report import continuation, report
+from kd_plugin.tensorboard import make_writer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["TrainError", "TrainResult", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+class TrainError(ValueError):
+    """The run cannot start as configured."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves behind; the same on every rank."""
+
+    step: int
+    """Last optimizer step."""
+    history: list[dict[str, float]]
+    """The numbers of each logged step, with "step"."""
+    before: dict[str, float]
+    """Evaluation before the first step of this run."""
+    after: dict[str, float]
+    """Evaluation after the last step."""
+    output_dir: Path
+    export_dir: Path | None
+    """The student as a Transformers folder; None with train.export=false."""
+
+
+class _Material(NamedTuple):
+    """What is loaded before anything is sharded."""
+
+    tokenizer: PreTrainedTokenizerBase
+    documents: tuple[list[Document], list[Document]]
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+
+
+def train(config: RunConfig) -> TrainResult:
+    """Distil as configured, under whatever launcher started this process. All ranks call it.
+
+    Raises:
+        ValueError: a setting, a model or the data does not fit; the message says what to change.
+    """
+    place = start_process_group(config.train.process_group_timeout_s)
+    try:
+        with run_log(place.rank):
+            return _train(config, place)
+    finally:
+        place.close()
+
+
+def _train(config: RunConfig, place: Placement) -> TrainResult:
+    mode = parallel_mode(config, place.world_size)
+    accumulation = accumulation_steps(config.train, seq_len=config.data.seq_len, world_size=place.world_size)
+    _announce(config, place, mode, accumulation)
+    start_from = _resume_from(config)
+    start = time.perf_counter()
+    material = _load(config, place)
+    build = partial(type(material.student), copy.deepcopy(material.student.config))
+    session = _session(config, place, mode, accumulation, material, start_from)
+    session.seconds["load"] = time.perf_counter() - start
+    with session.writer:
+        done = _resume(session, start_from)
+        before = evaluate(session, done)
+        after = run_steps(session, done + 1, before)
+        return _finish(session, material, build, before, after, max(done, config.train.max_steps))
+
+
+def _load(config: RunConfig, place: Placement) -> _Material:
+    tokenizer = load_tokenizer(config.teacher)
+    pretrained = config.student.model and config.student.from_config is None
+    if config.student.tokenizer or pretrained:
+        teacher_tokenizer, tokenizer = tokenizer, load_tokenizer(config.student)
+        check_tokenizers(tokenizer, teacher_tokenizer)
+    documents = load_documents(config.data, tokenizer)
+    teacher = load_teacher(config.teacher)
+    student = build_student(config.student, teacher, seed=config.train.seed)
+    check_vocabulary(teacher, tokenizer, role="teacher")
+    check_vocabulary(student, tokenizer, role="student")
+    for name, model in (("teacher", teacher), ("student", student)):
+        logger.info("%s: %s, %.1fM parameters", name, type(model).__name__, model.num_parameters() / 1e6)
+    seed_everything(config.train.seed + place.rank)  # dropout differs by rank, weights are there already
+    return _Material(tokenizer, documents, teacher, student)
+
+
+def _session(
+    config: RunConfig,
+    place: Placement,
+    mode: str,
+    accumulation: int,
+    material: _Material,
+    start_from: Path | None,
+) -> Session:
+    train, ignore = config.train, config.distill.ignore_index
+    dataset, held_out = (
+        PackedDataset(documents, config.data.seq_len, ignore, keep_tail=keep_tail)
+        for documents, keep_tail in zip(material.documents, (False, True), strict=True)
+    )
+    plugin = attach(material.student, material.teacher, config.distill)
+    if train.activation_checkpointing:
+        material.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine = _engine(config, place, mode, accumulation, material)
+    plugin.teacher = engine.teacher
+    for note in engine.applied_notes:
+        logger.info("%s", note)
+    ranks = {"rank": place.rank, "world_size": place.world_size, "micro_batch_size": train.micro_batch_size}
+    num_sequences = train.eval_batches * train.micro_batch_size * place.world_size
+    batches = TrainBatches(dataset, gradient_accumulation_steps=accumulation, seed=train.seed, **ranks)
+    logger.info("%d steps read the training text %.2f times", train.max_steps, batches.epochs(train.max_steps))
+    folder = Path(config.log.output_dir)
+    if place.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+    first_step = int(start_from.name.removeprefix("step_")) + 1 if start_from else 0
+    writer = make_writer(folder, enabled=config.log.tensorboard and place.rank == 0, first_step=first_step)
+    writer.text("config", f"```yaml\n{to_yaml(config)}\n```")
+    return Session(
+        config=config,
+        place=place,
+        mode=mode,
+        engine=engine,
+        plugin=plugin,
+        batches=batches,
+        held_out=partial(eval_batches, held_out, num_sequences=num_sequences, **ranks),
+        writer=writer,
+    )
+
+
+def _engine(config: RunConfig, place: Placement, mode: str, accumulation: int, material: _Material) -> Engine:
+    if mode == "deepspeed":
+        from kd_plugin.engine_deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(material.student, material.teacher, config, place, accumulation)
+    from kd_plugin.engine_fsdp import FsdpEngine
+
+    return FsdpEngine(material.student, material.teacher, config, place, mode)
+
+
+def _announce(config: RunConfig, place: Placement, mode: str, accumulation: int) -> None:
+    """Say what was derived, and warn of every setting that does nothing in this run."""
+    train, log = config.train, config.log
+    tokens = train.micro_batch_size * accumulation * place.world_size * config.data.seq_len
+    logger.info(
+        "%s on %d x %s, %s; %d tokens per step = %d sequences x %d accumulation x %d ranks x %d tokens",
+        *(mode, place.world_size, place.device.type, config.student.dtype, tokens),
+        *(train.micro_batch_size, accumulation, place.world_size, config.data.seq_len),
+    )
+    given = train.model_fields_set
+    idle = {
+        "deepspeed": config.deepspeed is not None and mode != "deepspeed" and f"train.parallel is {mode}",
+        "train.keep_checkpoints": "keep_checkpoints" in given and not train.save_every and "train.save_every is 0",
+        "train.min_lr_ratio": train.min_lr_ratio > 0 and train.schedule == "constant" and "the schedule is constant",
+        "train.warmup_steps": train.warmup_steps >= train.max_steps and "the peak rate is never reached",
+        "log.sample_tokens": "sample_tokens" in log.model_fields_set
+        and not log.sample_prompt
+        and "log.sample_prompt is not set",
+        "teacher": not config.distill.soft_weight and "distill.soft_weight is 0",
+    }
+    for name, reason in idle.items():
+        if reason:
+            logger.warning("%s has no effect: %s", name, reason)
+
+
+def _resume_from(config: RunConfig) -> Path | None:
+    folder = Path(config.log.output_dir)
+    newest = checkpoint.latest(folder)
+    if config.train.resume:
+        if newest is None:
+            logger.info("train.resume: no checkpoint below %s, starting at step 1", folder)
+        return newest
+    if newest is not None and config.train.save_every:
+        raise TrainError(
+            f"log.output_dir {folder} holds checkpoints of another run ({newest.name}): "
+            "set train.resume=true to continue it, or choose another log.output_dir"
+        )
+    return None
+
+
+def _resume(session: Session, folder: Path | None) -> int:
+    if folder is None:
+        return 0
+    step = checkpoint.resume(session.engine, session.config, folder, mode=session.mode)
+    logger.info("resumed %s", folder)
+    return step
+
+
+def _finish(
+    session: Session,
+    material: _Material,
+    build: Callable[[], nn.Module],
+    before: dict[str, float],
+    after: dict[str, float],
+    step: int,
+) -> TrainResult:
+    config = session.config
+    folder = Path(config.log.output_dir)
+    export = folder / "export" if config.train.export else None
+    with session.timed("export"):
+        if export:
+            _export(session, material, build, export)
+    samples = _samples(session, material)
+    if session.place.rank == 0:
+        places = {"config": folder / "config.yaml"}
+        if config.log.tensorboard:
+            places["TensorBoard"] = folder
+        if export:
+            places["export"] = export
+        summary = {"before": before, "after": after, "seconds": session.seconds, "memory": session.memory}
+        (folder / "summary.json").write_text(json.dumps({"step": step, **summary, "samples": samples}, indent=1))
+        text = report(**summary, samples=samples, places=places)
+        logger.info("%s", text)
+    return TrainResult(step, session.history, before, after, folder, export)
+
+
+def _export(session: Session, material: _Material, build: Callable[[], nn.Module], folder: Path) -> None:
+    """Write the student as `save_pretrained` does, from an ordinary model that no wrapper has touched."""
+    state: dict[str, Any] = session.engine.full_state_dict()
+    if session.place.rank == 0:
+        model = build().to(DTYPES[session.config.student.dtype])
+        model.load_state_dict(state)
+        model.generation_config = material.student.generation_config
+        partial_folder = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        model.save_pretrained(partial_folder)
+        material.tokenizer.save_pretrained(partial_folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial_folder.rename(folder)
+    dist.barrier()
+
+
+def _samples(session: Session, material: _Material) -> dict[str, str]:
+    """Continuations by teacher and student. Sharded models gather in step, so all ranks come here."""
+    log = session.config.log
+    if not log.sample_prompt:
+        return {}
+    engine = session.engine
+    engine.student.eval()
+    models = {"teacher": material.teacher, "student": engine.module}
+    samples = {
+        name: continuation(model, material.tokenizer, log.sample_prompt, log.sample_tokens)
+        for name, model in models.items()
+    }
+    for name, text in samples.items():
+        session.writer.text(f"sample/{name}", text)
+    return {"prompt": log.sample_prompt, **samples}
