@@ -2,14 +2,19 @@
 
 Notable decisions:
 - a source is resolved to files before anything is read, so a wrong path costs a second and not a minute;
-- GGUF weights are unpacked into an ordinary model at once: packed ones can be neither trained nor sharded;
+- GGUF weights are unpacked into an ordinary model at once (packed ones can be neither trained nor sharded),
+  which is kept in the Hugging Face cache;
 - the student's parameters are float32 masters, whatever the precision of the forward pass;
 - weights that can run code (`.bin`) and Python code beside a model need an explicit yes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import logging
+import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +39,9 @@ __all__ = [
     "load_tokenizer",
     "resolve_source",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 class ModelError(ValueError):
@@ -73,7 +81,10 @@ def load_tokenizer(config: ModelSource) -> PreTrainedTokenizerBase:
         source = _resolve(config.tokenizer, None, where)
     else:
         where, source = f"{_section(config)}.model", resolve_source(config)
-    return _load(transformers.AutoTokenizer, source, config, where)
+    load = partial(_load, transformers.AutoTokenizer, config=config, where=where)
+    if source.gguf_file and (Path(source.path_or_id) / source.gguf_file).is_file():
+        source = _unpacked(source, "tokenizer", partial(load, source))
+    return load(source)
 
 
 def load_teacher(config: TeacherConfig) -> PreTrainedModel:
@@ -161,16 +172,59 @@ def _package_folder(name: str, where: str) -> Path:
 
 
 def _load_model(config: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
-    transformers = _transformers()
     source, where = resolve_source(config), f"{_section(config)}.model"
-    kwargs: dict[str, Any] = {"dtype": dtype, **_attention(config)}
+    if source.gguf_file and (Path(source.path_or_id) / source.gguf_file).is_file():
+        name = f"model-{str(dtype).removeprefix('torch.')}"
+        source = _unpacked(source, name, partial(_load_gguf, config, source, dtype))
     if source.gguf_file:
-        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    elif not config.allow_pickle:
-        kwargs["use_safetensors"] = True
+        return _load_gguf(config, source, dtype)
+    kwargs: dict[str, Any] = {"dtype": dtype, **_attention(config)}
+    if not config.allow_pickle:
         _refuse_pickle(source, where)
-    model = _load(transformers.AutoModelForCausalLM, source, config, where, **kwargs)
-    return _plain(model, config) if source.gguf_file else model
+        kwargs["use_safetensors"] = True
+    return _load(_transformers().AutoModelForCausalLM, source, config, where, **kwargs)
+
+
+def _load_gguf(config: ModelSource, source: ResolvedSource, dtype: torch.dtype) -> PreTrainedModel:
+    """Unpack the weights, and drop what the loader leaves behind (its quantizer): that forbids training."""
+    transformers, where = _transformers(), f"{_section(config)}.model"
+    kwargs = {"dtype": dtype, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    model = _load(transformers.AutoModelForCausalLM, source, config, where, **kwargs, **_attention(config))
+    model.config.quantization_config = None
+    fresh = _empty(model, config, config_with(model.config, {}, where=where), dtype=dtype)
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = model.generation_config
+    return fresh.eval()
+
+
+def _unpacked(source: ResolvedSource, name: str, build: Callable[[], Any]) -> ResolvedSource:
+    """The GGUF file as an ordinary folder `name` in the cache, made by `build` the first time.
+
+    Reading a GGUF file takes half a minute where the same weights as safetensors take a second. The folder is
+    keyed by the file's content and the library's version, and appears under its name only when complete.
+    """
+    from huggingface_hub import constants
+
+    digest = hashlib.sha256()
+    with (Path(source.path_or_id) / source.gguf_file).open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    key = f"{digest.hexdigest()[:24]}-{_transformers().__version__}"
+    folder = Path(constants.HF_HOME) / "kd_plugin" / key / name
+    if not folder.is_dir():
+        made = build()
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as unfinished:
+                made.save_pretrained(Path(unfinished) / name)
+                (Path(unfinished) / name).rename(folder)
+        except OSError as error:
+            # Another rank was first, and its folder is as good; or there is no room, and each load is slow.
+            if not folder.is_dir():
+                logger.warning("cannot keep the unpacked %s in %s: %s", source.gguf_file, folder, error)
+                return source
+        logger.info("unpacked %s, kept in %s", source.gguf_file, folder)
+    return ResolvedSource(str(folder), None)
 
 
 def _refuse_pickle(source: ResolvedSource, where: str) -> None:
@@ -200,26 +254,17 @@ def _load_config(config: ModelSource) -> PreTrainedConfig:
     return _load(_transformers().AutoConfig, resolve_source(config), config, f"{_section(config)}.model")
 
 
-def _empty(model: PreTrainedModel, config: ModelSource, new: PreTrainedConfig) -> PreTrainedModel:
-    """A float32 model of the same class; its weights are about to be filled, so none are drawn."""
+def _empty(
+    model: PreTrainedModel, config: ModelSource, new: PreTrainedConfig, *, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A model of the same class; its weights are about to be filled, so none are drawn."""
     from transformers.initialization import no_init_weights
 
     attention = _attention(config) or {"attn_implementation": model.config._attn_implementation}
     with no_init_weights():
-        fresh = type(model)._from_config(new, dtype=torch.float32, **attention)
+        fresh = type(model)._from_config(new, dtype=dtype, **attention)
     fresh.tie_weights()  # left out with the initialisation
     return fresh
-
-
-def _plain(model: PreTrainedModel, config: ModelSource) -> PreTrainedModel:
-    """Drop what the GGUF loader leaves behind (quantizer, mappings): it forbids training and saving."""
-    dtype = model.dtype
-    model.config.quantization_config = None
-    fresh = _empty(model, config, config_with(model.config, {}, where=f"{_section(config)}.model"))
-    fresh.load_state_dict(model.state_dict())
-    fresh.generation_config = model.generation_config
-    fresh.config.dtype = dtype
-    return fresh.to(dtype)
 
 
 def _attention(config: ModelSource) -> dict[str, str]:

