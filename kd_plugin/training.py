@@ -143,7 +143,11 @@ def _session(
     )
     plugin = attach(material.student, material.teacher, config.distill)
     if train.activation_checkpointing:
-        material.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Renamed in Transformers 5.2x; both take the arguments of torch.utils.checkpoint.
+        old_name = "gradient_checkpointing_enable"
+        new_name = "activation_checkpointing_enable"
+        student = material.student
+        getattr(student, new_name if hasattr(student, new_name) else old_name)({"use_reentrant": False})
     engine = _engine(config, place, mode, accumulation, material)
     plugin.teacher = engine.teacher
     for note in engine.applied_notes:

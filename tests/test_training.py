@@ -1,0 +1,222 @@
+"""One process: schedule, layout, the whole loop against plain PyTorch, export, bad settings."""
+
+from __future__ import annotations
+
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kd_plugin as kd
+from kd_plugin.config import RunConfig, TrainConfig
+from kd_plugin.data import PackedDataset, TrainBatches, eval_batches, load_documents
+from kd_plugin.engine import EngineError, accumulation_steps, learning_rate_at, parallel_mode, parameter_groups
+from kd_plugin.models import build_student, load_teacher, load_tokenizer
+from kd_plugin.training import TrainResult
+from tests.tiny import make_folder, run_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> TrainResult:
+    return kd.train(run_config(folder, train={"parallel": "single"}))
+
+
+def losses(result: TrainResult) -> list[float]:
+    return [values["loss"] for values in result.history]
+
+
+def test_warm_up_is_linear_and_cosine_ends_at_the_floor() -> None:
+    train = TrainConfig(max_steps=20, warmup_steps=4, learning_rate=1.0, min_lr_ratio=0.1)
+    rates = [learning_rate_at(step, train) for step in range(1, 21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[11] == pytest.approx(0.1 + 0.9 * 0.5)  # half way from step 4 to step 20
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[3:] == sorted(rates[3:], reverse=True) and len(set(rates[3:])) == 17
+
+
+@pytest.mark.parametrize(("schedule", "half_way"), [("linear", 0.5), ("constant", 1.0)])
+def test_other_schedules_half_way(schedule: str, half_way: float) -> None:
+    train = TrainConfig(max_steps=11, learning_rate=1.0, schedule=schedule)
+    assert learning_rate_at(1, train) == 1.0
+    assert learning_rate_at(6, train) == pytest.approx(half_way)
+
+
+def test_decay_reaches_matrices_only() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    decayed, plain = parameter_groups(model, 0.1)
+    assert [p.ndim for p in decayed["params"]] == [2] and decayed["weight_decay"] == 0.1
+    assert [p.ndim for p in plain["params"]] == [1, 1, 1] and plain["weight_decay"] == 0.0
+
+
+def test_tokens_per_step_sets_the_accumulation() -> None:
+    assert accumulation_steps(TrainConfig(tokens_per_step=1024, micro_batch_size=2), seq_len=64, world_size=2) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tokens_per_step": 100}, "no multiple of"),
+        ({"tokens_per_step": 128, "gradient_accumulation_steps": 3}, "is 3"),
+    ],
+)
+def test_tokens_per_step_that_does_not_fit_is_refused(settings: dict, said: str) -> None:
+    with pytest.raises(EngineError, match=said):
+        accumulation_steps(TrainConfig(**settings), seq_len=64, world_size=1)
+
+
+def test_single_with_two_processes_is_refused(folder: Path) -> None:
+    config = run_config(folder, train={"parallel": "single"})
+    with pytest.raises(EngineError, match="2 processes were started"):
+        parallel_mode(config, 2)
+
+
+def dense_step(config: RunConfig, step: int) -> tuple[float, float]:
+    """Soft and hard loss of one step before any update: whole batch, whole logits, plain PyTorch."""
+    teacher = load_teacher(config.teacher)
+    student = build_student(config.student, teacher, seed=config.train.seed)
+    documents, _ = load_documents(config.data, load_tokenizer(config.teacher))
+    dataset = PackedDataset(documents, config.data.seq_len)
+    batches = TrainBatches(dataset, micro_batch_size=8, gradient_accumulation_steps=1, seed=config.train.seed)
+    (batch,) = batches.step(step)
+    with torch.no_grad():
+        zs, zt = (model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1) for model in (student, teacher))
+    labels = batch.labels[:, 1:].flatten()
+    valid, temperature = labels != -100, config.distill.temperature
+    log_q, log_p = (F.log_softmax(z[valid] / temperature, dim=-1) for z in (zs, zt))
+    soft = temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    return soft.item(), F.cross_entropy(zs[valid], labels[valid]).item()
+
+
+def test_logged_losses_are_those_of_the_whole_step(folder: Path, result: TrainResult) -> None:
+    soft, hard = dense_step(run_config(folder), 0)
+    first = result.history[0]
+    assert first["soft_loss"] == pytest.approx(soft, rel=1e-5)
+    assert first["hard_loss"] == pytest.approx(hard, rel=1e-5)
+    assert first["loss"] == pytest.approx(0.5 * soft + 0.5 * hard, rel=1e-5)
+
+
+def test_training_lowers_the_loss_and_keeps_the_logged_rates(folder: Path, result: TrainResult) -> None:
+    assert losses(result)[-1] < 0.9 * losses(result)[0]
+    train = run_config(folder).train
+    assert [values["lr"] for values in result.history] == [learning_rate_at(s, train) for s in range(1, 6)]
+    assert result.after["perplexity"] < result.before["perplexity"]
+
+
+def test_accumulation_1x8_equals_4x2(folder: Path, result: TrainResult) -> None:
+    for size in (1, 4):
+        other = kd.train(run_config(folder, f"micro{size}", train={"micro_batch_size": size, "export": False}))
+        assert losses(other) == pytest.approx(losses(result), rel=1e-5)
+        assert [v["grad_norm"] for v in other.history] == pytest.approx(
+            [v["grad_norm"] for v in result.history], rel=1e-4
+        )
+
+
+def test_activation_checkpointing_recomputes_and_changes_nothing(
+    folder: Path, result: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls: dict[bool, int] = {}
+    original = LlamaMLP.forward
+
+    def counted(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            calls[recompute] = calls.get(recompute, 0) + 1
+        return original(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    for recompute in (False, True):
+        train = {"activation_checkpointing": recompute, "export": False}
+        other = kd.train(run_config(folder, "recompute", train=train))
+        assert losses(other) == pytest.approx(losses(result), rel=1e-5)
+    assert calls[True] - calls[False] == 5 * 4 * 2  # steps x micro-batches x layers
+
+
+def test_every_second_step_logged_covers_both_steps(folder: Path, result: TrainResult) -> None:
+    other = kd.train(run_config(folder, "every2", log={"every": 2, "tensorboard": False}))
+    assert [values["step"] for values in other.history] == [2, 4, 5]
+    tokens = [values["valid_tokens"] for values in result.history]
+    weighted = sum(n * loss for n, loss in zip(tokens[:2], losses(result)[:2], strict=True)) / sum(tokens[:2])
+    assert other.history[0]["loss"] == pytest.approx(weighted, rel=1e-5)
+
+
+RELOAD = """
+import sys, numpy, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert "kd_plugin" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+AutoTokenizer.from_pretrained(sys.argv[1])
+data = numpy.load(sys.argv[2])
+ids, labels = torch.from_numpy(data["ids"]), torch.from_numpy(data["labels"])
+with torch.no_grad():
+    logits = model(input_ids=ids).logits[:, :-1]
+print(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten()).exp().item())
+"""
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_export_reloads_without_the_plugin_and_predicts_the_same(tmp_path: Path, tied: bool) -> None:
+    folder = make_folder(tmp_path, tied=tied)
+    config = run_config(folder)
+    result = kd.train(config)
+    _, held_out = load_documents(config.data, load_tokenizer(config.teacher))
+    dataset = PackedDataset(held_out, config.data.seq_len, keep_tail=True)
+    batches = list(eval_batches(dataset, num_sequences=4, micro_batch_size=2))
+    arrays = {"ids": [b.input_ids for b in batches], "labels": [b.labels for b in batches]}
+    np.savez(tmp_path / "eval.npz", **{name: torch.cat(parts).numpy() for name, parts in arrays.items()})
+    command = [sys.executable, "-c", RELOAD, str(result.export_dir), str(tmp_path / "eval.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(result.after["perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "weights", [{"soft_weight": 0.0, "hard_weight": 1.0}, {"soft_weight": 1.0, "hard_weight": 0.0}]
+)
+def test_one_of_the_two_losses_alone_is_evaluated_all_the_same(folder: Path, weights: dict) -> None:
+    distill = {"row_kernel": "eager", **weights}
+    result = kd.train(run_config(folder, "alone", distill=distill, train={"max_steps": 2, "export": False}))
+    assert result.after["perplexity"] == pytest.approx(math.exp(result.after["hard_loss"]))
+    assert result.after["hard_loss"] > 1.0
+    assert ("kl_t1" in result.after) == bool(weights["soft_weight"])
+
+
+def test_half_precision_follows_full_precision(folder: Path, result: TrainResult) -> None:
+    student = {"from_teacher": {"layers": 2}, "dtype": "bfloat16"}
+    other = kd.train(run_config(folder, "bf16", student=student))
+    assert losses(other) == pytest.approx(losses(result), rel=0.03)
+    assert losses(other) != losses(result)
+
+
+def test_settings_without_effect_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = run_config(
+        folder,
+        "idle",
+        deepspeed={"zero_optimization": {"stage": 2}},
+        train={"max_steps": 1, "keep_checkpoints": 3, "schedule": "constant", "min_lr_ratio": 0.5, "warmup_steps": 0},
+        log={"output_dir": str(folder / "idle"), "tensorboard": False, "sample_tokens": 3},
+    )
+    with caplog.at_level(logging.INFO):
+        kd.train(config)
+    warned = {record.getMessage().split()[0] for record in caplog.records if record.levelname == "WARNING"}
+    assert warned >= {"deepspeed", "train.keep_checkpoints", "train.min_lr_ratio", "log.sample_tokens"}
+
+
+def test_report_shows_quality_time_memory_and_samples(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = {"output_dir": str(folder / "report"), "tensorboard": False, "sample_prompt": "the fox", "sample_tokens": 4}
+    with caplog.at_level(logging.INFO):
+        result = kd.train(run_config(folder, log=log, train={"max_steps": 2}))
+    shown = caplog.text
+    assert f"{result.before['perplexity']:.2f}" in shown and f"{result.after['perplexity']:.2f}" in shown
+    for part in ("step 2/2 loss", "eta 0s", "wall time", "peak rss", "'the fox'", str(result.export_dir)):
+        assert part in shown

@@ -1,0 +1,79 @@
+"""A tiny teacher with tokenizer and a text, as folders on disk, and run configurations on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd_plugin.config import RunConfig
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
+WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps under an old tree".split()
+
+
+def make_teacher(folder: Path, *, layers: int = 4, tied: bool = False, dropout: float = 0.0) -> Path:
+    """A random Llama (V 64, hidden 32) with a character tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *LETTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        attention_dropout=dropout,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_text(path: Path) -> Path:
+    """Forty short documents, one per line group."""
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(WORDS), (40, 30), generator=generator)
+    path.write_text("\n\n".join(" ".join(WORDS[i] for i in row) + "." for row in picks.tolist()))
+    return path
+
+
+def run_config(folder: Path, name: str = "run", **sections: Any) -> RunConfig:
+    """Five fp32 steps over 8 sequences each on the teacher in `folder`; `sections` are merged over it."""
+    values: dict[str, Any] = {
+        "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
+        "student": {"from_teacher": {"layers": 2}, "dtype": "float32"},
+        "distill": {"row_kernel": "eager", "chunk_size": 48, "temperature": 2.0},
+        "data": {"train": str(folder / "text.txt"), "seq_len": 32, "eval_fraction": 0.2},
+        "train": {
+            "max_steps": 5,
+            "tokens_per_step": 8 * 32,
+            "micro_batch_size": 2,
+            "learning_rate": 5e-3,
+            "warmup_steps": 2,
+            "eval_batches": 2,
+            "process_group_timeout_s": 60,
+        },
+        "log": {"output_dir": str(folder / name), "tensorboard": False},
+    }
+    for section, update in sections.items():
+        values[section] = {**values.get(section, {}), **update} if update is not None else None
+    return RunConfig.model_validate(values)
+
+
+def make_folder(folder: Path, **teacher: Any) -> Path:
+    """Teacher and text in one folder."""
+    make_teacher(folder / "teacher", **teacher)
+    make_text(folder / "text.txt")
+    return folder
