@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin import row_kernels
-from kd_plugin.divergences import Objective
+from kd_plugin.objective import Objective
 from kd_plugin.matmul import Operand, accumulate_outer, add_bias, mm_into
 from kd_plugin.row_kernels import IDENTITY, LogitTransform, RowSpec
 from kd_plugin.teachers import TeacherSource

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from kd_plugin import checks, chunks, row_kernels
 from kd_plugin.config import DistillConfig
-from kd_plugin.divergences import make_objective
+from kd_plugin.objective import make_objective
 from kd_plugin.row_kernels import LogitTransform
 from kd_plugin.teachers import HeadTeacher, TeacherSource
 

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from kd_plugin import checks, reference, row_kernels
 from kd_plugin.chunks import rows_per_chunk, wide_dtype
 from kd_plugin.config import DistillConfig
-from kd_plugin.divergences import make_objective
+from kd_plugin.objective import make_objective
 from kd_plugin.fused_loss import DistillOutput, LossSums, normalised, scaled
 from kd_plugin.row_kernels import RowSpec
 

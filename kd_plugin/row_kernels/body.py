@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd_plugin.divergences import LOG_FLOOR, Objective, Row, Sums, Term
+from kd_plugin.divergences import LOG_FLOOR, Row, Sums
+from kd_plugin.objective import Objective, Term
 
 STATISTICS = (
     "soft_loss",
