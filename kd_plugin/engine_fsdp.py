@@ -4,7 +4,7 @@ Notable decisions:
 - gradients are reduced after every micro-batch. Deferring it would save traffic, but keeps a whole fp32
   gradient on every rank until the step; replicas hold one anyway, so they defer their all-reduce;
 - fused AdamW, because the unfused one issues thousands of tiny DTensor operations;
-- fp16 uses torch's ShardedGradScaler, whose overflow decision is agreed by all ranks.
+- fp16 uses torch's GradScaler: DTensor reduces its overflow flag over the ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,7 +23,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
 from kd_plugin.config import RunConfig
@@ -52,9 +52,9 @@ class FsdpEngine:
             lr=train.learning_rate,
             betas=train.adam_betas,
             eps=train.adam_eps,
-            fused=not fp16,  # its overflow flag has another shape than the scaler's on sharded tensors
+            fused=True,
         )
-        self._scaler = ShardedGradScaler(device=place.device.type, enabled=fp16)
+        self._scaler = GradScaler(device=place.device.type, enabled=fp16)
 
     def _place_teacher(self, config: RunConfig) -> None:
         if config.teacher.sharding == "shard" and self.place.world_size > 1:

@@ -191,9 +191,10 @@ def test_one_of_the_two_losses_alone_is_evaluated_all_the_same(folder: Path, wei
     assert ("kl_t1" in result.after) == bool(weights["soft_weight"])
 
 
-def test_half_precision_follows_full_precision(folder: Path, result: TrainResult) -> None:
-    student = {"from_teacher": {"layers": 2}, "dtype": "bfloat16"}
-    other = kd.train(run_config(folder, "bf16", student=student))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_follows_full_precision(folder: Path, result: TrainResult, dtype: str) -> None:
+    student = {"from_teacher": {"layers": 2}, "dtype": dtype}
+    other = kd.train(run_config(folder, dtype, student=student))
     assert losses(other) == pytest.approx(losses(result), rel=0.03)
     assert losses(other) != losses(result)
 

@@ -1,0 +1,172 @@
+"""Two ranks over gloo: every parallel layout trains like one process, saves, resumes and exports."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import kd_plugin as kd
+from kd_plugin.training import TrainResult
+from tests.tiny import make_folder, run_config
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+
+WORKER = Path(__file__).with_name("train_worker.py")
+LAYOUTS = ("fsdp", "ddp", "zero0", "zero1", "zero2", "zero3")
+
+
+def layout(name: str) -> dict[str, Any]:
+    if name.startswith("zero"):
+        return {"train": {"parallel": "deepspeed"}, "deepspeed": {"zero_optimization": {"stage": int(name[-1])}}}
+    return {"train": {"parallel": name}}
+
+
+def run(name: str, of: str, *, train: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """One entry of the worker's list: `of` is a layout, `train` goes over its train section."""
+    rest = {key: more.pop(key) for key in ("output", "keep") if key in more}
+    sections = layout(of) | more
+    sections["train"] = {**sections["train"], **(train or {})}
+    return {"name": name, "sections": sections, **rest}
+
+
+HALF = (("fsdp", "bfloat16"), ("fsdp", "float16"), ("zero0", "bfloat16"), ("zero3", "bfloat16"))
+SAVED = {"max_steps": 4, "save_every": 2}
+RUNS = [
+    *(run(name, name) for name in LAYOUTS),
+    run("fsdp_1x4", "fsdp", train={"micro_batch_size": 1, "export": False}),
+    run("zero3_1x4", "zero3", train={"micro_batch_size": 1, "export": False}),
+    run("zero2_4x1", "zero2", train={"micro_batch_size": 4, "export": False}),
+    *(
+        run(f"{name}_replicated", name, train={"export": False}, teacher={"sharding": "replicate"})
+        for name in ("fsdp", "zero3")
+    ),
+    *(
+        entry
+        for name in ("fsdp", "ddp", "zero2", "zero3")
+        for entry in (
+            run(f"{name}_whole", name, train=SAVED, output=f"{name}_saved", keep=2),
+            run(f"{name}_resumed", name, train={**SAVED, "resume": True}, output=f"{name}_saved"),
+        )
+    ),
+    *(run(f"{name}_{dtype}", name, student={"dtype": dtype}) for name, dtype in HALF),
+    run("zero3_sampled", "zero3", train={"max_steps": 1}, log={"sample_prompt": "the fox", "sample_tokens": 4}),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("deepspeed")
+    folder = make_folder(tmp_path_factory.mktemp("tiny"))
+    for entry in RUNS:
+        if "log" in entry["sections"]:
+            entry["sections"]["log"]["output_dir"] = str(folder / entry["name"])
+    (folder / "spec.json").write_text(json.dumps(RUNS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launched(folder: Path) -> str:
+    """Run everything once, in one launch; returns what was printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(WORKER.parents[2]),
+    }
+    command = [sys.executable, *launcher, str(WORKER), str(folder), str(folder / "spec.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, launched: str) -> dict[str, Any]:
+    return json.loads((folder / "results_0.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> TrainResult:
+    return kd.train(run_config(folder, "single", train={"parallel": "single"}))
+
+
+def curve(result: dict[str, Any] | TrainResult, name: str = "loss") -> list[float]:
+    history = result.history if isinstance(result, TrainResult) else result["history"]
+    return [values[name] for values in history]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("number", ["loss", "soft_loss", "hard_loss", "grad_norm", "top1_agreement", "valid_tokens"])
+def test_two_ranks_train_like_one_process(results: dict[str, Any], single: TrainResult, name: str, number: str) -> None:
+    assert curve(results[name], number) == pytest.approx(curve(single, number), rel=2e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_ranks_export_what_one_process_exports(results: dict[str, Any], single: TrainResult, name: str) -> None:
+    expected = load_file(single.export_dir / "model.safetensors")
+    found = load_file(Path(results[name]["export"]) / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype
+        assert (found[key] - value).abs().max() < 1e-5, key
+
+
+@pytest.mark.parametrize("name", ["fsdp_1x4", "zero3_1x4", "zero2_4x1", "fsdp_replicated", "zero3_replicated"])
+def test_micro_batches_and_the_teachers_layout_change_nothing(
+    results: dict[str, Any], single: TrainResult, name: str
+) -> None:
+    assert curve(results[name]) == pytest.approx(curve(single), rel=2e-5)
+    assert curve(results[name], "grad_norm") == pytest.approx(curve(single, "grad_norm"), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "ddp", "zero2", "zero3"])
+def test_resuming_continues_bit_for_bit(results: dict[str, Any], name: str) -> None:
+    whole, resumed = results[f"{name}_whole"], results[f"{name}_resumed"]
+    assert curve(resumed, "step") == [3, 4]
+    assert curve(resumed) == curve(whole)[2:]
+    assert curve(resumed, "grad_norm") == curve(whole, "grad_norm")[2:]
+    assert resumed["after"] == whole["after"]
+
+
+@pytest.mark.parametrize(("name", "dtype"), HALF)
+def test_half_precision_follows_full_precision(
+    results: dict[str, Any], single: TrainResult, name: str, dtype: str
+) -> None:
+    result = results[f"{name}_{dtype}"]
+    assert curve(result) == pytest.approx(curve(single), rel=0.03)
+    assert curve(result) != curve(single)
+    exported = load_file(Path(result["export"]) / "model.safetensors")
+    assert {str(value.dtype) for value in exported.values()} == {f"torch.{dtype}"}
+
+
+def test_all_ranks_hold_the_same_numbers(folder: Path, results: dict[str, Any]) -> None:
+    other = json.loads((folder / "results_1.json").read_text())
+    for name, result in results.items():
+        assert curve(other[name]) == curve(result)
+        assert other[name]["after"] == result["after"]
+
+
+def test_only_rank_zero_speaks_and_says_what_was_filled_in(launched: str) -> None:
+    lines = launched.splitlines()
+    finished = [line for line in lines if line.startswith("step 5/5 loss")]
+    assert len(finished) == sum("max_steps" not in entry["sections"]["train"] for entry in RUNS)
+    assert any(
+        "deepspeed.train_batch_size: 8 (micro_batch_size 2 x accumulation 2 x 2 ranks)" in line for line in lines
+    )
+
+
+def test_sharded_models_continue_a_prompt(folder: Path, launched: str) -> None:
+    samples = json.loads((folder / "zero3_sampled" / "summary.json").read_text())["samples"]
+    assert samples["prompt"] == "the fox" and samples["teacher"] and samples["student"] is not None

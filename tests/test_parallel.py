@@ -1,0 +1,113 @@
+"""DeepSpeed configurations are filled, conflicts refused together; FSDP2 units are what the plugin needs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kd_plugin.config import RunConfig
+from kd_plugin.engine_deepspeed import _initialize
+from kd_plugin.parallel.fsdp import ShardingError, decoder_layers
+from kd_plugin.parallel.zero import DeepSpeedConfigError, student_config, teacher_config
+
+
+def fill(block: dict[str, Any] | None, dtype: str = "bfloat16", **train: Any) -> tuple[dict[str, Any], list[str]]:
+    config = RunConfig.model_validate(
+        {
+            "student": {"from_teacher": {"layers": 2}, "dtype": dtype},
+            "teacher": {"model": "x"},
+            "train": {"micro_batch_size": 2, **train},
+            "deepspeed": block,
+        }
+    )
+    return student_config(config, world_size=4, accumulation=3, hidden_size=100)
+
+
+def test_an_absent_block_becomes_zero_3_with_the_training_settings() -> None:
+    block, filled = fill(None)
+    assert block["train_batch_size"] == 24
+    assert block["gradient_accumulation_steps"] == 3 and block["gradient_clipping"] == 1.0
+    assert block["bf16"] == {"enabled": True} and block["fp16"] == {"enabled": False}
+    assert block["zero_optimization"] == {"stage": 3}
+    assert "deepspeed.train_batch_size: 24 (micro_batch_size 2 x accumulation 3 x 4 ranks)" in filled
+
+
+def test_no_clipping_is_written_as_zero() -> None:
+    assert fill(None, max_grad_norm=None)[0]["gradient_clipping"] == 0.0
+
+
+def test_auto_is_resolved_and_given_values_stay() -> None:
+    zero = {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": False}
+    block, filled = fill({"train_batch_size": "auto", "zero_optimization": zero, "steps_per_print": 7})
+    assert block["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 10_000, "overlap_comm": False}
+    assert block["train_batch_size"] == 24 and block["steps_per_print"] == 7
+    assert not any("stage" in line for line in filled)
+
+
+def test_values_that_agree_are_accepted_silently() -> None:
+    _, filled = fill({"gradient_clipping": 1, "train_micro_batch_size_per_gpu": 2})
+    assert not any("gradient_clipping" in line or "micro_batch_size_per_gpu" in line for line in filled)
+
+
+def test_all_conflicts_are_refused_in_one_error() -> None:
+    block = {
+        "train_batch_size": 8,
+        "gradient_clipping": 0.5,
+        "fp16": {"enabled": True},
+        "scheduler": {"type": "WarmupLR"},
+        "zero_optimization": {"stage": 4, "sub_group_size": "auto"},
+    }
+    with pytest.raises(DeepSpeedConfigError) as caught:
+        fill(block)
+    message = str(caught.value)
+    for part in (
+        "train_batch_size is 8 but micro_batch_size 2 x accumulation 3 x 4 ranks makes it 24",
+        "gradient_clipping is 0.5 but train.max_grad_norm makes it 1.0",
+        "fp16.enabled is True but student.dtype bfloat16 makes it False",
+        "scheduler is set but train.schedule does this",
+        "stage is 4",
+        "sub_group_size is 'auto'",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_the_users_optimizer_gets_the_training_settings() -> None:
+    block, _ = fill({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, learning_rate=3e-4)
+    assert block["optimizer"]["params"] == {"lr": 3e-4, "weight_decay": 0.0, "betas": [0.9, 0.95], "eps": 1e-8}
+    with pytest.raises(DeepSpeedConfigError, match=r"optimizer\.params\.lr is 1\.0"):
+        fill({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}})
+
+
+def test_offloading_the_torch_optimizer_is_settled() -> None:
+    block, _ = fill({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    assert block["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_the_teacher_gathers_like_the_student_and_has_no_optimizer() -> None:
+    zero = {"stage": 1, "stage3_param_persistence_threshold": 5, "offload_optimizer": {"device": "cpu"}}
+    student, _ = fill({"zero_optimization": zero})
+    teacher = teacher_config(student, precision="float16")
+    assert teacher["zero_optimization"] == {"stage": 3, "stage3_param_persistence_threshold": 5}
+    assert teacher["fp16"]["enabled"] and not teacher["bf16"]["enabled"] and "optimizer" not in teacher
+
+
+def test_buffers_keep_their_precision_under_deepspeed() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("inv_freq", torch.tensor([0.1234567, 3.0]))
+
+    def cast_all(*, model: nn.Module, config: dict[str, Any]) -> tuple[Any, ...]:
+        return model.bfloat16(), None, None, None  # what DeepSpeed does with bf16 enabled
+
+    engine = _initialize(SimpleNamespace(initialize=cast_all), model, config={})
+    assert engine.weight.dtype == torch.bfloat16
+    assert engine.inv_freq.equal(torch.tensor([0.1234567, 3.0]))
+
+
+def test_a_model_without_named_layers_is_refused() -> None:
+    with pytest.raises(ShardingError, match="Linear names no decoder layers"):
+        decoder_layers(nn.Linear(2, 2))
