@@ -118,6 +118,9 @@ def start_process_group(timeout_s: int) -> Placement:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        # DeepSpeed reads it once, at its first import, which Transformers does by itself where it is installed.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     owns_group = not dist.is_initialized()
     if owns_group:
         options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}

@@ -35,7 +35,7 @@ class DeepSpeedEngine:
     def __init__(self, student: nn.Module, teacher: nn.Module, config: RunConfig, place: Placement, accumulation: int):
         if config.student.dtype == "float16" and place.device.type == "cpu":
             raise EngineError("student.dtype float16 under DeepSpeed needs a GPU: use bfloat16 or float32 on CPU")
-        deepspeed = _import_deepspeed(place)
+        deepspeed = _import_deepspeed()
         self.module, self.place = student, place
         self.config, self.applied_notes = zero.student_config(
             config,
@@ -113,9 +113,7 @@ class DeepSpeedEngine:
             raise EngineError(f"{folder} holds no DeepSpeed checkpoint: was it written by another train.parallel?")
 
 
-def _import_deepspeed(place: Placement) -> Any:
-    if place.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at DeepSpeed's first import
+def _import_deepspeed() -> Any:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it also without a launcher
     try:
         import deepspeed

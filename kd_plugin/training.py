@@ -199,7 +199,6 @@ def _announce(config: RunConfig, place: Placement, mode: str, accumulation: int)
         "deepspeed": config.deepspeed is not None and mode != "deepspeed" and f"train.parallel is {mode}",
         "train.keep_checkpoints": "keep_checkpoints" in given and not train.save_every and "train.save_every is 0",
         "train.min_lr_ratio": train.min_lr_ratio > 0 and train.schedule == "constant" and "the schedule is constant",
-        "train.warmup_steps": train.warmup_steps >= train.max_steps and "the peak rate is never reached",
         "log.sample_tokens": "sample_tokens" in log.model_fields_set
         and not log.sample_prompt
         and "log.sample_prompt is not set",
@@ -208,6 +207,8 @@ def _announce(config: RunConfig, place: Placement, mode: str, accumulation: int)
     for name, reason in idle.items():
         if reason:
             logger.warning("%s has no effect: %s", name, reason)
+    if train.warmup_steps > train.max_steps:
+        logger.warning("train.warmup_steps %d: the peak rate is never reached", train.warmup_steps)
 
 
 def _resume_from(config: RunConfig) -> Path | None:
@@ -247,7 +248,8 @@ def _finish(
     with session.timed("export"):
         if export:
             _export(session, material, build, export)
-    samples = _samples(session, material)
+    with session.timed("samples"):
+        samples = _samples(session, material)
     if session.place.rank == 0:
         places = {"config": folder / "config.yaml"}
         if config.log.tensorboard:
