@@ -38,6 +38,8 @@ class Problem:
     chunk_size: int
     row_kernel: str
     student_transform: LogitTransform = IDENTITY
+    with_gradient: bool = True
+    """False under no_grad: autograd's own `needs_input_grad` does not know of it."""
     workspace_bytes: int = 0
     """Out: bytes held above the inputs at the loop's peak."""
     dense_bytes: int = 0

@@ -66,7 +66,7 @@ class FusedDistill(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: chunks.Problem
     ) -> tuple[Tensor, Tensor]:
         """All the work; gradients wait in `ctx`."""
-        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_hidden, need_weight, need_bias = (need and problem.with_gradient for need in ctx.needs_input_grad[:3])
         result = chunks.run(
             problem,
             hidden,
@@ -133,6 +133,7 @@ def loss_sums(
         chunk_size=chunks.rows_per_chunk(config.chunk_size, config.loss_memory_mb, weight.shape[0]),
         row_kernel=row_kernels.choose(config.row_kernel, flat.device.type),
         student_transform=transform or LogitTransform(),
+        with_gradient=torch.is_grad_enabled(),
     )
     loss_sum, statistics = FusedDistill.apply(flat, weight, bias, problem)
     num_valid = torch.full((), num_rows, dtype=torch.int64, device=flat.device)

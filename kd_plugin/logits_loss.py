@@ -17,7 +17,7 @@ from kd_plugin.row_kernels import RowSpec
 
 
 class _LogitsLoss(torch.autograd.Function):
-    """(student_logits [N, V], teacher_logits [N, V'], targets, rows, config) -> (loss sum, statistics sums)."""
+    """(student_logits [N, V], teacher_logits [N, V'], ...) -> (loss sum, statistics sums)."""
 
     @staticmethod
     def forward(
@@ -27,10 +27,11 @@ class _LogitsLoss(torch.autograd.Function):
         targets: Tensor | None,
         rows: Tensor,
         config: DistillConfig,
+        with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         objective = make_objective(config)
         vocab_size = student.shape[1] if teacher is None else min(student.shape[1], teacher.shape[1])
-        spec = RowSpec(objective, with_gradient=ctx.needs_input_grad[0])
+        spec = RowSpec(objective, with_gradient=with_gradient and ctx.needs_input_grad[0])
         kernel = row_kernels.choose(config.row_kernel, student.device.type)
         wide = wide_dtype(student.dtype)
         gradient = torch.zeros_like(student) if spec.with_gradient else None
@@ -58,7 +59,7 @@ class _LogitsLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return scaled(gradient, grad_loss, gradient.dtype), None, None, None, None
+        return scaled(gradient, grad_loss, gradient.dtype), None, None, None, None, None
 
 
 def _taken(logits: Tensor, rows: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
@@ -106,6 +107,6 @@ def distill_logits(
         rows = rows[targets != config.ignore_index]
         limit = student.shape[1] if teacher is None else min(student.shape[1], teacher.shape[1])
         checks.targets_in_vocabulary(targets, rows, limit)
-    loss_sum, statistics = _LogitsLoss.apply(student, teacher, targets, rows, config)
+    loss_sum, statistics = _LogitsLoss.apply(student, teacher, targets, rows, config, torch.is_grad_enabled())
     num_valid = torch.full((), rows.numel(), dtype=torch.int64, device=student.device)
     return normalised(LossSums(loss_sum, statistics, num_valid), num_items)
