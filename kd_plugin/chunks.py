@@ -88,7 +88,8 @@ def _buffer(name: str, rows: int, columns: int, dtype: torch.dtype, device: torc
         return torch.empty(rows, columns, dtype=dtype, device=device)
     flat = _cpu_workspace.get((dtype, name))
     if flat is None or flat.numel() < rows * columns:
-        flat = _cpu_workspace[dtype, name] = torch.empty(rows * columns, dtype=dtype)
+        with torch.inference_mode(False):  # an inference tensor could not be written to in training later
+            flat = _cpu_workspace[dtype, name] = torch.empty(rows * columns, dtype=dtype)
     return flat[: rows * columns].view(rows, columns)
 
 
