@@ -18,7 +18,7 @@ from torch import Tensor
 from kd_plugin import row_kernels
 from kd_plugin.objective import Objective
 from kd_plugin.matmul import Operand, accumulate_outer, add_bias, mm_into
-from kd_plugin.row_kernels import IDENTITY, LogitTransform, RowSpec
+from kd_plugin.row_kernels import IDENTITY, NUM_LOSSES, LogitTransform, RowSpec
 from kd_plugin.teachers import TeacherSource
 
 _MIB = 2**20
@@ -50,7 +50,7 @@ class Problem:
 class Result:
     """Sums over the valid rows, and un-normalised gradients."""
 
-    sums: Tensor  # [len(STATISTICS)] weighted by token_weights
+    sums: Tensor  # [len(STATISTICS)]; the losses are weighted by token_weights, the metrics are not
     grad_hidden: Tensor | None  # [N, D]
     grad_weight: Tensor | None  # [V, D] fp32 (fp64 for fp64 models)
     grad_bias: Tensor | None  # [V]
@@ -137,7 +137,9 @@ class _Loop:
         statistics = row_kernels.run(problem.row_kernel, spec, n, self.student, self.teacher, target_logits, weights)
         if spec.with_gradient and targets is not None:
             row_kernels.subtract_labels(spec, logits, targets, target_logits, weights)
-        return statistics if weights is None else statistics * weights
+        if weights is not None:
+            statistics[:, :NUM_LOSSES] *= weights
+        return statistics
 
     def narrow(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         """`gradient` in the model's precision; in the teacher's buffer, which the row pass is done with."""

@@ -11,9 +11,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kd_plugin.row_kernels.body import IDENTITY, STATISTICS, LogitTransform, RowSpec, row_pass, subtract_labels
+from kd_plugin.row_kernels.body import (
+    IDENTITY,
+    NUM_LOSSES,
+    STATISTICS,
+    LogitTransform,
+    RowSpec,
+    row_pass,
+    subtract_labels,
+)
 
-__all__ = ["IDENTITY", "STATISTICS", "LogitTransform", "RowSpec", "choose", "row_pass", "run", "subtract_labels"]
+__all__ = [
+    "IDENTITY",
+    "NUM_LOSSES",
+    "STATISTICS",
+    "LogitTransform",
+    "RowSpec",
+    "choose",
+    "row_pass",
+    "run",
+    "subtract_labels",
+]
 
 logger = logging.getLogger(__name__)
 

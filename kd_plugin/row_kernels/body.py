@@ -25,6 +25,8 @@ STATISTICS = (
     "kl_t1",
 )
 """Columns of the statistics that a row kernel returns."""
+NUM_LOSSES = 2
+"""The first so many of them are losses, the rest metrics."""
 
 
 class LogitTransform(NamedTuple):
