@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kd_plugin.config import RunConfig as RunConfig
     from kd_plugin.config_file import ConfigError as ConfigError
     from kd_plugin.config_file import load_config as load_config
+    from kd_plugin.divergences import register_divergence as register_divergence
     from kd_plugin.fused_loss import DistillOutput as DistillOutput
     from kd_plugin.fused_loss import distill_loss as distill_loss
     from kd_plugin.head import DistillHead as DistillHead
@@ -36,6 +37,7 @@ _HOMES = {
     "distill_loss": "fused_loss",
     "load_config": "config_file",
     "reference": "",
+    "register_divergence": "divergences",
     "train": "training",
 }
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kd_plugin import row_kernels
-from kd_plugin.objective import Objective
 from kd_plugin.matmul import Operand, accumulate_outer, add_bias, mm_into
+from kd_plugin.objective import Objective
 from kd_plugin.row_kernels import IDENTITY, NUM_LOSSES, LogitTransform, RowSpec
 from kd_plugin.teachers import TeacherSource
 
@@ -73,6 +73,13 @@ def rows_per_chunk(chunk_size: int | str, loss_memory_mb: float, vocab_size: int
     return rows if rows < 64 else rows // 64 * 64
 
 
+def shared_vocabulary(objective: Objective, student_size: int, teacher: TeacherSource | None) -> int:
+    """Token ids that both models have: the others get probability zero on both sides."""
+    if teacher is None or objective.by_rank:
+        return student_size
+    return min(student_size, teacher.vocab_size)
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Precision of logits, statistics and the weight's gradient."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -111,8 +118,9 @@ class _Loop:
         self.student = _buffer("student", capacity, vocab_size, self.dtype, hidden.device)
         self.teacher = None
         if problem.teacher is not None:
-            problem.teacher.prepare(vocab_size, self.dtype)
-            self.teacher = _buffer("teacher", capacity, vocab_size, self.dtype, hidden.device)
+            columns = problem.teacher.vocab_size if problem.objective.by_rank else vocab_size
+            problem.teacher.prepare(columns, self.dtype)
+            self.teacher = _buffer("teacher", capacity, columns, self.dtype, hidden.device)
 
     def indices(self, start: int, stop: int) -> slice | Tensor:
         rows = self.problem.rows
@@ -145,7 +153,7 @@ class _Loop:
         """`gradient` in the model's precision; in the teacher's buffer, which the row pass is done with."""
         if gradient.dtype == dtype:
             return gradient
-        if self.teacher is None:
+        if self.teacher is None or self.teacher.shape[1] < gradient.shape[1]:
             return gradient.to(dtype)
         return self.teacher.view(-1).view(dtype)[: gradient.numel()].view_as(gradient).copy_(gradient)
 
@@ -162,7 +170,7 @@ def run(
 ) -> Result:
     """All chunks of one call. Skips every product whose result is not needed."""
     teacher = problem.teacher
-    vocab_size = weight.shape[0] if teacher is None else min(weight.shape[0], teacher.vocab_size)
+    vocab_size = shared_vocabulary(problem.objective, weight.shape[0], teacher)
     loop = _Loop(problem, hidden, weight, bias, vocab_size)
     spec = RowSpec(
         problem.objective,

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo
-from pydantic.functional_validators import field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, PositiveInt
+from pydantic.functional_validators import model_validator
+
+from kd_plugin.distill_config import DistillConfig, Section, TermConfig
 
 __all__ = [
     "DataConfig",
@@ -23,73 +24,11 @@ __all__ = [
     "RunConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TermConfig",
     "TrainConfig",
 ]
 
 Precision = Literal["float32", "bfloat16", "float16"]
-DivergenceName = Literal["forward_kl", "soft_ce", "reverse_kl", "jsd"]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic would read `true` as 1, and YAML reads `yes` and `on` as true
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise PydanticCustomError("bool_given", "true/false has no meaning here")
-        return value
-
-
-class DistillConfig(Section):
-    """The objective, and how its loss is computed."""
-
-    divergence: DivergenceName = "forward_kl"
-    """Soft loss between the student's q and the teacher's p: `forward_kl` is KL(p||q), `soft_ce` is
-    -sum p log q, `reverse_kl` is KL(q||p), `jsd` is beta KL(p||m) + (1 - beta) KL(q||m)."""
-
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Divides both models' logits in the soft loss; the hard loss and generation never see it."""
-
-    temperature_power: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
-    """The soft loss is multiplied by temperature ** temperature_power, value and gradient alike."""
-
-    soft_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
-    """Weight of the soft loss (per valid token); 0 skips the teacher altogether."""
-
-    hard_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
-    """Weight of the cross-entropy against the labels (per valid token); 0 skips it."""
-
-    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """The teacher's share of the jsd mixture m = beta p + (1 - beta) q. The ends are refused: the
-    divergence tends to 0 there. Use forward_kl or reverse_kl."""
-
-    ignore_index: int = -100
-    """Rows with this label count in neither loss and cost no matrix product."""
-
-    chunk_size: Literal["auto"] | PositiveInt = "auto"
-    """Rows per chunk, a hard cap. `auto` takes as many as `loss_memory_mb` allows."""
-
-    loss_memory_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 512.0
-    """Memory for the two logits buffers of one chunk, in MiB; with `chunk_size: auto` only."""
-
-    row_kernel: Literal["auto", "compile", "eager"] = "auto"
-    """What computes one chunk's rows: `compile` is torch.compile, `eager` plain PyTorch; `auto` is
-    `compile` where a compiler is found."""
-
-    metrics: bool = True
-    """Measure agreement, entropies, acceptance rate and KL at temperature 1 in the same pass."""
-
-    @model_validator(mode="after")
-    def _some_weight(self) -> DistillConfig:
-        if self.soft_weight == 0 and self.hard_weight == 0:
-            raise ValueError(
-                "soft_weight and hard_weight are both 0: nothing would be trained; set one of them > 0"
-            )
-        return self
 
 
 class FromTeacherConfig(Section):

@@ -97,6 +97,8 @@ class LossSums(NamedTuple):
     loss_sum: Tensor  # differentiable scalar
     statistics: Tensor  # [len(STATISTICS)] sums over the valid rows
     num_valid: Tensor  # scalar int64
+    measured: tuple[str, ...]
+    """Which metrics mean something for this objective."""
     workspace_bytes: int = 0
     dense_bytes: int = 0
 
@@ -114,15 +116,15 @@ def loss_sums(
     rows: Tensor | None = None,  # [n] flat indices of the valid rows, counted on the host
 ) -> LossSums:
     """Sums over the valid rows, before any normalisation; what the head and `distill_loss` share."""
+    objective = make_objective(config)
     flat = hidden.reshape(-1, hidden.shape[-1])
     targets = None if targets is None else targets.reshape(-1)
     if rows is None and targets is not None:
         valid = targets != config.ignore_index
         rows = valid.nonzero().squeeze(1)
-        limit = weight.shape[0] if teacher is None else min(weight.shape[0], teacher.vocab_size)
+        limit = chunks.shared_vocabulary(objective, weight.shape[0], teacher)
         checks.targets_in_vocabulary(targets, rows, limit)
     num_rows = flat.shape[0] if rows is None else rows.shape[0]
-    objective = make_objective(config)
     problem = chunks.Problem(
         objective=objective,
         teacher=teacher if objective.needs_teacher else None,
@@ -137,7 +139,7 @@ def loss_sums(
     )
     loss_sum, statistics = FusedDistill.apply(flat, weight, bias, problem)
     num_valid = torch.full((), num_rows, dtype=torch.int64, device=flat.device)
-    return LossSums(loss_sum, statistics, num_valid, problem.workspace_bytes, problem.dense_bytes)
+    return LossSums(loss_sum, statistics, num_valid, objective.measured, problem.workspace_bytes, problem.dense_bytes)
 
 
 def normalised(sums: LossSums, num_items: int | float | Tensor | None) -> DistillOutput:
@@ -147,8 +149,8 @@ def normalised(sums: LossSums, num_items: int | float | Tensor | None) -> Distil
     items = items.clamp_min(1) if isinstance(items, Tensor) else max(items, 1)
     per_row = sums.statistics / num_valid.clamp_min(1)
     means = sums.statistics / items
-    names = row_kernels.STATISTICS
-    metrics = dict(zip(names[2:], per_row[2:].unbind(), strict=True))
+    by_name = dict(zip(row_kernels.STATISTICS, per_row.unbind(), strict=True))
+    metrics = {name: by_name[name] for name in sums.measured}
     return DistillOutput(sums.loss_sum / items, means[0], means[1], num_valid, metrics)
 
 

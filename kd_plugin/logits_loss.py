@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from kd_plugin import checks, reference, row_kernels
 from kd_plugin.chunks import rows_per_chunk, wide_dtype
 from kd_plugin.config import DistillConfig
-from kd_plugin.objective import make_objective
 from kd_plugin.fused_loss import DistillOutput, LossSums, normalised, scaled
+from kd_plugin.objective import Objective, make_objective
 from kd_plugin.row_kernels import RowSpec
 
 
@@ -30,7 +30,7 @@ class _LogitsLoss(torch.autograd.Function):
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         objective = make_objective(config)
-        vocab_size = student.shape[1] if teacher is None else min(student.shape[1], teacher.shape[1])
+        vocab_size, columns = _columns(objective, student, teacher)
         spec = RowSpec(objective, with_gradient=with_gradient and ctx.needs_input_grad[0])
         kernel = row_kernels.choose(config.row_kernel, student.device.type)
         wide = wide_dtype(student.dtype)
@@ -39,7 +39,7 @@ class _LogitsLoss(torch.autograd.Function):
         chunk = rows_per_chunk(config.chunk_size, config.loss_memory_mb, vocab_size)
         for piece in rows.split(chunk) if rows.numel() else ():
             logits = _taken(student, piece, vocab_size, wide)
-            others = None if teacher is None else _taken(teacher, piece, vocab_size, wide)
+            others = None if teacher is None else _taken(teacher, piece, columns, wide)
             labels = target_logits = None
             if objective.hard_weight and targets is not None:
                 labels = targets[piece, None]
@@ -60,6 +60,14 @@ class _LogitsLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return scaled(gradient, grad_loss, gradient.dtype), None, None, None, None, None
+
+
+def _columns(objective: Objective, student: Tensor, teacher: Tensor | None) -> tuple[int, int]:
+    """Columns of the student's and of the teacher's logits that take part."""
+    if teacher is None or objective.by_rank:
+        return student.shape[1], 0 if teacher is None else teacher.shape[1]
+    shared = min(student.shape[1], teacher.shape[1])
+    return shared, shared
 
 
 def _taken(logits: Tensor, rows: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
@@ -101,12 +109,12 @@ def distill_logits(
     teacher = None
     if config.soft_weight and teacher_logits is not None:
         teacher = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
+    objective = make_objective(config)
     rows = torch.arange(student.shape[0], device=student.device)
     if targets is not None:
         targets = targets.reshape(-1)
         rows = rows[targets != config.ignore_index]
-        limit = student.shape[1] if teacher is None else min(student.shape[1], teacher.shape[1])
-        checks.targets_in_vocabulary(targets, rows, limit)
+        checks.targets_in_vocabulary(targets, rows, _columns(objective, student, teacher)[0])
     loss_sum, statistics = _LogitsLoss.apply(student, teacher, targets, rows, config, torch.is_grad_enabled())
     num_valid = torch.full((), rows.numel(), dtype=torch.int64, device=student.device)
-    return normalised(LossSums(loss_sum, statistics, num_valid), num_items)
+    return normalised(LossSums(loss_sum, statistics, num_valid, objective.measured), num_items)

@@ -26,6 +26,7 @@ from kd_plugin.chunks import rows_per_chunk
 from kd_plugin.config import DistillConfig
 from kd_plugin.head import DistillHead, HeadCall, teacher_head_forward
 from kd_plugin.metrics import GIB, MetricSums, Stopwatch, num_ranks
+from kd_plugin.objective import make_objective
 from kd_plugin.teachers import HeadTeacher
 from kd_plugin.vocabulary import check_tokenizers
 
@@ -66,8 +67,8 @@ class Plugin:
         sums = self._sums.take(device, self.group)
         valid = sums.pop("valid_tokens")
         means = {name: value / max(valid, 1.0) for name, value in sums.items()}
-        if not (self.config.metrics and self.config.soft_weight):
-            means = {name: means[name] for name in ("soft_loss", "hard_loss")}
+        kept = ("soft_loss", "hard_loss", *make_objective(self.config).measured)
+        means = {name: means[name] for name in kept}
         loss = self.config.soft_weight * means["soft_loss"] + self.config.hard_weight * means["hard_loss"]
         times = {f"{name}_ms": elapsed for name, elapsed in self._watch.take().items()}
         return {

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_plugin import checks
-from kd_plugin.config import DistillConfig
+from kd_plugin.config import DistillConfig, TermConfig
+from kd_plugin.divergences import registered
 from kd_plugin.fused_loss import DistillOutput
 
 _FLOOR = -1e5  # log-probability that stands for zero: 0 * _FLOOR is 0 where 0 * -inf is NaN
@@ -26,20 +27,77 @@ def _kl(first: Tensor, second: Tensor) -> Tensor:
     return (first.exp() * (first - second)).sum(-1)
 
 
-def divergence(student_logits: Tensor, teacher_logits: Tensor, config: DistillConfig) -> Tensor:
+def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """log((1 - share) * exp(first) + share * exp(second))."""
+    weights = torch.tensor([1 - share, share], dtype=first.dtype, device=first.device).log()
+    return torch.logaddexp(weights[0] + first, weights[1] + second)
+
+
+def _centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def _sorted_distance(q: Tensor, p: Tensor) -> Tensor:
+    width = max(q.shape[-1], p.shape[-1])
+    padded = [F.pad(x.exp(), (0, width - x.shape[-1])).sort(-1, descending=True).values for x in (q, p)]
+    return (padded[0] - padded[1]).abs().sum(-1)
+
+
+def divergence(name: str, student_logits: Tensor, teacher_logits: Tensor, *, beta: float, alpha: float) -> Tensor:
     """Value of each row `[N]`, of logits `[N, V]` already divided by the temperature."""
-    q, p = _log_softmax(student_logits), _log_softmax(teacher_logits)
-    if config.divergence == "forward_kl":
-        return _kl(p, q)
-    if config.divergence == "soft_ce":
-        return -(p.exp() * q).sum(-1)
-    if config.divergence == "reverse_kl":
-        return _kl(q, p)
-    if config.divergence == "jsd":
-        beta = torch.tensor(config.beta, dtype=q.dtype, device=q.device)
-        m = torch.logaddexp(beta.log() + p, torch.log1p(-beta) + q)
-        return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
-    raise ValueError(f"unknown divergence {config.divergence!r}")
+    z, v = student_logits, teacher_logits
+    q, p = _log_softmax(z), _log_softmax(v)
+    match name:
+        case "forward_kl":
+            return _kl(p, q)
+        case "soft_ce":
+            return -(p.exp() * q).sum(-1)
+        case "reverse_kl":
+            return _kl(q, p)
+        case "jsd":
+            m = _mixture(q, p, beta)
+            return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+        case "skew_kl":
+            return _kl(p, _mixture(q, p, alpha))
+        case "skew_reverse_kl":
+            return _kl(q, _mixture(p, q, alpha))
+        case "tvd":
+            return 0.5 * (p.exp() - q.exp()).abs().sum(-1)
+        case "acceptance":
+            return -torch.minimum(p.exp(), q.exp()).sum(-1).log()
+        case "logit_mse":
+            return 0.5 * (z - v).square().sum(-1)
+        case "logit_mse_centered":
+            return 0.5 * (_centred(z) - _centred(v)).square().sum(-1)
+        case "cosine":
+            return 1 - F.cosine_similarity(z, v, dim=-1)
+        case "uld":
+            return _sorted_distance(q, p)
+    return registered.value(name, q, p).sum(-1)
+
+
+def _soft(student_logits: Tensor, teacher_logits: Tensor, config: DistillConfig) -> Tensor:
+    total = student_logits.new_zeros(student_logits.shape[0])
+    for term in config.terms or (TermConfig(name=config.divergence),):
+        temperature = term.temperature or config.temperature
+        value = divergence(
+            term.name,
+            student_logits / temperature,
+            teacher_logits / temperature,
+            beta=term.beta or config.beta,
+            alpha=term.alpha or config.alpha,
+        )
+        total = total + term.weight * temperature**config.temperature_power * value
+    return total
+
+
+def _hard(student_logits: Tensor, targets: Tensor, config: DistillConfig) -> Tensor:
+    loss = F.cross_entropy(student_logits, targets, reduction="none", label_smoothing=config.label_smoothing)
+    return loss + config.z_loss_weight * torch.logsumexp(student_logits, -1).square()
+
+
+def _by_rank(config: DistillConfig) -> bool:
+    return "uld" in [config.divergence, *(term.name for term in config.terms or ())]
 
 
 def _output(
@@ -56,12 +114,12 @@ def _output(
     metrics = {}
     if config.soft_weight:
         assert teacher_logits is not None
-        scale = config.temperature**config.temperature_power
-        soft = scale * divergence(student_logits / config.temperature, teacher_logits / config.temperature, config)
-        if config.metrics:
+        soft = _soft(student_logits, teacher_logits, config)
+        if config.metrics and not _by_rank(config):
             metrics = _metrics(student_logits.detach(), teacher_logits.detach())
     if config.hard_weight:
-        hard = F.cross_entropy(student_logits, targets, reduction="none")
+        assert targets is not None
+        hard = _hard(student_logits, targets, config)
     if weights is not None:
         soft, hard = soft * weights, hard * weights
     soft_loss, hard_loss = soft.sum() / items, hard.sum() / items
@@ -108,9 +166,9 @@ def distill_loss(
     )
     checks.token_weights(token_weights, student_hidden)
     rows = slice(None) if targets is None else targets.reshape(-1) != config.ignore_index
-    vocab_size = student_weight.shape[0]
-    if config.soft_weight and teacher_weight is not None:
-        vocab_size = min(vocab_size, teacher_weight.shape[0])
+    vocab_size = None
+    if config.soft_weight and teacher_weight is not None and not _by_rank(config):
+        vocab_size = min(student_weight.shape[0], teacher_weight.shape[0])
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -141,9 +199,9 @@ def distill_logits(
     """As `kd_plugin.distill_logits`, plain autograd; `detach_teacher=False` lets gradients into both."""
     checks.logits_inputs(student_logits, teacher_logits, targets, config)
     rows = slice(None) if targets is None else targets.reshape(-1) != config.ignore_index
-    vocab_size = student_logits.shape[-1]
-    if config.soft_weight and teacher_logits is not None:
-        vocab_size = min(vocab_size, teacher_logits.shape[-1])
+    vocab_size = None
+    if config.soft_weight and teacher_logits is not None and not _by_rank(config):
+        vocab_size = min(student_logits.shape[-1], teacher_logits.shape[-1])
 
     def flat(logits: Tensor) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kd_plugin.divergences import logits, probabilities
+from kd_plugin.divergences import logits, probabilities, registered
 from kd_plugin.divergences.definition import LOG_FLOOR, Divergence, Row, Sums
 
-__all__ = ["DIVERGENCES", "LOG_FLOOR", "Divergence", "Row", "Sums", "get"]
+__all__ = ["DIVERGENCES", "LOG_FLOOR", "Divergence", "Row", "Sums", "get", "register_divergence"]
 
 DIVERGENCES: dict[str, Callable[[float, float], Divergence]] = {
     "forward_kl": lambda beta, alpha: probabilities.forward_kl(),
@@ -31,3 +31,21 @@ def get(name: str, *, beta: float = 0.5, alpha: float = 0.1) -> Divergence:
     if name not in DIVERGENCES:
         raise ValueError(f"unknown divergence {name!r}; known: {', '.join(DIVERGENCES)}")
     return DIVERGENCES[name](beta, alpha)
+
+
+def register_divergence(name: str, function: registered.Elementwise) -> None:
+    """Add the divergence `sum_v function(log q, log p)` under `name`, for `DistillConfig(divergence=name)`.
+
+    Args:
+        name: an identifier that is not built in; registering it again replaces it.
+        function: elementwise, `(log_q [n, V], log_p [n, V]) -> [n, V]`, of torch operations that autograd and
+            torch.compile understand. Log-probabilities of masked tokens are -1e5, not -inf. The gradient with
+            respect to the student is derived from it.
+
+    Raises:
+        ValueError: a built-in name, or a function that is not elementwise or not finite on equal inputs.
+    """
+    registered.check(name, function)
+    definition = registered.from_function(name, function)
+    DIVERGENCES[name] = lambda beta, alpha: definition
+    registered.remember(name, function)

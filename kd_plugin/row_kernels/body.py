@@ -12,18 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd_plugin.divergences import LOG_FLOOR, Row, Sums
-from kd_plugin.objective import Objective, Term
+from kd_plugin.divergences import LOG_FLOOR, Row
+from kd_plugin.objective import MEASURED, Objective
 
-STATISTICS = (
-    "soft_loss",
-    "hard_loss",
-    "teacher_entropy",
-    "student_entropy",
-    "top1_agreement",
-    "acceptance_rate",
-    "kl_t1",
-)
+STATISTICS = ("soft_loss", "hard_loss", *MEASURED)
 """Columns of the statistics that a row kernel returns."""
 NUM_LOSSES = 2
 """The first so many of them are losses, the rest metrics."""
@@ -86,20 +78,65 @@ def _row(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> 
     return Row(s, t, lq, lp, lq.exp(), lp.exp(), s.shape[-1])
 
 
+def _match_by_rank(row: Row) -> tuple[Row, Tensor]:
+    """Each student probability paired with the teacher's of the same rank, and what the teacher has left over.
+
+    The shorter vocabulary counts as padded with zeros.
+    """
+    width = row.q.shape[-1]
+    descending = row.p.sort(-1, descending=True).values
+    if descending.shape[-1] < width:
+        descending = torch.nn.functional.pad(descending, (0, width - descending.shape[-1]))
+    order = row.q.argsort(-1, descending=True)
+    matched = torch.zeros_like(row.q).scatter_(-1, order, descending[:, :width])
+    return row._replace(p=matched), _row_sum(descending[:, width:])
+
+
 def _row_sum(elements: Tensor) -> Tensor:
     return elements.sum(-1, keepdim=True)
 
 
-def _term(term: Term, row: Row) -> tuple[Tensor, Sums]:
-    sums = tuple(_row_sum(elements) for elements in term.divergence.elements(torch, row))
-    return term.divergence.value(torch, sums), sums
+def _soft(spec: RowSpec, rows: dict[float, Row], zero: Tensor) -> tuple[Tensor, Tensor | None]:
+    """All terms -> value `[n, 1]`, and its gradient `[n, V]` with respect to the logits if it is wanted."""
+    value, gradient = zero, None
+    for divergence, weight, temperature, scale in spec.objective.terms:
+        row = rows[temperature]
+        if divergence.match_by_rank:
+            row, left_over = _match_by_rank(row)
+            value = value + weight * scale * left_over
+        sums = tuple(_row_sum(elements) for elements in divergence.elements(torch, row))
+        value = value + weight * scale * divergence.value(torch, sums)
+        if spec.with_gradient:
+            factor = spec.objective.soft_weight * weight * scale / temperature
+            part = divergence.gradient(torch, row, sums) * factor
+            gradient = part if gradient is None else gradient + part
+    return value, gradient
 
 
-def _metrics(row: Row) -> list[Tensor]:
+def _hard(spec: RowSpec, logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (smoothed) and z-loss -> value `[n, 1]`, gradient `[n, V]` short of the label's part."""
+    objective = spec.objective
+    plain = softmax(logits)  # torch.compile merges it with the row's at temperature 1
+    smoothing, q = objective.label_smoothing, plain.log_probs.exp()
+    value = plain.log_sum - (spec.student.apply(target_logits) - plain.maximum)
+    gradient = q
+    if smoothing:
+        value = (1 - smoothing) * value - smoothing * plain.log_probs.mean(-1, keepdim=True)
+        gradient = gradient - smoothing / logits.shape[-1]
+    if objective.z_loss_weight:
+        lse = plain.maximum + plain.log_sum
+        value = value + objective.z_loss_weight * lse.square()
+        gradient = gradient + (2 * objective.z_loss_weight) * lse * q
+    return value, objective.hard_weight * gradient
+
+
+def _metrics(row: Row, zero: Tensor, by_rank: bool) -> list[Tensor]:
+    entropies = [_row_sum(-row.p * row.lp), _row_sum(-row.q * row.lq)]
+    if by_rank:  # token ids do not correspond
+        return [*entropies, zero, zero, zero]
     agree = (row.lq == row.lq.amax(-1, keepdim=True)) & (row.lp == row.lp.amax(-1, keepdim=True))
     return [
-        _row_sum(-row.p * row.lp),
-        _row_sum(-row.q * row.lq),
+        *entropies,
         agree.any(-1, keepdim=True).to(row.q.dtype),
         _row_sum(torch.minimum(row.q, row.p)),
         _row_sum(row.p * (row.lp - row.lq) + (row.q - row.p)),
@@ -109,39 +146,32 @@ def _metrics(row: Row) -> list[Tensor]:
 def row_pass(
     spec: RowSpec,
     student_logits: Tensor,  # [n, V] fp32 or fp64, raw; overwritten with the gradient
-    teacher_logits: Tensor | None,  # [n, V] same dtype, raw
+    teacher_logits: Tensor | None,  # [n, V] same dtype, raw; another width only when paired by rank
     target_logits: Tensor | None,  # [n, 1] the student's raw logit of each row's label
     row_weights: Tensor | None,  # [n, 1] multiplies each row's gradient
 ) -> Tensor:
     """Statistics `[n, len(STATISTICS)]` of each row, unweighted.
 
     With `spec.with_gradient`, `student_logits` then holds soft_weight * d soft + hard_weight * d hard with
-    respect to the raw logits, short of the label's own `-hard_weight` (see `subtract_labels`).
+    respect to the raw logits, short of the label's own part of the hard loss (see `subtract_labels`).
     """
     objective = spec.objective
     logits = spec.student.apply(student_logits)
     zero = torch.zeros_like(logits[:, :1])
     soft, hard, gradient = zero, zero, None
-    rows: dict[float, Row] = {}
+    measured = [zero] * (len(STATISTICS) - 2)
     if objective.needs_teacher:
         assert teacher_logits is not None
         others = spec.teacher.apply(teacher_logits)
         temperatures = {term.temperature for term in objective.terms} | ({1.0} if objective.metrics else set())
         rows = {temperature: _row(logits, others, temperature) for temperature in sorted(temperatures)}
-        for term in objective.terms:
-            row = rows[term.temperature]
-            value, sums = _term(term, row)
-            soft = soft + term.weight * term.scale * value
-            factor = objective.soft_weight * term.weight * term.scale / term.temperature
-            part = term.divergence.gradient(torch, row, sums) * factor
-            gradient = part if gradient is None else gradient + part
+        soft, gradient = _soft(spec, rows, zero)
+        if objective.metrics:
+            measured = _metrics(rows[1.0], zero, objective.by_rank)
     if objective.hard_weight:
         assert target_logits is not None
-        plain = softmax(logits)  # torch.compile merges it with the row's at temperature 1
-        hard = plain.log_sum - (spec.student.apply(target_logits) - plain.maximum)
-        part = objective.hard_weight * plain.log_probs.exp()
+        hard, part = _hard(spec, logits, target_logits)
         gradient = part if gradient is None else gradient + part
-    measured = _metrics(rows[1.0]) if 1.0 in rows and objective.metrics else [zero] * (len(STATISTICS) - 2)
     if spec.with_gradient:
         assert gradient is not None
         gradient = gradient * spec.student.jacobian(student_logits)
@@ -157,5 +187,6 @@ def subtract_labels(
     row_weights: Tensor | None,  # [n, 1]
 ) -> None:
     """The one-hot part of the cross-entropy's gradient, `q - onehot(label)`."""
-    amount = torch.full_like(target_logits, -spec.objective.hard_weight) * spec.student.jacobian(target_logits)
+    share = -spec.objective.hard_weight * (1 - spec.objective.label_smoothing)
+    amount = torch.full_like(target_logits, share) * spec.student.jacobian(target_logits)
     gradient.scatter_add_(1, targets, amount if row_weights is None else amount * row_weights)

@@ -1,0 +1,155 @@
+"""Settings of the objective; nothing here imports torch."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, WithJsonSchema
+from pydantic.functional_validators import field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+__all__ = ["BUILT_IN", "DistillConfig", "Section", "TermConfig", "registered_names"]
+
+BUILT_IN = (
+    "forward_kl",
+    "soft_ce",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "acceptance",
+    "logit_mse",
+    "logit_mse_centered",
+    "cosine",
+    "uld",
+)
+"""Divergences that come with the package."""
+
+registered_names: set[str] = set()
+"""Divergences added by `kd_plugin.register_divergence`."""
+
+
+def _known(name: str) -> str:
+    names = [*BUILT_IN, *sorted(registered_names)]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise PydanticCustomError("unknown_divergence", "no such divergence; " + hint + "known: " + ", ".join(names))
+    return name
+
+
+DivergenceName = Annotated[str, AfterValidator(_known), WithJsonSchema({"type": "string", "enum": list(BUILT_IN)})]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read `true` as 1, and YAML reads `yes` and `on` as true
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("bool_given", "true/false has no meaning here")
+        return value
+
+
+class TermConfig(Section):
+    """One divergence of a composed soft loss."""
+
+    name: DivergenceName
+    """As `distill.divergence`."""
+
+    weight: NotNegative = 1.0
+    """Factor of this term within the soft loss."""
+
+    temperature: Positive | None = None
+    """Of this term; null takes `distill.temperature`."""
+
+    beta: Share | None = None
+    """Of this term; null takes `distill.beta`."""
+
+    alpha: Share | None = None
+    """Of this term; null takes `distill.alpha`."""
+
+
+class DistillConfig(Section):
+    """The objective, and how its loss is computed."""
+
+    divergence: DivergenceName = "forward_kl"
+    """Soft loss between the student's q and the teacher's p; formulas in the README."""
+
+    terms: tuple[TermConfig, ...] | None = None
+    """Several divergences in one pass instead of `divergence`: [{name: forward_kl, weight: 0.7}, ...]."""
+
+    temperature: Positive = 1.0
+    """Divides both models' logits in the soft loss; the hard loss and generation never see it."""
+
+    temperature_power: NotNegative = 2.0
+    """The soft loss is multiplied by temperature ** temperature_power, value and gradient alike."""
+
+    soft_weight: NotNegative = 0.5
+    """Weight of the soft loss (per valid token); 0 skips the teacher altogether."""
+
+    hard_weight: NotNegative = 0.5
+    """Weight of the cross-entropy against the labels (per valid token); 0 skips it."""
+
+    beta: Share = 0.5
+    """The teacher's share of the jsd mixture m = beta p + (1 - beta) q. The ends are refused: the
+    divergence tends to 0 there. Use forward_kl or reverse_kl."""
+
+    alpha: Share = 0.1
+    """Skewed divergences: share of the teacher mixed into the student (skew_kl), or of the student
+    mixed into the teacher (skew_reverse_kl). At 0 they are forward_kl and reverse_kl."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the hard loss's target spread evenly over the vocabulary."""
+
+    z_loss_weight: NotNegative = 0.0
+    """Adds z_loss_weight * logsumexp(student logits)^2 to the hard loss of each token."""
+
+    ignore_index: int = -100
+    """Rows with this label count in neither loss and cost no matrix product."""
+
+    chunk_size: Literal["auto"] | PositiveInt = "auto"
+    """Rows per chunk, a hard cap. `auto` takes as many as `loss_memory_mb` allows."""
+
+    loss_memory_mb: Positive = 512.0
+    """Memory for the two logits buffers of one chunk, in MiB; with `chunk_size: auto` only."""
+
+    logits_dtype: Literal["float32", "input"] = "float32"
+    """`float32`: logits of half-precision models are never rounded. `input` rounds them to the models'
+    precision: faster where the hardware has no fp32 result, and gradients are off by several per cent."""
+
+    row_kernel: Literal["auto", "compile", "triton", "eager"] = "auto"
+    """What computes one chunk's rows: `compile` is torch.compile, `triton` a hand-written kernel (CUDA),
+    `eager` plain PyTorch; `auto` is `compile` where a compiler is found."""
+
+    metrics: bool = True
+    """Measure agreement, entropies, acceptance rate and KL at temperature 1 in the same pass."""
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> DistillConfig:
+        if self.soft_weight == 0 and self.hard_weight == 0:
+            raise ValueError("soft_weight and hard_weight are both 0: nothing would be trained; set one of them > 0")
+        if self.hard_weight == 0 and (self.label_smoothing or self.z_loss_weight):
+            raise ValueError("label_smoothing and z_loss_weight are parts of the hard loss: set hard_weight > 0")
+        return self
+
+    @model_validator(mode="after")
+    def _one_objective(self) -> DistillConfig:
+        if self.terms is None:
+            return self
+        if "divergence" in self.model_fields_set:
+            raise ValueError("terms replaces divergence: keep one of them")
+        if not any(term.weight for term in self.terms):
+            raise ValueError("terms has no term with a weight > 0: give one, or set soft_weight to 0")
+        if any(term.name == "uld" for term in self.terms) and any(term.name != "uld" for term in self.terms):
+            raise ValueError("uld pairs tokens by rank, the other terms by id: use it alone")
+        return self
