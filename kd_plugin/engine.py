@@ -162,8 +162,8 @@ def accumulation_steps(train: TrainConfig, *, seq_len: int, world_size: int) -> 
             f"train.tokens_per_step {train.tokens_per_step} is no multiple of {sum_up} tokens: "
             "change tokens_per_step, micro_batch_size or the number of ranks"
         )
-    explicit = "gradient_accumulation_steps" in train.model_fields_set
-    if explicit and train.gradient_accumulation_steps != steps:
+    # 1 is the default, and what a saved config.yaml spells out.
+    if train.gradient_accumulation_steps not in (1, steps):
         raise EngineError(
             f"train.tokens_per_step {train.tokens_per_step} with {sum_up} makes {steps} accumulation steps, "
             f"but gradient_accumulation_steps is {train.gradient_accumulation_steps}: remove one of the two"

@@ -11,16 +11,14 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch.distributed as dist
-from torch import nn
+from pydantic import BaseModel
 
 from kd_plugin import checkpoint
 from kd_plugin.config import RunConfig
@@ -36,6 +34,7 @@ from kd_plugin.engine import (
     seed_everything,
     start_process_group,
 )
+from kd_plugin.export import export_student
 from kd_plugin.loop import Session, evaluate, run_steps
 from kd_plugin.models import build_student, check_tokenizers, check_vocabulary, load_teacher, load_tokenizer
 from kd_plugin.plugin import attach
@@ -194,12 +193,13 @@ def _announce(config: RunConfig, place: Placement, mode: str, accumulation: int)
         *(mode, place.world_size, place.device.type, config.student.dtype, tokens),
         *(train.micro_batch_size, accumulation, place.world_size, config.data.seq_len),
     )
-    given = train.model_fields_set
     idle = {
         "deepspeed": config.deepspeed is not None and mode != "deepspeed" and f"train.parallel is {mode}",
-        "train.keep_checkpoints": "keep_checkpoints" in given and not train.save_every and "train.save_every is 0",
+        "train.keep_checkpoints": _changed(train, "keep_checkpoints")
+        and not train.save_every
+        and "train.save_every is 0",
         "train.min_lr_ratio": train.min_lr_ratio > 0 and train.schedule == "constant" and "the schedule is constant",
-        "log.sample_tokens": "sample_tokens" in log.model_fields_set
+        "log.sample_tokens": _changed(log, "sample_tokens")
         and not log.sample_prompt
         and "log.sample_prompt is not set",
         "teacher": not config.distill.soft_weight and "distill.soft_weight is 0",
@@ -209,6 +209,11 @@ def _announce(config: RunConfig, place: Placement, mode: str, accumulation: int)
             logger.warning("%s has no effect: %s", name, reason)
     if train.warmup_steps > train.max_steps:
         logger.warning("train.warmup_steps %d: the peak rate is never reached", train.warmup_steps)
+
+
+def _changed(section: BaseModel, name: str) -> bool:
+    """Whether a value differs from its default; a saved config.yaml spells the defaults out too."""
+    return getattr(section, name) != type(section).model_fields[name].default
 
 
 def _resume_from(config: RunConfig) -> Path | None:
@@ -237,7 +242,7 @@ def _resume(session: Session, folder: Path | None) -> int:
 def _finish(
     session: Session,
     material: _Material,
-    build: Callable[[], nn.Module],
+    build: Callable[[], PreTrainedModel],
     before: dict[str, float],
     after: dict[str, float],
     step: int,
@@ -247,7 +252,9 @@ def _finish(
     export = folder / "export" if config.train.export else None
     with session.timed("export"):
         if export:
-            _export(session, material, build, export)
+            dtype = DTYPES[config.student.dtype]
+            fresh = partial(_plain_student, build, material)
+            export_student(session.engine, fresh, material.tokenizer, export, dtype=dtype)
     with session.timed("samples"):
         samples = _samples(session, material)
     if session.place.rank == 0:
@@ -263,20 +270,10 @@ def _finish(
     return TrainResult(step, session.history, before, after, folder, export)
 
 
-def _export(session: Session, material: _Material, build: Callable[[], nn.Module], folder: Path) -> None:
-    """Write the student as `save_pretrained` does, from an ordinary model that no wrapper has touched."""
-    state: dict[str, Any] = session.engine.full_state_dict()
-    if session.place.rank == 0:
-        model = build().to(DTYPES[session.config.student.dtype])
-        model.load_state_dict(state)
-        model.generation_config = material.student.generation_config
-        partial_folder = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        model.save_pretrained(partial_folder)
-        material.tokenizer.save_pretrained(partial_folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial_folder.rename(folder)
-    dist.barrier()
+def _plain_student(build: Callable[[], PreTrainedModel], material: _Material) -> PreTrainedModel:
+    model = build()
+    model.generation_config = material.student.generation_config
+    return model
 
 
 def _samples(session: Session, material: _Material) -> dict[str, str]:

@@ -213,6 +213,14 @@ def test_settings_without_effect_are_named(folder: Path, caplog: pytest.LogCaptu
     assert warned >= {"deepspeed", "train.keep_checkpoints", "train.min_lr_ratio", "log.sample_tokens"}
 
 
+def test_the_saved_configuration_repeats_the_run(
+    folder: Path, result: TrainResult, caplog: pytest.LogCaptureFixture
+) -> None:
+    again = kd.load_config(result.output_dir / "config.yaml", [f"log.output_dir={folder / 'again'}"])
+    assert losses(kd.train(again)) == losses(result)
+    assert not [record for record in caplog.records if "has no effect" in record.getMessage()]
+
+
 def test_report_shows_quality_time_memory_and_samples(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = {"output_dir": str(folder / "report"), "tensorboard": False, "sample_prompt": "the fox", "sample_tokens": 4}
     with caplog.at_level(logging.INFO):
