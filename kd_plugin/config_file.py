@@ -186,6 +186,8 @@ def _what(detail: ErrorDetails, keys: Keys, schema: dict[str, Any], values: Any)
             return f"is missing; wants {wanted(schema)}{about}"
         case "value_error":
             return detail["msg"].removeprefix("Value error, ") + ("" if isinstance(given, dict) else got)
+        case "unknown_divergence":
+            return detail["msg"] + got
         case "finite_number":
             return f"wants a finite number{got}"
     hint = "; null is written null" if given == "None" else ""

@@ -34,7 +34,7 @@ registered_names: set[str] = set()
 def _known(name: str) -> str:
     names = [*BUILT_IN, *sorted(registered_names)]
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
+        near = difflib.get_close_matches(name, names, 1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise PydanticCustomError("unknown_divergence", "no such divergence; " + hint + "known: " + ", ".join(names))
     return name

@@ -117,7 +117,9 @@ def test_the_resolved_configuration_reads_back_as_it_is(config_file: Path, tmp_p
         ),
         (
             "distill: {divergence: fkl}",
-            "distill.divergence: wants one of 'forward_kl', 'soft_ce', 'reverse_kl', 'jsd' (got \"fkl\")",
+            "distill.divergence: no such divergence; did you mean 'forward_kl'? known: forward_kl, soft_ce, "
+            "reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd, acceptance, logit_mse, logit_mse_centered, cosine, uld "
+            '(got "fkl")',
         ),
         ("distill: {soft_weight: yes}", "distill.soft_weight: wants a number >= 0 (got true)"),
         ("train: {resume: maybe}", 'train.resume: wants true or false (got "maybe")'),
