@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kd_plugin.logits_loss import distill_logits as distill_logits
     from kd_plugin.plugin import Plugin as Plugin
     from kd_plugin.plugin import attach as attach
+    from kd_plugin.token_losses import distill_loss_per_token as distill_loss_per_token
     from kd_plugin.training import train as train
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ _HOMES = {
     "attach": "plugin",
     "distill_logits": "logits_loss",
     "distill_loss": "fused_loss",
+    "distill_loss_per_token": "token_losses",
     "load_config": "config_file",
     "reference": "",
     "register_divergence": "divergences",

@@ -10,7 +10,7 @@ with half-precision models, the fp32 copies of both heads come on top (see `matm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from kd_plugin.matmul import Operand, accumulate_outer, add_bias, mm_into
 from kd_plugin.objective import Objective
 from kd_plugin.row_kernels import IDENTITY, NUM_LOSSES, LogitTransform, RowSpec
 from kd_plugin.teachers import TeacherSource
+from kd_plugin.workspace import buffer
 
 _MIB = 2**20
 _BYTES_PER_LOGIT = 8  # one fp32 logit of the student, one of the teacher
@@ -38,12 +39,19 @@ class Problem:
     chunk_size: int
     row_kernel: str
     student_transform: LogitTransform = IDENTITY
+    rounded_logits: bool = False
+    """Round logits to the models' precision."""
     with_gradient: bool = True
     """False under no_grad: autograd's own `needs_input_grad` does not know of it."""
     workspace_bytes: int = 0
     """Out: bytes held above the inputs at the loop's peak."""
     dense_bytes: int = 0
     """Out: bytes that the fp32 logits of all rows would have taken, both models' together."""
+
+    def weighted(self, factors: Tensor) -> Problem:
+        """The same problem with each row's gradient multiplied by `factors` `[N]`."""
+        weights = factors if self.token_weights is None else factors * self.token_weights
+        return replace(self, token_weights=weights)
 
 
 @dataclass
@@ -54,6 +62,7 @@ class Result:
     grad_hidden: Tensor | None  # [N, D]
     grad_weight: Tensor | None  # [V, D] fp32 (fp64 for fp64 models)
     grad_bias: Tensor | None  # [V]
+    per_row: Tensor | None  # [n, len(STATISTICS)]
 
 
 def rows_per_chunk(chunk_size: int | str, loss_memory_mb: float, vocab_size: int) -> int:
@@ -85,26 +94,6 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_cpu_workspace: dict[tuple[torch.dtype, str], Tensor] = {}
-
-
-def _buffer(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A `[rows, columns]` buffer. CUDA's allocator keeps freed blocks; on a CPU, where fresh pages cost more
-    than the row pass that fills them, the largest buffer so far is kept (see `release_workspace`)."""
-    if device.type != "cpu":
-        return torch.empty(rows, columns, dtype=dtype, device=device)
-    flat = _cpu_workspace.get((dtype, name))
-    if flat is None or flat.numel() < rows * columns:
-        with torch.inference_mode(False):  # an inference tensor could not be written to in training later
-            flat = _cpu_workspace[dtype, name] = torch.empty(rows * columns, dtype=dtype)
-    return flat[: rows * columns].view(rows, columns)
-
-
-def release_workspace() -> None:
-    """Give back the chunk buffers kept for the next step (CPU only)."""
-    _cpu_workspace.clear()
-
-
 class _Loop:
     """State shared by the chunks of one call."""
 
@@ -112,15 +101,15 @@ class _Loop:
         self.problem, self.hidden, self.bias = problem, hidden, bias
         self.vocab_size = vocab_size
         self.dtype = wide_dtype(hidden.dtype)
-        self.operand = Operand(weight[:vocab_size], self.dtype)
+        self.operand = Operand("student", weight[:vocab_size], self.dtype, rounded=problem.rounded_logits)
         self.chunk = min(problem.chunk_size, max(problem.num_rows, 1))
         capacity = max(self.chunk, 2)  # row_kernels.run never compiles for a single row
-        self.student = _buffer("student", capacity, vocab_size, self.dtype, hidden.device)
+        self.student = buffer("student", capacity, vocab_size, self.dtype, hidden.device)
         self.teacher = None
         if problem.teacher is not None:
             columns = problem.teacher.vocab_size if problem.objective.by_rank else vocab_size
-            problem.teacher.prepare(columns, self.dtype)
-            self.teacher = _buffer("teacher", capacity, columns, self.dtype, hidden.device)
+            problem.teacher.prepare(columns, self.dtype, rounded=problem.rounded_logits)
+            self.teacher = buffer("teacher", capacity, columns, self.dtype, hidden.device)
 
     def indices(self, start: int, stop: int) -> slice | Tensor:
         rows = self.problem.rows
@@ -167,6 +156,7 @@ def run(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    keep_rows: bool = False,
 ) -> Result:
     """All chunks of one call. Skips every product whose result is not needed."""
     teacher = problem.teacher
@@ -184,11 +174,15 @@ def run(
     grad_weight = _weight_gradient(weight, vocab_size, loop.dtype, problem.num_rows) if need_weight else None
     grad_bias = weight.new_zeros(weight.shape[0], dtype=loop.dtype) if need_bias else None
 
+    per_row = sums.new_empty(problem.num_rows, sums.numel()) if keep_rows else None
     for start in range(0, problem.num_rows, loop.chunk):
         stop = min(start + loop.chunk, problem.num_rows)
         rows = loop.indices(start, stop)
         chunk_hidden = hidden[rows]
-        sums += loop.run_rows(spec, chunk_hidden, rows).sum(0)
+        statistics = loop.run_rows(spec, chunk_hidden, rows)
+        sums += statistics.sum(0)
+        if per_row is not None:
+            per_row[start:stop] = statistics
         if not spec.with_gradient:
             continue
         gradient = loop.student[: stop - start]
@@ -203,7 +197,7 @@ def run(
     held = [loop.student, loop.teacher, grad_hidden, grad_weight, grad_bias]
     problem.workspace_bytes = sum(t.numel() * t.element_size() for t in held if t is not None)
     problem.dense_bytes = problem.num_rows * vocab_size * _BYTES_PER_LOGIT // (2 if teacher is None else 1)
-    return Result(sums, grad_hidden, grad_weight, grad_bias)
+    return Result(sums, grad_hidden, grad_weight, grad_bias, per_row)
 
 
 def _weight_gradient(weight: Tensor, vocab_size: int, dtype: torch.dtype, num_rows: int) -> Tensor:

@@ -91,6 +91,40 @@ class FusedDistill(torch.autograd.Function):
         return (*(scaled(gradient, grad_loss, dtype) for gradient, dtype in pairs), None)
 
 
+def make_problem(
+    flat: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    teacher: TeacherSource | None,
+    targets: Tensor | None,  # [N]
+    config: DistillConfig,
+    *,
+    transform: LogitTransform | None = None,
+    token_weights: Tensor | None = None,  # [N]
+    rows: Tensor | None = None,  # [n]
+) -> chunks.Problem:
+    """What is to be computed. Finds the valid rows unless they are given, which reads the device back."""
+    objective = make_objective(config)
+    if rows is None and targets is not None:
+        valid = targets != config.ignore_index
+        rows = valid.nonzero().squeeze(1)
+        limit = chunks.shared_vocabulary(objective, weight.shape[0], teacher)
+        checks.targets_in_vocabulary(targets, rows, limit)
+    num_rows = flat.shape[0] if rows is None else rows.shape[0]
+    return chunks.Problem(
+        objective=objective,
+        teacher=teacher if objective.needs_teacher else None,
+        targets=targets,
+        rows=None if num_rows == flat.shape[0] else rows,
+        num_rows=num_rows,
+        token_weights=token_weights,
+        chunk_size=chunks.rows_per_chunk(config.chunk_size, config.loss_memory_mb, weight.shape[0]),
+        row_kernel=row_kernels.choose(config.row_kernel, flat.device.type),
+        student_transform=transform or LogitTransform(),
+        rounded_logits=config.logits_dtype == "input",
+        with_gradient=torch.is_grad_enabled(),
+    )
+
+
 class LossSums(NamedTuple):
     """Un-normalised result of one call."""
 
@@ -116,30 +150,22 @@ def loss_sums(
     rows: Tensor | None = None,  # [n] flat indices of the valid rows, counted on the host
 ) -> LossSums:
     """Sums over the valid rows, before any normalisation; what the head and `distill_loss` share."""
-    objective = make_objective(config)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    targets = None if targets is None else targets.reshape(-1)
-    if rows is None and targets is not None:
-        valid = targets != config.ignore_index
-        rows = valid.nonzero().squeeze(1)
-        limit = chunks.shared_vocabulary(objective, weight.shape[0], teacher)
-        checks.targets_in_vocabulary(targets, rows, limit)
-    num_rows = flat.shape[0] if rows is None else rows.shape[0]
-    problem = chunks.Problem(
-        objective=objective,
-        teacher=teacher if objective.needs_teacher else None,
-        targets=targets,
-        rows=None if num_rows == flat.shape[0] else rows,
-        num_rows=num_rows,
+    problem = make_problem(
+        flat,
+        weight,
+        teacher,
+        None if targets is None else targets.reshape(-1),
+        config,
+        transform=transform,
         token_weights=None if token_weights is None else token_weights.reshape(-1),
-        chunk_size=chunks.rows_per_chunk(config.chunk_size, config.loss_memory_mb, weight.shape[0]),
-        row_kernel=row_kernels.choose(config.row_kernel, flat.device.type),
-        student_transform=transform or LogitTransform(),
-        with_gradient=torch.is_grad_enabled(),
+        rows=rows,
     )
     loss_sum, statistics = FusedDistill.apply(flat, weight, bias, problem)
-    num_valid = torch.full((), num_rows, dtype=torch.int64, device=flat.device)
-    return LossSums(loss_sum, statistics, num_valid, objective.measured, problem.workspace_bytes, problem.dense_bytes)
+    num_valid = torch.full((), problem.num_rows, dtype=torch.int64, device=flat.device)
+    return LossSums(
+        loss_sum, statistics, num_valid, problem.objective.measured, problem.workspace_bytes, problem.dense_bytes
+    )
 
 
 def normalised(sums: LossSums, num_items: int | float | Tensor | None) -> DistillOutput:

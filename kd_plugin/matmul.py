@@ -9,20 +9,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kd_plugin.workspace import buffer
+
 
 class Operand:
-    """A head weight `[V, D]` as the right-hand side of `hidden @ weight.T` with a result in `dtype`."""
+    """A head weight `[V, D]` as the right-hand side of `hidden @ weight.T` with a result in `dtype`.
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.weight = weight
-        self.native = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
-        self.wide = weight if self.native or weight.dtype == dtype else weight.to(dtype)
+    Args:
+        name: of the buffer for its upcast copy, one per head.
+        weight: `[V, D]`.
+        dtype: of the result.
+        rounded: multiply in the weight's own precision and round there; the faster, less exact way.
+    """
+
+    def __init__(self, name: str, weight: Tensor, dtype: torch.dtype, *, rounded: bool = False) -> None:
+        self.name, self.weight = name, weight
+        half = weight.dtype in (torch.bfloat16, torch.float16)
+        self.rounded = rounded and half
+        self.native = weight.is_cuda and half and dtype == torch.float32 and not self.rounded
+        self.wide = weight
+        if weight.dtype != dtype and not (self.native or self.rounded):
+            self.wide = buffer(f"{name} weight", *weight.shape, dtype, weight.device).copy_(weight)
 
 
 def mm_into(out: Tensor, hidden: Tensor, operand: Operand) -> None:
     """`out[n, V] = hidden[n, D] @ weight.T` in `out`'s dtype."""
+    weight = operand.weight
     if operand.native:
-        torch.mm(hidden.to(operand.weight.dtype), operand.weight.t(), out_dtype=out.dtype, out=out)
+        torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=out.dtype, out=out)
+    elif operand.rounded:
+        narrow = buffer("rounded", *out.shape, weight.dtype, weight.device)
+        out.copy_(torch.mm(hidden.to(weight.dtype), weight.t(), out=narrow))
     else:
         torch.mm(hidden.to(out.dtype), operand.wide.t(), out=out)
 

@@ -17,8 +17,11 @@ class TeacherSource(Protocol):
     vocab_size: int
     transform: LogitTransform
 
-    def prepare(self, vocab_size: int, dtype: torch.dtype) -> None:
-        """Once before the chunks: only the first `vocab_size` columns will be asked for, in `dtype`."""
+    def prepare(self, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
+        """Once before the chunks: only the first `vocab_size` columns will be asked for, in `dtype`.
+
+        `rounded` allows logits in the precision of the model.
+        """
         ...
 
     def logits_into(self, out: Tensor, rows: slice | Tensor) -> None:
@@ -48,9 +51,9 @@ class HeadTeacher:
         self.vocab_size = weight.shape[0]
         self._operand: Operand | None = None
 
-    def prepare(self, vocab_size: int, dtype: torch.dtype) -> None:
+    def prepare(self, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
         """See `TeacherSource`."""
-        self._operand = Operand(self.weight[:vocab_size], dtype)
+        self._operand = Operand("teacher", self.weight[:vocab_size], dtype, rounded=rounded)
         self._bias = None if self.bias is None else self.bias.detach()[:vocab_size]
 
     def logits_into(self, out: Tensor, rows: slice | Tensor) -> None:
@@ -68,7 +71,7 @@ class LogitsTeacher:
         self.vocab_size = logits.shape[1]
         self.transform = LogitTransform()
 
-    def prepare(self, vocab_size: int, dtype: torch.dtype) -> None:
+    def prepare(self, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
         """See `TeacherSource`."""
         self._columns = vocab_size
 
