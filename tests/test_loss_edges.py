@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin import chunks
+from kd_plugin.workspace import release_workspace
 from tests.allocations import NewTensors
 from tests.oracle import DIVERGENCES, Problem, gradients, make_problem, relative_error
 from tests.test_fused_loss import check, config_of, run
@@ -133,7 +133,7 @@ def test_without_gradients_none_is_computed(guard: type) -> None:
 
 def test_training_after_inference_mode() -> None:
     problem = make_problem()
-    chunks.release_workspace()
+    release_workspace()
     with torch.inference_mode():
         run(problem, config_of())
     check(problem, config_of(), tolerance=1e-12)
