@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kd_plugin.distill_config import BUILT_IN
 from kd_plugin.divergences import logits, probabilities, registered
 from kd_plugin.divergences.definition import LOG_FLOOR, Divergence, Row, Sums
 
-__all__ = ["DIVERGENCES", "LOG_FLOOR", "Divergence", "Row", "Sums", "get", "register_divergence"]
+__all__ = ["DIVERGENCES", "LOG_FLOOR", "Divergence", "Row", "Sums", "formula_table", "get", "register_divergence"]
 
 DIVERGENCES: dict[str, Callable[[float, float], Divergence]] = {
     "forward_kl": lambda beta, alpha: probabilities.forward_kl(),
@@ -49,3 +50,13 @@ def register_divergence(name: str, function: registered.Elementwise) -> None:
     definition = registered.from_function(name, function)
     DIVERGENCES[name] = lambda beta, alpha: definition
     registered.remember(name, function)
+
+
+def formula_table() -> str:
+    """Every built-in divergence as a Markdown table: value, gradient, source."""
+    lines = ["| name | value per token | gradient with respect to `z_s / temperature` | source |", "|---|---|---|---|"]
+    for name in BUILT_IN:
+        about = get(name)
+        cells = (f"`{text}`".replace("|", "\\|") for text in (name, about.formula, about.gradient_formula))
+        lines.append("| " + " | ".join((*cells, about.source)) + " |")
+    return "\n".join(lines)
