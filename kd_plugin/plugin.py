@@ -141,12 +141,13 @@ class Plugin:
 
     def _freeze(self, teacher: nn.Module) -> None:
         trainable = [p for p in teacher.parameters() if p.requires_grad]
-        was_training = teacher.training
+        modes = [(module, module.training) for module in teacher.modules()]  # some may differ from the rest
 
         def restore() -> None:
             for parameter in trainable:
                 parameter.requires_grad_(True)
-            teacher.train(was_training)
+            for module, training in modes:
+                module.training = training
 
         teacher.requires_grad_(False)
         teacher.eval()
