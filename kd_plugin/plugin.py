@@ -284,7 +284,7 @@ def attach(
 
     Raises:
         ValueError: a head that is sharded, quantised or not linear, logits changed in an unknown way, a student
-            attached twice, or tokenizers that differ.
+            attached twice or to itself, or tokenizers that differ.
     """
     config = config or DistillConfig()
     model = causal_lm.unwrap(student)
@@ -292,6 +292,8 @@ def attach(
         raise ValueError("this student has a teacher attached already: call plugin.detach() first")
     if config.soft_weight and teacher is None:
         raise ValueError(f"soft_weight is {config.soft_weight:g} but teacher is None: pass one, or set soft_weight=0")
+    if teacher is not None and causal_lm.unwrap(teacher) is model:
+        raise ValueError("student and teacher are one model: pass copy.deepcopy(student) as the teacher")
     if tokenizers is not None:
         check_tokenizers(*tokenizers)
     plugin = Plugin(student, teacher, config, group)
