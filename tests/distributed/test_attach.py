@@ -1,0 +1,184 @@
+"""attach under every wrapper trains like one dense process that sees all the tokens."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import attach_worker
+from tests.distributed.attach_cases import (
+    ARCHITECTURES,
+    STEPS,
+    STUDENT_WIDTH,
+    VOCAB_SIZE,
+    Case,
+    Trained,
+    count_valid,
+    make_batch,
+    make_models,
+    train_densely,
+)
+from tests.distributed.launch import launch
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+
+
+def cases_of(wrapper: str) -> list[Case]:
+    """Every architecture, and for two of them (untied, tied) every other way to train."""
+    # Who replicates the student usually replicates the teacher.
+    usual, other = ("replicate", "shard") if wrapper == "ddp" else ("shard", "replicate")
+    return [
+        *(Case(wrapper, architecture, teacher=usual) for architecture in ARCHITECTURES),
+        *(Case(wrapper, name, teacher=other, num_items="given") for name in ("llama", "gpt2")),
+        *(Case(wrapper, name, teacher=usual, num_items="given", accumulation=2) for name in ("llama", "qwen3")),
+        Case(wrapper, "llama", teacher=usual, accumulation=2),
+        Case(wrapper, "gemma2", teacher=usual, row_kernel="compile"),
+    ]
+
+
+SINGLE = [
+    *(Case("single", name, ranks=1) for name in ARCHITECTURES),
+    *(Case("single", name, ranks=1, num_items="given", accumulation=2) for name in ARCHITECTURES),
+]
+REPLICATE = [Case("replicate", "llama"), Case("replicate", "qwen3", teacher="replicate", num_items="given")]
+FOUR = [
+    case
+    for wrapper in ("fsdp", "zero3")
+    for case in (
+        Case(wrapper, "llama", ranks=4),
+        Case(wrapper, "gpt2", ranks=4, num_items="given", accumulation=2),
+    )
+]
+# The collectives of a step, with many chunks and with one.
+WATCHED = {
+    name: [Case(wrapper, "llama", chunk_size=size) for size in (1, 64)]
+    for name, wrapper in (("torch", "fsdp"), ("deepspeed", "zero3"))
+}
+# One launch each: starting Python, torch and DeepSpeed takes longer than training.
+LAUNCHES = {
+    "torch": [*cases_of("ddp"), *cases_of("fsdp"), *REPLICATE],
+    "deepspeed": [*cases_of("zero2"), *cases_of("zero3")],
+    "four": FOUR,
+}
+LAUNCHED = [case for cases in LAUNCHES.values() for case in cases]
+
+
+@functools.cache
+def truth(case: Case) -> Trained:
+    """The dense training of `case`, once for all cases that differ only in how they are wrapped."""
+    return train_densely(case)
+
+
+def dense(case: Case) -> Trained:
+    return truth(replace(case, wrapper="single", teacher="shard", row_kernel="eager", chunk_size=5))
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """Start a launch when its first test asks for it: -> (folder of results, what was printed if it failed)."""
+
+    @functools.cache
+    def start(name: str) -> tuple[Path, str]:
+        folder = tmp_path_factory.mktemp(name)
+        spec = {"train": LAUNCHES[name], "watch": WATCHED.get(name, [])}
+        (folder / "cases.json").write_text(json.dumps(spec, default=asdict))
+        ranks = LAUNCHES[name][0].ranks
+        try:
+            done = launch(Path(attach_worker.__file__), str(folder), ranks=ranks, timeout_s=300)
+        except subprocess.TimeoutExpired as error:
+            return folder, str(error)
+        return folder, done.stdout[-3000:] + done.stderr[-6000:] if done.returncode else ""
+
+    return start
+
+
+@pytest.fixture
+def result_of(launched: Callable[[str], tuple[Path, str]]) -> Callable[..., Any]:
+    """What the worker wrote about a case; cases that finished before a crash still count."""
+
+    def load(case: Case, kind: str = "pt") -> Any:
+        if case.wrapper.startswith("zero"):
+            pytest.importorskip("deepspeed")
+        listed = LAUNCHES if kind == "pt" else WATCHED
+        folder, failure = launched(next(name for name, cases in listed.items() if case in cases))
+        path = folder / f"{case.name}.{kind}"
+        assert path.exists(), f"the worker ended before this case: {failure}"
+        return torch.load(path, weights_only=False)
+
+    return load
+
+
+def assert_trained_alike(found: dict[str, Any], case: Case) -> None:
+    """Parameters within 1e-5, after having moved a hundred times that far; losses and metrics likewise."""
+    expected = dense(case)
+    assert found["parameters"].keys() == expected.parameters.keys()
+    start = dict(make_models(case.architecture)[0].named_parameters())
+    for name, value in expected.parameters.items():
+        assert (found["parameters"][name] - value).abs().max() < 1e-5, name
+    assert max((start[name] - value).abs().max() for name, value in expected.parameters.items()) > 1e-3
+    assert found["losses"] == pytest.approx(expected.losses, rel=1e-5)
+    assert found["metrics"] == pytest.approx(expected.metrics, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", SINGLE, ids=lambda case: case.name)
+def test_one_process_trains_like_the_dense_models(case: Case) -> None:
+    assert_trained_alike(attach_worker.train(case, rank=0), case)
+
+
+@pytest.mark.parametrize("case", LAUNCHED, ids=lambda case: case.name)
+def test_ranks_train_like_one_dense_process(result_of: Callable[..., Any], case: Case) -> None:
+    found = result_of(case)
+    assert_trained_alike(found, case)
+    assert found["metrics_of_ranks"] == [found["metrics"]] * case.ranks
+
+
+@pytest.mark.parametrize("case", [case for case in LAUNCHED if case.teacher == "shard"], ids=lambda case: case.name)
+def test_a_sharded_teacher_is_given_back_after_each_use(result_of: Callable[..., Any], case: Case) -> None:
+    assert result_of(case)["whole_in_teacher"] == []
+
+
+def test_a_replicated_teacher_stays_whole(result_of: Callable[..., Any]) -> None:
+    case = Case("ddp", "gpt2", teacher="replicate")
+    names = [name for name, _ in make_models("gpt2")[1].named_parameters()]
+    assert result_of(case)["whole_in_teacher"] == names
+
+
+def test_the_second_rank_has_a_step_without_tokens() -> None:
+    counts = [[count_valid(make_batch(step, 0, rank)[1]) for rank in range(2)] for step in range(STEPS)]
+    assert counts[1][1] == 0 and counts[1][0] > 0
+    assert all(len(set(pair)) == 2 for pair in counts)
+    assert max(counts[0]) > Case("fsdp", "llama").chunk_size, "one chunk only would test little"
+
+
+@pytest.mark.parametrize("case", WATCHED["torch"], ids=lambda case: case.name)
+def test_fsdp_gathers_each_head_once_and_reduces_its_gradient_once(result_of: Callable[..., Any], case: Case) -> None:
+    calls = result_of(case, "calls.pt")
+    for head in ("student head", "teacher head"):
+        gathers = [call for call in calls if call.parameter == head]
+        assert [(call.phase, call.operation) for call in gathers] == [("forward", "_allgather_base_")]
+    rows = -(-VOCAB_SIZE // case.ranks) * case.ranks
+    of_head = [call for call in calls if "reduce_scatter" in call.operation and call.numel == rows * STUDENT_WIDTH]
+    assert len(of_head) == 1 and of_head[0].phase == "backward"
+
+
+@pytest.mark.parametrize("case", WATCHED["deepspeed"], ids=lambda case: case.name)
+def test_zero3_gathers_every_parameter_once(result_of: Callable[..., Any], case: Case) -> None:
+    gathers = [call for call in result_of(case, "calls.pt") if "gather" in call.operation]
+    share = sum(-(-p.numel() // case.ranks) for model in make_models(case.architecture) for p in model.parameters())
+    assert sum(call.numel for call in gathers) == share
+    assert all(call.phase == "forward" for call in gathers)
+
+
+@pytest.mark.parametrize("name", list(WATCHED))
+def test_chunks_call_no_collectives(result_of: Callable[..., Any], name: str) -> None:
+    many, one = (result_of(case, "calls.pt") for case in WATCHED[name])
+    assert many == one
+    assert len(many) > 0
