@@ -56,7 +56,13 @@ class DistillHead(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         checks.linear_head("lm_head", lm_head)
+        if getattr(lm_head.forward, "__func__", None) is not type(lm_head).forward:
+            raise ValueError(
+                "the forward of lm_head has been replaced, as device_map does over several devices: load the student "
+                "without device_map, or call accelerate.hooks.remove_hook_from_module(student, recurse=True)"
+            )
         self.__dict__.update(lm_head.__dict__)
+        self.__dict__.pop("forward", None)  # accelerate leaves the original there when it removes a hook
         self.distill_config = config
         self.transform = transform or LogitTransform()
         self._logits_bias = None if logits_bias is None else (logits_bias,)  # a tuple: not registered as a buffer

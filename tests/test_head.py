@@ -110,6 +110,20 @@ def test_rows_counted_on_the_host_give_the_same_sums() -> None:
     assert sums[0].item() == pytest.approx(9 * expected.loss.item(), rel=1e-12)
 
 
+def test_a_head_whose_forward_was_replaced_is_refused() -> None:
+    """The replacement would be taken over with everything else, and the loss never run."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    linear = add_hook_to_module(nn.Linear(5, 11), AlignDevicesHook(execution_device="cpu"))
+    with pytest.raises(ValueError, match=r"forward of lm_head has been replaced.*remove_hook_from_module"):
+        kd.DistillHead(linear, config_of())
+    problem = make_problem()
+    linear = remove_hook_from_module(add_hook_to_module(head_of(problem), AlignDevicesHook()))
+    head = kd.DistillHead(linear, config_of())
+    out = head(problem.hidden, problem.targets, teacher=(problem.teacher_hidden, problem.teacher_weight))
+    assert out.loss.item() == pytest.approx(problem.expected(config_of()).loss.item(), rel=1e-12)
+
+
 def test_bad_input_is_refused() -> None:
     problem = make_problem()
     head = kd.DistillHead(head_of(problem), config_of())
