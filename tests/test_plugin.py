@@ -117,6 +117,16 @@ def test_detach_gives_both_models_back(pair: Pair) -> None:
     assert "loss" in student(**make_batch()) and student(**make_batch()).logits is not None
 
 
+def test_a_student_that_recomputes_its_activations(pair: Pair) -> None:
+    student, teacher = pair
+    batch, config = make_batch(), config_of()
+    wanted = gradients_of(student, lambda: expected_loss(student, teacher, batch, config).loss)
+    student.train()
+    student.activation_checkpointing_enable()
+    kd.attach(student, teacher, config)
+    assert_same_gradients(gradients_of(student, lambda: student(**batch).loss), wanted, tolerance=1e-6)
+
+
 def test_attach_again_after_detach(pair: Pair) -> None:
     student, teacher = pair
     batch = make_batch()
