@@ -127,6 +127,10 @@ class DistillConfig(Section):
     """`float32`: logits of half-precision models are never rounded. `input` rounds them to the models'
     precision: faster where the hardware has no fp32 result, and gradients are off by several per cent."""
 
+    exchange: Literal["auto", "weight"] = "auto"
+    """What crosses the wire for sharded heads. `weight`: each head is gathered once per micro-batch, inside
+    its own forward; `auto` is `weight`."""
+
     row_kernel: Literal["auto", "compile", "triton", "eager"] = "auto"
     """What computes one chunk's rows: `compile` is torch.compile, `triton` a hand-written kernel (CUDA),
     `eager` plain PyTorch; `auto` is `compile` where a compiler is found."""
