@@ -6,7 +6,6 @@ holds everything, which is what an oracle may do.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,8 +189,3 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 def chunk_sizes(rows: int) -> list[int]:
     """Sizes that divide `rows`, that do not, that leave one row over, and that hold all."""
     return sorted({1, 3, 4, rows - 1, rows, rows + 50})
-
-
-def products(**options: tuple[Any, ...]) -> list[dict[str, Any]]:
-    """Every combination, as keyword arguments."""
-    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
