@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd")
+ALL_DIVERGENCES = (
+    *DIVERGENCES,
+    *("skew_kl", "skew_reverse_kl", "tvd", "acceptance", "logit_mse", "logit_mse_centered", "cosine", "uld"),
+)
 
 
 @dataclass
@@ -28,37 +33,100 @@ class Expected:
 
 
 def log_probs(logits: Tensor) -> Tensor:
-    """`[V]` -> log-probabilities."""
-    return logits - torch.logsumexp(logits, dim=0)
+    """`[..., V]` -> log-probabilities."""
+    return logits - torch.logsumexp(logits, dim=-1, keepdim=True)
 
 
-def divergence(name: str, student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
-    """One row: logits `[V]` already divided by the temperature -> value. q is the student, p the teacher."""
+def _expectation(weights: Tensor, values: Tensor) -> Tensor:
+    """sum weights * values over the vocabulary, where 0 times anything is 0."""
+    return (weights * torch.where(weights > 0, values, 0.0)).sum(-1)
+
+
+def _log(mixture: Tensor) -> Tensor:
+    """Of what is positive; the rest counts for nothing, and must not turn gradients into NaN."""
+    return torch.where(mixture > 0, mixture, 1.0).log()
+
+
+def divergence(name: str, student: Tensor, teacher: Tensor, beta: float = 0.5, alpha: float = 0.1) -> Tensor:
+    """Logits `[..., V]` already divided by the temperature -> values `[...]`. q is the student, p the teacher."""
     log_q, log_p = log_probs(student), log_probs(teacher)
     q, p = log_q.exp(), log_p.exp()
-    support = p > 0  # 0 log 0 = 0
     if name == "forward_kl":
-        return (p * (log_p - log_q))[support].sum()
+        return _expectation(p, log_p - log_q)
     if name == "soft_ce":
-        return -(p * log_q)[support].sum()
+        return _expectation(p, -log_q)
     if name == "reverse_kl":
-        return (q * (log_q - log_p)).sum()
+        return _expectation(q, log_q - log_p)
     if name == "jsd":
-        m = beta * p + (1 - beta) * q
-        from_teacher = (p * (log_p - m.log()))[support].sum()
-        return beta * from_teacher + (1 - beta) * (q * (log_q - m.log())).sum()
+        log_m = _log(beta * p + (1 - beta) * q)
+        return beta * _expectation(p, log_p - log_m) + (1 - beta) * _expectation(q, log_q - log_m)
+    if name == "skew_kl":
+        return _expectation(p, log_p - _log(alpha * p + (1 - alpha) * q))
+    if name == "skew_reverse_kl":
+        return _expectation(q, log_q - _log((1 - alpha) * p + alpha * q))
+    if name == "tvd":
+        return (p - q).abs().sum(-1) / 2
+    if name == "acceptance":
+        return -torch.minimum(p, q).sum(-1).log()
+    if name == "uld":
+        return sorted_distance(q, p)
+    return _distance_of_logits(name, student, teacher)
+
+
+def sorted_distance(q: Tensor, p: Tensor) -> Tensor:
+    """sum |sort q - sort p|, the smaller vocabulary filled up with tokens of probability zero."""
+    wide = max(q.shape[-1], p.shape[-1])
+    tall = [torch.cat([x, x.new_zeros(*x.shape[:-1], wide - x.shape[-1])], -1).sort(-1).values for x in (q, p)]
+    return (tall[0] - tall[1]).abs().sum(-1)
+
+
+def _distance_of_logits(name: str, student: Tensor, teacher: Tensor) -> Tensor:
+    """Over the tokens that neither side masks with -inf."""
+    both = student.isfinite() & teacher.isfinite()
+    s, t = torch.where(both, student, 0.0), torch.where(both, teacher, 0.0)
+    if name == "logit_mse":
+        return ((s - t) ** 2).sum(-1) / 2
+    if name == "cosine":
+        return 1 - (s * t).sum(-1) / ((s * s).sum(-1).sqrt() * (t * t).sum(-1).sqrt())
+    if name == "logit_mse_centered":
+        count = both.sum(-1, keepdim=True)
+        s, t = s - s.sum(-1, keepdim=True) / count, t - t.sum(-1, keepdim=True) / count
+        return torch.where(both, (s - t) ** 2, 0.0).sum(-1) / 2
     raise NotImplementedError(name)
 
 
-def measurements(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-    """One row's metrics, at temperature 1."""
-    q, p = log_probs(student).exp(), log_probs(teacher).exp()
+def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0, z_loss_weight: float = 0.0) -> Tensor:
+    """One row `[V]`: towards (1 - smoothing) onehot + smoothing / V, plus the weighted squared log-normaliser."""
+    log_q = log_probs(logits)
+    value = -(1 - smoothing) * log_q[target] - smoothing * log_q.mean()
+    return value + z_loss_weight * torch.logsumexp(logits, dim=-1) ** 2
+
+
+def soft_loss(student: Tensor, teacher: Tensor, config: Any) -> Tensor:
+    """One row of logits `[V]` and `[V']` -> sum of the configured divergences."""
+    terms = config.terms or [SimpleNamespace(name=config.divergence, weight=1, temperature=None, beta=None, alpha=None)]
+    total = student.new_zeros(())
+    for term in terms:
+        temperature = config.temperature if term.temperature is None else term.temperature
+        beta = config.beta if term.beta is None else term.beta
+        alpha = config.alpha if term.alpha is None else term.alpha
+        value = divergence(term.name, student / temperature, teacher / temperature, beta, alpha)
+        total = total + term.weight * temperature**config.temperature_power * value
+    return total
+
+
+def measurements(student: Tensor, teacher: Tensor, by_rank: bool = False) -> dict[str, Tensor]:
+    """One row's metrics, at temperature 1; where ids do not correspond only the entropies mean anything."""
+    log_q, log_p = log_probs(student), log_probs(teacher)
+    q, p = log_q.exp(), log_p.exp()
+    entropies = {"teacher_entropy": _expectation(p, -log_p), "student_entropy": _expectation(q, -log_q)}
+    if by_rank:
+        return entropies
     return {
-        "teacher_entropy": -(p * p.log()).sum(),
-        "student_entropy": -(q * q.log()).sum(),
+        **entropies,
         "top1_agreement": (q.argmax() == p.argmax()).double(),
         "acceptance_rate": 1 - (q - p).abs().sum() / 2,
-        "kl_t1": (p * (p.log() - q.log())).sum(),
+        "kl_t1": _expectation(p, log_p - log_q),
     }
 
 
@@ -73,11 +141,13 @@ def distill_logits(
 ) -> Expected:
     """The objective of `config` on logits, in fp64."""
     student = student.double()
-    columns = student.shape[1]
+    columns = teacher_columns = student.shape[1]
+    by_rank = "uld" in ([term.name for term in config.terms] if config.terms else [config.divergence])
     if config.soft_weight:
         assert teacher is not None
-        teacher = teacher.detach().double()
-        columns = min(columns, teacher.shape[1])
+        teacher, teacher_columns = teacher.detach().double(), teacher.shape[1]
+        if not by_rank:
+            columns = teacher_columns = min(columns, teacher_columns)
     rows = [i for i in range(len(student)) if targets is None or int(targets[i]) != config.ignore_index]
     soft = hard = student.new_zeros(())
     sums: dict[str, Tensor] = {}
@@ -85,13 +155,12 @@ def distill_logits(
         z = student[i, :columns]
         weight = 1.0 if token_weights is None else token_weights[i].double()
         if config.soft_weight:
-            t = teacher[i, :columns]
-            value = divergence(config.divergence, z / config.temperature, t / config.temperature, config.beta)
-            soft = soft + weight * config.temperature**config.temperature_power * value
-            for name, measured in measurements(z.detach(), t).items():
+            t = teacher[i, :teacher_columns]
+            soft = soft + weight * soft_loss(z, t, config)
+            for name, measured in measurements(z.detach(), t, by_rank).items():
                 sums[name] = sums.get(name, 0.0) + measured
         if config.hard_weight:
-            hard = hard - weight * log_probs(z)[targets[i]]
+            hard = hard + weight * cross_entropy(z, targets[i], config.label_smoothing, config.z_loss_weight)
     items = max(len(rows), 1) if num_items is None else num_items
     soft, hard = soft / items, hard / items
     loss = config.soft_weight * soft + config.hard_weight * hard
