@@ -67,6 +67,12 @@ def find_head(model: nn.Module, side: str) -> HeadSlot:
     raise ValueError(f"the {side}'s head is not among its modules ({type(model).__name__}): unwrap the model first")
 
 
+def is_tied(model: nn.Module, head: nn.Module) -> bool:
+    """Whether the head's weight is the input embedding's."""
+    embedding = model.get_input_embeddings()
+    return embedding is not None and embedding.weight is head.weight
+
+
 class _StandIn(nn.Module):
     """Takes the head's place for one forward: keeps what the head would get, returns what it is told to."""
 

@@ -127,9 +127,9 @@ class DistillConfig(Section):
     """`float32`: logits of half-precision models are never rounded. `input` rounds them to the models'
     precision: faster where the hardware has no fp32 result, and gradients are off by several per cent."""
 
-    exchange: Literal["auto", "weight"] = "auto"
-    """What crosses the wire for sharded heads. `weight`: each head is gathered once per micro-batch, inside
-    its own forward; `auto` is `weight`."""
+    exchange: Literal["auto", "weight", "stats"] = "auto"
+    """What crosses the wire for sharded heads. `weight`: each head, once per micro-batch. `stats`: hidden
+    states and a few numbers per token; every rank keeps its own rows of both heads. `auto` is `weight`."""
 
     row_kernel: Literal["auto", "compile", "triton", "eager"] = "auto"
     """What computes one chunk's rows: `compile` is torch.compile, `triton` a hand-written kernel (CUDA),
@@ -144,6 +144,12 @@ class DistillConfig(Section):
             raise ValueError("soft_weight and hard_weight are both 0: nothing would be trained; set one of them > 0")
         if self.hard_weight == 0 and (self.label_smoothing or self.z_loss_weight):
             raise ValueError("label_smoothing and z_loss_weight are parts of the hard loss: set hard_weight > 0")
+        return self
+
+    @model_validator(mode="after")
+    def _possible_exchange(self) -> DistillConfig:
+        if self.exchange == "stats" and "uld" in (self.divergence, *(term.name for term in self.terms or ())):
+            raise ValueError("exchange stats cannot sort a vocabulary cut over ranks: uld needs exchange weight")
         return self
 
     @model_validator(mode="after")

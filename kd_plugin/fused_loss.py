@@ -93,7 +93,7 @@ class FusedDistill(torch.autograd.Function):
 
 def make_problem(
     flat: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
+    student_size: int,  # V
     teacher: TeacherSource | None,
     targets: Tensor | None,  # [N]
     config: DistillConfig,
@@ -107,8 +107,7 @@ def make_problem(
     if rows is None and targets is not None:
         valid = targets != config.ignore_index
         rows = valid.nonzero().squeeze(1)
-        limit = chunks.shared_vocabulary(objective, weight.shape[0], teacher)
-        checks.targets_in_vocabulary(targets, rows, limit)
+        checks.targets_in_vocabulary(targets, rows, chunks.shared_vocabulary(objective, student_size, teacher))
     num_rows = flat.shape[0] if rows is None else rows.shape[0]
     return chunks.Problem(
         objective=objective,
@@ -117,7 +116,7 @@ def make_problem(
         rows=None if num_rows == flat.shape[0] else rows,
         num_rows=num_rows,
         token_weights=token_weights,
-        chunk_size=chunks.rows_per_chunk(config.chunk_size, config.loss_memory_mb, weight.shape[0]),
+        chunk_size=chunks.rows_per_chunk(config.chunk_size, config.loss_memory_mb, student_size),
         row_kernel=row_kernels.choose(config.row_kernel, flat.device.type),
         student_transform=transform or LogitTransform(),
         rounded_logits=config.logits_dtype == "input",
@@ -153,7 +152,7 @@ def loss_sums(
     flat = hidden.reshape(-1, hidden.shape[-1])
     problem = make_problem(
         flat,
-        weight,
+        weight.shape[0],
         teacher,
         None if targets is None else targets.reshape(-1),
         config,
@@ -162,7 +161,12 @@ def loss_sums(
         rows=rows,
     )
     loss_sum, statistics = FusedDistill.apply(flat, weight, bias, problem)
-    num_valid = torch.full((), problem.num_rows, dtype=torch.int64, device=flat.device)
+    return packed(loss_sum, statistics, problem)
+
+
+def packed(loss_sum: Tensor, statistics: Tensor, problem: chunks.Problem) -> LossSums:
+    """The sums with what else is known of the call."""
+    num_valid = torch.full((), problem.num_rows, dtype=torch.int64, device=statistics.device)
     return LossSums(
         loss_sum, statistics, num_valid, problem.objective.measured, problem.workspace_bytes, problem.dense_bytes
     )

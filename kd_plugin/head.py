@@ -7,12 +7,14 @@ forward runs and reduces its gradient exactly once after it. So the loss runs th
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kd_plugin import checks
 from kd_plugin.config import DistillConfig
-from kd_plugin.fused_loss import DistillOutput, LossSums, loss_sums, normalised
+from kd_plugin.fused_loss import DistillOutput, LossSums, loss_sums, make_problem, normalised, packed
 from kd_plugin.row_kernels import LogitTransform
 from kd_plugin.teachers import HeadTeacher, TeacherSource
+from kd_plugin.vocab_parallel import VocabParallelDistill, VocabShard
 
 
 class HeadCall:
@@ -30,8 +32,15 @@ class HeadCall:
         token_weights: Tensor | None = None,  # [N]
     ) -> None:
         self.teacher, self.targets, self.rows, self.token_weights = teacher, targets, rows, token_weights
+        self.shard: VocabShard | None = None
+        """Set when the vocabulary is cut over the ranks; the teacher then holds its columns only."""
         self.sums: LossSums | None = None
         """Filled in by the head; `sums.loss_sum` is what the head returns."""
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's rows of an FSDP2 parameter; their gradient comes back as it is, without a reduction."""
+    return parameter.to_local(grad_placements=parameter.placements) if isinstance(parameter, DTensor) else parameter
 
 
 class DistillHead(nn.Linear):
@@ -100,7 +109,43 @@ class DistillHead(nn.Linear):
         sums = self._sums(hidden_states, targets, teacher, token_weights, rows=None)
         return normalised(sums, num_items)
 
+    def on_shards(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
+        """The loss on the rows of the weight that FSDP2 left here. Not through `__call__`, which would gather them."""
+        assert call.shard is not None
+        rows = slice(0, call.shard.size)
+        weight, bias = (None if p is None else _local(p)[rows] for p in (self.weight, self.bias))
+        if self._logits_bias is not None:
+            extra = self._logits_bias[0][call.shard.start : call.shard.stop].to(weight)
+            bias = extra if bias is None else bias + extra
+        # FSDP averages every other gradient over the ranks; this one already is the sum over all their rows
+        return self._vocab_parallel(hidden_states, weight, bias, call, 1 / call.shard.world_size)
+
+    def _vocab_parallel(
+        self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, weight_scale: float
+    ) -> Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        problem = make_problem(
+            flat,
+            call.shard.vocab_size,
+            None,
+            call.targets,
+            self.distill_config,
+            transform=self.transform,
+            token_weights=call.token_weights,
+            rows=call.rows,
+        )
+        problem.teacher = call.teacher
+        loss_sum, sums = VocabParallelDistill.apply(flat, weight, bias, problem, call.shard, weight_scale)
+        call.sums = packed(loss_sum, sums, problem)
+        return loss_sum
+
     def _call(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
+        if call.shard is not None:
+            rows = slice(call.shard.start, call.shard.stop)
+            checks.whole_weight("lm_head.weight", self.weight)
+            bias = self._whole_bias()
+            bias = None if bias is None else bias[rows]
+            return self._vocab_parallel(hidden_states, self.weight[rows], bias, call, 1.0)
         call.sums = self._sums(hidden_states, call.targets, call.teacher, call.token_weights, call.rows)
         return call.sums.loss_sum
 

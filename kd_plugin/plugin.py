@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kd_plugin import causal_lm, checks, row_kernels
 from kd_plugin.chunks import rows_per_chunk
 from kd_plugin.config import DistillConfig
+from kd_plugin.exchange import Consumer, Exchange, is_row_shard
 from kd_plugin.head import DistillHead, HeadCall, teacher_head_forward
 from kd_plugin.metrics import GIB, MetricSums, Stopwatch, num_ranks
 from kd_plugin.objective import make_objective
@@ -35,13 +36,6 @@ _NOT_FOR_TEACHER = {"past_key_values", "use_cache", "cache_position", "inputs_em
 _NOT_FOR_TEACHER |= {"output_hidden_states", "return_dict", "logits_to_keep"}
 
 
-class _Consumer:
-    """What the teacher's head does with its hidden states. A plain object, so that no wrapper looks inside."""
-
-    def __init__(self, use: Callable[[HeadTeacher], None]) -> None:
-        self.use = use
-
-
 class Plugin:
     """A student bound to its teacher; made by `attach`."""
 
@@ -50,6 +44,7 @@ class Plugin:
         self.student = student
         self.teacher = teacher
         """The teacher as it is to be called; set it to the wrapper made after `attach`."""
+        self.exchange = Exchange(config, group)
         self._undo: list[Callable[[], None]] = []
         self._sums = MetricSums((*row_kernels.STATISTICS, "valid_tokens"))
         self._watch = Stopwatch()
@@ -85,7 +80,12 @@ class Plugin:
     @property
     def chunk_size(self) -> int:
         """Rows per chunk, resolved."""
-        return rows_per_chunk(self.config.chunk_size, self.config.loss_memory_mb, self._slot.module.out_features)
+        return rows_per_chunk(self.config.chunk_size, self.config.loss_memory_mb, self.student_vocab_size)
+
+    @property
+    def student_vocab_size(self) -> int:
+        """Rows of the student's head, whole."""
+        return causal_lm.unwrap(self._slot.module).out_features
 
     def detach(self) -> None:
         """Give both models back as they were; state_dict keys never changed. Calling it twice does nothing."""
@@ -121,16 +121,19 @@ class Plugin:
         transform, logits_bias = causal_lm.logit_transform(model, slot, "teacher")
         model_forward, head = model.forward, causal_lm.unwrap(slot.module)
         head_forward = head.forward
-        self.teacher_vocab_size = head.out_features
+        tied = causal_lm.is_tied(model, head)  # its wrapper gathers both together, and waits for both to have run
+        self.exchange.teacher_size = head.out_features
 
-        def forward(*args: Any, kd_consumer: _Consumer | None = None, **kwargs: Any) -> Any:
+        def forward(*args: Any, kd_consumer: Consumer | None = None, **kwargs: Any) -> Any:
             if kd_consumer is None:
                 return model_forward(*args, **kwargs)
             with self._watch.region("teacher", head.weight.device):
                 hidden = causal_lm.run_backbone(slot, model_forward, kwargs)
+            if not (kd_consumer.needs_head or tied):
+                return kd_consumer.use_hidden(hidden)
             return slot.module(hidden, kd_consumer)
 
-        def call_head(hidden_states: Tensor, kd_consumer: _Consumer | None = None) -> Tensor:
+        def call_head(hidden_states: Tensor, kd_consumer: Consumer | None = None) -> Tensor:
             if kd_consumer is None:
                 return head_forward(hidden_states)
             kd_consumer.use(teacher_head_forward(head, hidden_states, transform, logits_bias))
@@ -211,11 +214,13 @@ class Plugin:
 
     def _through_heads(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
         """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
+        if inputs.get("inputs_embeds") is not None and self.config.soft_weight:
+            raise ValueError("the student got inputs_embeds, which the teacher cannot read: pass input_ids")
+        if self.exchange.by_shards(hidden, call, self):
+            return self._through_shards(hidden, call, inputs)
         if not self.config.soft_weight:
             with self._watch.region("loss", hidden.device):
                 return self._slot.module(hidden, call)
-        if inputs.get("inputs_embeds") is not None:
-            raise ValueError("the student got inputs_embeds, which the teacher cannot read: pass input_ids")
         results: list[Tensor] = []
         with_gradient = torch.is_grad_enabled()
 
@@ -224,11 +229,25 @@ class Plugin:
             with torch.set_grad_enabled(with_gradient), self._watch.region("loss", hidden.device):
                 results.append(self._slot.module(hidden, call))
 
-        shared = {name: value for name, value in inputs.items() if name not in _NOT_FOR_TEACHER}
-        with torch.no_grad():
-            self.teacher(**shared, kd_consumer=_Consumer(use))
+        self._run_teacher(inputs, Consumer(use))
         call.teacher = None
         return results[0]
+
+    def _through_shards(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
+        """The same with the vocabulary cut over the ranks: no head is gathered, but the teacher's once."""
+        if self.config.soft_weight:
+            consumer = self.exchange.consumer(call)
+            self._run_teacher(inputs, consumer)
+        with self._watch.region("loss", hidden.device):
+            head = causal_lm.unwrap(self._slot.module)
+            loss_sum = head.on_shards(hidden, call) if is_row_shard(head.weight) else self._slot.module(hidden, call)
+        call.teacher = None
+        return loss_sum
+
+    def _run_teacher(self, inputs: dict[str, Any], consumer: Consumer) -> None:
+        shared = {name: value for name, value in inputs.items() if name not in _NOT_FOR_TEACHER}
+        with torch.no_grad():
+            self.teacher(**shared, kd_consumer=consumer)
 
     def _record(self, call: HeadCall) -> None:
         assert call.sums is not None

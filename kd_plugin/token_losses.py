@@ -88,6 +88,6 @@ def distill_loss_per_token(
         teacher = HeadTeacher(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias)
     flat = student_hidden.reshape(-1, student_hidden.shape[-1])
     labels = None if targets is None else targets.reshape(-1)
-    problem = make_problem(flat, student_weight, teacher, labels, config)
+    problem = make_problem(flat, student_weight.shape[0], teacher, labels, config)
     losses = _TokenLosses.apply(flat, student_weight, student_bias, problem)
     return TokenLosses(*(values.view(student_hidden.shape[:-1]) for values in losses))

@@ -58,9 +58,23 @@ class HeadTeacher:
 
     def logits_into(self, out: Tensor, rows: slice | Tensor) -> None:
         """See `TeacherSource`."""
+        self.multiply_into(out, self.hidden[rows])
+
+    def multiply_into(self, out: Tensor, hidden: Tensor) -> None:
+        """`out[n, V] = hidden[n, E] @ weight.T + bias`, for hidden states from anywhere."""
         assert self._operand is not None
-        mm_into(out, self.hidden[rows], self._operand)
+        mm_into(out, hidden, self._operand)
         add_bias(out, self._bias)
+
+
+    def rows(self, start: int, stop: int) -> HeadTeacher:
+        """A copy of the head's rows `[start, stop)`, to be kept when the whole is freed."""
+        bias = None if self.bias is None else self.bias.detach()[start:stop].clone()
+        return HeadTeacher(self.hidden, self.weight[start:stop].clone(), bias, self.transform)
+
+    def reading(self, hidden: Tensor) -> HeadTeacher:
+        """The same head on other hidden states `[N, E]`."""
+        return HeadTeacher(hidden, self.weight, self.bias, self.transform)
 
 
 class LogitsTeacher:

@@ -1,0 +1,124 @@
+"""What crosses the wire for the heads of sharded models: their weights, or statistics of their logits.
+
+`weight` gathers each head once per micro-batch, whatever the number of tokens. `stats` gathers the hidden states
+of all ranks instead, and reduces their gradient. Bytes received per rank and micro-batch, with f = (W - 1) / W,
+n rows per rank, e bytes per parameter, widths D and E, vocabulary V:
+
+    weight   f e V (2 D + E)                     gather both heads, reduce-scatter the student's gradient
+    stats    (W - 1) n (e (D + E) + 4 D + 8 k)   gather hidden states, reduce their gradient, k numbers per row
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from kd_plugin.config import DistillConfig
+from kd_plugin.head import HeadCall
+from kd_plugin.metrics import num_ranks
+from kd_plugin.objective import make_objective
+from kd_plugin.teachers import HeadTeacher
+from kd_plugin.vocab_parallel import VocabShard, cut
+
+logger = logging.getLogger(__name__)
+
+_NUMBERS_PER_ROW = 16  # k: maxima, sums of exponentials, the terms' and metrics' sums; its share is below 1 %
+
+
+def weight_bytes(ranks: int, vocab_size: int, student_width: int, teacher_width: int, item_bytes: int) -> float:
+    """Received per rank and micro-batch by `exchange: weight`."""
+    return (ranks - 1) / ranks * item_bytes * vocab_size * (2 * student_width + teacher_width)
+
+
+def stats_bytes(ranks: int, rows: int, student_width: int, teacher_width: int, item_bytes: int) -> float:
+    """Received per rank and micro-batch by `exchange: stats`."""
+    per_row = item_bytes * (student_width + teacher_width) + 4 * student_width + 8 * _NUMBERS_PER_ROW
+    return (ranks - 1) * rows * per_row
+
+
+def is_row_shard(weight: Tensor) -> bool:
+    """Whether this is FSDP2's cut of a head: whole rows, over one axis of ranks."""
+    return isinstance(weight, DTensor) and tuple(weight.placements) == (Shard(0),)
+
+
+class Consumer:
+    """What becomes of the teacher's hidden states. A plain object, so that no wrapper looks inside."""
+
+    def __init__(self, use: Callable[[HeadTeacher], None], use_hidden: Callable[[Tensor], None] | None = None) -> None:
+        self.use = use
+        """Called inside the teacher head's forward, where its weight is whole."""
+        self.use_hidden = use_hidden or (lambda hidden: None)
+        """Called instead, without the head, unless `needs_head`."""
+        self.needs_head = use_hidden is None
+
+
+class ExchangeMismatch(ValueError):
+    """The ranks are not set up for the same loss."""
+
+
+class Exchange:
+    """The mode of one plugin, and in `stats` mode this rank's rows of the teacher's head."""
+
+    def __init__(self, config: DistillConfig, group: Any) -> None:
+        self.config, self.group = config, group
+        self.mode: str | None = None
+        """`weight` or `stats`, settled by the first forward."""
+        self.teacher_size: int | None = None
+        self._shard: VocabShard | None = None
+        self._teacher_rows: HeadTeacher | None = None
+
+    def by_shards(self, hidden: Tensor, call: HeadCall, plugin: Any) -> bool:
+        """Whether this call runs vocabulary-parallel; fills in `call.shard` if so."""
+        if num_ranks(self.group) == 1:
+            return False
+        student_size = plugin.student_vocab_size
+        if self.mode is None:
+            self.mode = self._settle(hidden, student_size)
+        if self.mode != "stats":
+            return False
+        if self._shard is None:
+            shared = student_size if self.teacher_size is None else min(student_size, self.teacher_size)
+            self._shard = cut(student_size, shared, self.group)
+            _agree(self.group, {"student vocabulary": student_size, "teacher vocabulary": self.teacher_size})
+        call.shard = self._shard
+        return True
+
+    def consumer(self, call: HeadCall) -> Consumer:
+        """Gives `call` a teacher of this rank's columns; the whole head is seen in the first call only."""
+
+        def keep_rows(teacher: HeadTeacher) -> None:
+            if self._teacher_rows is None:
+                assert self._shard is not None
+                self._teacher_rows = teacher.rows(self._shard.start, self._shard.stop)
+            call.teacher = self._teacher_rows.reading(teacher.hidden)
+
+        def use_hidden(hidden: Tensor) -> None:
+            assert self._teacher_rows is not None
+            call.teacher = self._teacher_rows.reading(hidden.reshape(-1, hidden.shape[-1]))
+
+        return Consumer(keep_rows, None if self._teacher_rows is None else use_hidden)
+
+    def _settle(self, hidden: Tensor, student_size: int) -> str:
+        mode = self.config.exchange
+        _agree(self.group, {"distill.exchange": mode, "hidden dtype": str(hidden.dtype)} | _settings(self.config))
+        return "weight" if mode == "auto" else mode
+
+
+def _settings(config: DistillConfig) -> dict[str, Any]:
+    return {"objective": str(make_objective(config).measured), "chunk_size": config.chunk_size}
+
+
+def _agree(group: Any, found: dict[str, Any]) -> None:
+    """All ranks must say the same, else every rank raises. One collective of objects."""
+    everyone: list[Any] = [None] * num_ranks(group)
+    dist.all_gather_object(everyone, found, group=group)
+    for name in found:
+        values = [other.get(name) for other in everyone]
+        if any(value != values[0] for value in values):
+            listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise ExchangeMismatch(f"{name} differs between ranks ({listed}): give every rank the same configuration")
