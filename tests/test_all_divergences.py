@@ -48,6 +48,18 @@ def test_shares_of_the_mixture(divergence: str, share: float) -> None:
     assert run(problem, config).loss.item() == run(problem, config.model_copy(update={other: 0.2})).loss.item()
 
 
+@pytest.mark.parametrize("share", [1e-6, 1e-9, 0.999999, 1 - 1e-9])
+@pytest.mark.parametrize("divergence", ["jsd", "skew_kl", "skew_reverse_kl"])
+def test_shares_next_to_0_and_1_do_not_overflow_fp32(divergence: str, share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (6 * torch.randn(6, 50, generator=generator) for _ in range(2))
+    value, grad = logits_loss(divergence, student, teacher, beta=share, alpha=share)
+    leaf = student.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(_expected(divergence, leaf, teacher, beta=share, alpha=share), leaf)
+    assert math.isfinite(value)
+    assert relative_error(grad, wanted) < (1e-5 if share < 0.5 or divergence == "jsd" else 1e-2)  # tiny gradients
+
+
 @pytest.mark.parametrize("divergence", NEW)
 def test_fp32_gradients_are_within_1e_5(divergence: str) -> None:
     problem = make_problem(rows=37, width=19, teacher_width=23, vocab=101, dtype=torch.float32, bias=True)

@@ -12,8 +12,14 @@ _RATIO_CAP = 80.0
 
 
 def _log_ratio_to_mixture(op: Any, d: Any, share: float) -> Any:
-    """log(x / m) for m = share * y + (1 - share) * x, with d = log y - log x."""
-    return -op.log1p(share * op.expm1(op.clamp(d, -_RATIO_CAP, _RATIO_CAP)))
+    """log(x / m) for m = share * y + (1 - share) * x, with d = log y - log x.
+
+    Relative to whichever of the two has the larger share: a share that rounds to 1 would give log1p(-1).
+    """
+    d = op.clamp(d, -_RATIO_CAP, _RATIO_CAP)
+    if share <= 0.5:
+        return -op.log1p(share * op.expm1(d))
+    return -(d + op.log1p((1 - share) * op.expm1(-d)))
 
 
 @functools.cache
