@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kd_plugin.row_kernels import triton_kernel
 from kd_plugin.row_kernels.body import (
     IDENTITY,
     NUM_LOSSES,
@@ -44,7 +45,12 @@ _MAX_GRAPHS = 64
 
 @functools.cache
 def choose(row_kernel: str, device_type: str) -> str:
-    """`auto` -> the kernel that runs on this device; anything else unchanged. Logged once."""
+    """`auto` -> the kernel that runs on this device; anything else unchanged. Logged once.
+
+    Raises `ValueError` (`ImportError`) for `triton` without a GPU (without triton).
+    """
+    if row_kernel == "triton":
+        triton_kernel.check_available(device_type)
     if row_kernel != "auto":
         return row_kernel
     compilers = ["c++", "g++", "clang++"] if device_type == "cpu" else ["nvcc", "gcc", "cc", "clang"]
@@ -83,9 +89,10 @@ def run(
     nor need padding. torch.compile treats a size of 1 as a constant; a single row therefore takes a second,
     meaningless one from the buffer along.
     """
-    if kernel == "eager":
+    if kernel in ("eager", "triton"):
+        body = row_pass if kernel == "eager" else triton_kernel.row_pass
         tensors = (t if t is None else t[:num_rows] for t in (student_logits, teacher_logits))
-        return row_pass(spec, *tensors, target_logits, row_weights)
+        return body(spec, *tensors, target_logits, row_weights)
     return _run_compiled(spec, num_rows, student_logits, teacher_logits, target_logits, row_weights)
 
 

@@ -1,0 +1,214 @@
+"""`row_pass` as expressions: traced to its aten operations, which become nodes of a graph.
+
+A node is a value of each row, or of each token of a row. A row is swept over the vocabulary a block of columns
+at a time; a sum, maximum or `any` over the vocabulary is known one sweep later than what it is taken of, which
+gives the number of sweeps. Two rules save sweeps:
+
+- `max(x - r)` is `max(x) - r`, and likewise for other functions that grow with x;
+- `sum(exp(x - max(x)))` is accumulated in the sweep that finds the maximum.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from kd_plugin.row_kernels.body import RowSpec, row_pass
+
+INPUTS = ("student", "teacher", "target", "weight")
+"""Arguments of `row_pass` after the spec, as the kernel's parameters call them."""
+
+_ADD, _SUB, _MUL, _DIV, _EXP = "{0} + {1}", "{0} - {1}", "{0} * {1}", "{0} / {1}", "tl.exp({0})"
+_AT_LEAST = "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"
+_AT_MOST = "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"
+_OPERATIONS = {  # aten -> Triton; `expm1`, `log1p`, `sign` and `tanh` come from triton_math
+    "abs": "tl.abs({0})",
+    "add": _ADD,
+    "bitwise_and": "{0} & {1}",
+    "bitwise_or": "{0} | {1}",
+    "clamp_max": _AT_MOST,
+    "clamp_min": _AT_LEAST,
+    "div": _DIV,
+    "eq": "{0} == {1}",
+    "exp": _EXP,
+    "expm1": "expm1({0})",
+    "ge": "{0} >= {1}",
+    "gt": "{0} > {1}",
+    "le": "{0} <= {1}",
+    "log": "tl.log({0})",
+    "log1p": "log1p({0})",
+    "logical_and": "{0} & {1}",
+    "lt": "{0} < {1}",
+    "maximum": _AT_LEAST,
+    "minimum": _AT_MOST,
+    "mul": _MUL,
+    "ne": "{0} != {1}",
+    "neg": "-{0}",
+    "reciprocal": "1.0 / {0}",
+    "rsub": "{1} - {0}",
+    "sgn": "sign({0})",
+    "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))",
+    "sign": "sign({0})",
+    "sqrt": "tl.sqrt({0})",
+    "sub": _SUB,
+    "tanh": "tanh({0})",
+    "where": "tl.where({0}, {1}, {2})",
+}
+_UNCHANGED = ("alias", "clone", "detach", "expand")
+_CONSTANTS = {"zeros_like": 0.0, "ones_like": 1.0}
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One value; nodes are equal only if they are the same."""
+
+    template: str
+    """Triton expression of the operands; a reduction's kind; or an input's name."""
+    operands: tuple[Node, ...]
+    per_token: bool
+    """A block of columns rather than one number per row."""
+    sweep: int
+    """The sweep over the vocabulary after which it can be computed; 0: before the first."""
+    reduction: bool = False
+    constant: float | None = None
+
+
+class _Graph:
+    """Nodes in the order of their making; equal expressions are one node."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.nodes: dict[tuple[Any, ...], Node] = {}
+
+    def _keep(self, node: Node) -> Node:
+        return self.nodes.setdefault((node.template, node.operands), node)
+
+    def input(self, name: str) -> Node:
+        return self._keep(Node(name, (), per_token=name in INPUTS[:2], sweep=0))
+
+    def constant(self, value: float) -> Node:
+        text = repr(float(value)) if abs(value) < float("inf") else f'float("{value}")'
+        return self._keep(Node(text, (), per_token=False, sweep=0, constant=float(value)))
+
+    def apply(self, template: str, *operands: Node) -> Node:
+        per_token = any(operand.per_token for operand in operands)
+        return self._keep(Node(template, operands, per_token, max(operand.sweep for operand in operands)))
+
+    def reduce(self, kind: str, x: Node) -> Node:
+        return self._keep(Node(kind, (x,), per_token=False, sweep=x.sweep + 1, reduction=True))
+
+    def max(self, x: Node) -> Node:
+        if not x.per_token:
+            return x
+        if len(x.operands) == 2:
+            first, second = x.operands
+            positive = second.constant is not None and second.constant > 0
+            grows = x.template in (_ADD, _SUB, _AT_LEAST) or (x.template in (_MUL, _DIV) and positive)
+            if grows and not second.per_token:
+                return self.apply(x.template, self.max(first), second)
+        return self.reduce("max", x)
+
+    def sum(self, x: Node) -> Node:
+        if not x.per_token:
+            return self.apply(_MUL, x, self.constant(self.vocab_size))
+        if x.template == _EXP and x.operands[0].template == _SUB:
+            logits, maximum = x.operands[0].operands
+            if maximum is self.max(logits):
+                return self.reduce("sum_exp", logits)
+        return self.reduce("sum", x)
+
+    def any(self, x: Node) -> Node:
+        return self.reduce("any", x) if x.per_token else x
+
+    def mean(self, x: Node) -> Node:
+        return self.apply(_DIV, self.sum(x), self.constant(self.vocab_size))
+
+
+class Unsupported(ValueError):
+    """An operation that the generated kernel has no expression for."""
+
+
+class _Converter:
+    """aten graph of `row_pass` -> nodes; only what the results need is visited."""
+
+    def __init__(self, vocab_size: int, inputs: dict[torch.fx.Node, str]) -> None:
+        self.graph = _Graph(vocab_size)
+        self._inputs = inputs
+        self._done: dict[torch.fx.Node, Node] = {}
+
+    def convert(self, value: Any) -> Node:
+        if isinstance(value, (bool, int, float)):
+            return self.graph.constant(value)
+        if value not in self._done:
+            self._done[value] = self._node(value)
+        return self._done[value]
+
+    def _node(self, node: torch.fx.Node) -> Node:
+        if node in self._inputs:
+            return self.graph.input(self._inputs[node])
+        name = node.target.overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else ""
+        args, kwargs = node.args, node.kwargs
+        if name in _UNCHANGED:
+            return self.convert(args[0])
+        if name in _CONSTANTS:
+            return self.graph.constant(_CONSTANTS[name])
+        if name in ("scalar_tensor", "full", "full_like"):
+            return self.graph.constant(args[0 if name == "scalar_tensor" else 1])
+        if name == "_to_copy" and kwargs.get("dtype") == torch.float32:
+            x = self.convert(args[0])
+            return x if x.constant is not None else self.graph.apply("{0}.to(tl.float32)", x)
+        if name in ("amax", "any", "mean", "sum") and args[1] in (-1, 1, [-1], [1]) and args[2:] == (True,):
+            reduce = {"amax": self.graph.max, "any": self.graph.any, "mean": self.graph.mean, "sum": self.graph.sum}
+            return reduce[name](self.convert(args[0]))
+        if name == "pow" and args[1] in (1, 2, 3):
+            x = self.convert(args[0])
+            return functools.reduce(lambda power, _: self.graph.apply(_MUL, power, x), range(1, int(args[1])), x)
+        if name == "clamp":
+            low, high = (*args[1:], None)[:2]
+            x = self.convert(args[0])
+            x = x if low is None else self.graph.apply(_AT_LEAST, x, self.convert(low))
+            return x if high is None else self.graph.apply(_AT_MOST, x, self.convert(high))
+        if name not in _OPERATIONS or kwargs:
+            raise Unsupported(str(node.target))
+        return self.graph.apply(_OPERATIONS[name], *map(self.convert, args))
+
+
+def _aten_graph(spec: RowSpec, vocab_size: int, given: tuple[str, ...]) -> torch.fx.Graph:
+    from torch.fx.experimental.proxy_tensor import make_fx  # heavy
+
+    def body(*tensors: torch.Tensor) -> torch.Tensor:
+        by_name = dict(zip(given, tensors, strict=True))
+        return row_pass(spec, *(by_name.get(name) for name in INPUTS))
+
+    widths = (vocab_size if name in INPUTS[:2] else 1 for name in given)
+    with torch.no_grad():  # two rows, so that a user's function cannot mistake a row for a number
+        return make_fx(body)(*(torch.empty(2, width, dtype=torch.float32, device="meta") for width in widths)).graph
+
+
+class Expressions(NamedTuple):
+    """What a row pass computes."""
+
+    nodes: list[Node]
+    """All there are, operands first; not all are needed."""
+    statistics: list[Node]
+    gradient: Node | None
+
+
+def trace(spec: RowSpec, vocab_size: int, given: tuple[str, ...]) -> Expressions:
+    """Of `row_pass` for `spec` and rows of `vocab_size` logits; `given` names its arguments that are not None.
+
+    Raises `Unsupported` for an operation (of a registered divergence, or a sort) without a Triton expression.
+    """
+    traced = _aten_graph(spec, vocab_size, given)
+    placeholders = traced.find_nodes(op="placeholder")
+    converter = _Converter(vocab_size, dict(zip(placeholders, given, strict=True)))
+    written = [node.args[1] for node in traced.nodes if node.target is torch.ops.aten.copy_.default]
+    assert len(written) == spec.with_gradient
+    gradient = converter.convert(written[0]) if written else None
+    (result,) = traced.find_nodes(op="output")[0].args
+    assert result.target is torch.ops.aten.cat.default
+    statistics = [converter.convert(column) for column in result.args[0]]
+    return Expressions(list(converter.graph.nodes.values()), statistics, gradient)
