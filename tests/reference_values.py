@@ -63,10 +63,39 @@ LOSSES: dict[str, tuple[dict[str, object], float, str]] = {
     "distil_whisper_train": ({"temperature": 2.0, "soft_weight": 1.0, "hard_weight": 0.8}, 1.959680, "formula"),
     "distil_whisper_eval": ({"soft_weight": 1.0, "hard_weight": 0.8}, 1.809765, "formula"),
     "forward_kl_T1000": ({"temperature": 1000.0, **_SOFT}, 0.838210, "formula"),
+    "skew_kl_0.1": ({"divergence": "skew_kl", "alpha": 0.1, **_SOFT}, 0.462070, "formula"),
+    "skew_reverse_kl_0.1": ({"divergence": "skew_reverse_kl", "alpha": 0.1, **_SOFT}, 0.481781, "formula"),
+    "tvd": ({"divergence": "tvd", **_SOFT}, 0.433473, "formula"),
+    "acceptance": ({"divergence": "acceptance", **_SOFT}, 0.609682, "formula"),
+    "uld": ({"divergence": "uld", **_SOFT}, 0.406179, "formula"),
+    "logit_mse": ({"divergence": "logit_mse", **_SOFT}, 4.234805, "formula"),
+    # The temperature divides the logits, its power makes up for it; without the power the value is a quarter.
+    "logit_mse_T2": ({"divergence": "logit_mse", "temperature": 2.0, **_SOFT}, 4.234805, "formula"),
+    "logit_mse_T2_without_T_squared": (
+        {"divergence": "logit_mse", "temperature": 2.0, "temperature_power": 0.0, **_SOFT},
+        4.234805 / 4,
+        "formula",
+    ),
+    # The mean over rows and classes is 2 / V of half the sum; V = 4.
+    "logit_mse_mean": ({"divergence": "logit_mse", "soft_weight": 0.5, "hard_weight": 0.0}, 2.117402, "formula"),
+    "hinton_limit": (
+        {"divergence": "logit_mse_centered", "soft_weight": 0.25, "hard_weight": 0.0},
+        0.838204,
+        "formula",
+    ),
+    "tvd_plus_half_forward_kl_T2": (
+        {"terms": [{"name": "tvd"}, {"name": "forward_kl", "weight": 0.5, "temperature": 2.0}], **_SOFT},
+        0.433473 + 0.5 * 0.779202,
+        "formula",
+    ),
 }
 # Norm of the gradient with respect to the student's logits.
 GRADIENT_NORMS = {"forward_kl": 0.192215, "forward_kl_T2": 0.219308, "reverse_kl": 0.207323}
 METRICS = {"teacher_entropy": 1.091595, "acceptance_rate": 0.566527, "top1_agreement": 0.25, "kl_t1": 0.629286}
+SKEW_CE = 1.553665  # -sum p log(0.1 p + 0.9 q): skew_kl plus the teacher's entropy
+# A listwise ranker and its teacher trained together: KL as the mean over rows and places, plus the teacher's own
+# cross-entropy, the first place being the relevant one.
+ROCKETQA_KL, ROCKETQA_TOTAL = 0.157322, 2.143663
 RAGGED_ACCUMULATION = 0.525288
 MEAN_OF_MICRO_BATCH_MEANS = 0.460276  # what comes out when each micro-batch divides by its own rows: wrong
 HINTON_LIMIT = 0.838204  # T^2 KL as T -> infinity: centred squared distance of the logits / (2 V)

@@ -16,6 +16,9 @@ from tests.reference_values import (
     PADDED_T,
     RAGGED_ACCUMULATION,
     RAGGED_Y,
+    ROCKETQA_KL,
+    ROCKETQA_TOTAL,
+    SKEW_CE,
     TOLERANCE,
     S,
     T,
@@ -30,6 +33,10 @@ PATHS = {
     "distill_logits": lambda config: _through_logits(kd.distill_logits, config),
     "reference.distill_logits": lambda config: _through_logits(kd.reference.distill_logits, config),
 }
+
+
+# Divergences of rows cut to the shared vocabulary.
+PADDING_INVARIANT = ("forward_kl", "reverse_kl", "soft_ce", "jsd_0.5", "skew_kl_0.1", "tvd", "acceptance", "logit_mse")
 
 
 def _config(name: str, **settings: object) -> kd.DistillConfig:
@@ -78,7 +85,7 @@ def test_metrics(path: str) -> None:
 
 
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "soft_ce", "jsd_0.5", "half_ce_plus_half_jsd"])
+@pytest.mark.parametrize("name", [*PADDING_INVARIANT, "half_ce_plus_half_jsd", "half_ce_plus_half_forward_kl_T2"])
 def test_a_padded_vocabulary_on_either_side_changes_nothing(name: str, chunk_size: int) -> None:
     config = _config(name, chunk_size=chunk_size)
     identity, padded = torch.eye(4, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
@@ -91,6 +98,40 @@ def test_a_padded_vocabulary_on_either_side_changes_nothing(name: str, chunk_siz
     for loss in (kd.distill_logits, kd.reference.distill_logits):
         assert float(loss(S, PADDED_T, Y, config=config).loss) == pytest.approx(LOSSES[name][1], abs=TOLERANCE)
         assert float(loss(padded_student, T, Y, config=config).loss) == pytest.approx(LOSSES[name][1], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("path", ["distill_logits", "reference.distill_logits"])
+def test_uld_counts_the_padding_of_the_larger_vocabulary(path: str) -> None:
+    """Padding of probability zero changes nothing; the ids being free, the student's padding is real."""
+    loss = kd.distill_logits if path == "distill_logits" else kd.reference.distill_logits
+    config = _config("uld")
+    assert float(loss(S, PADDED_T, Y, config=config).loss) == pytest.approx(LOSSES["uld"][1], abs=TOLERANCE)
+    assert float(loss(PADDED_T, S, Y, config=config).loss) == pytest.approx(LOSSES["uld"][1], abs=TOLERANCE)
+    padded_student = torch.cat([S, torch.zeros(8, 2, dtype=torch.float64)], dim=1)
+    assert float(loss(padded_student, T, Y, config=config).loss) > 1.1 * LOSSES["uld"][1]
+
+
+def test_skewed_cross_entropy_is_skew_kl_and_the_teachers_entropy() -> None:
+    value = LOSSES["skew_kl_0.1"][1] + METRICS["teacher_entropy"]
+    out = kd.distill_logits(S, T, config=_config("skew_kl_0.1"))
+    assert float(out.loss + out.metrics["teacher_entropy"]) == pytest.approx(SKEW_CE, abs=TOLERANCE)
+    assert value == pytest.approx(SKEW_CE, abs=TOLERANCE)
+
+
+def test_a_ranker_and_its_teacher_are_trained_together() -> None:
+    """KL with gradients into both, as the mean over rows and places, plus the teacher's own cross-entropy."""
+    student, teacher = S.clone().requires_grad_(), T.clone().requires_grad_()
+    relevant = torch.zeros(8, dtype=torch.int64)
+    listwise = kd.distill_logits(student, teacher, config=_config("forward_kl"), detach_teacher=False, num_items=8 * 4)
+    own = kd.distill_logits(teacher, None, relevant, config=_config("hard_ce"))
+    assert listwise.loss.item() == pytest.approx(ROCKETQA_KL, abs=TOLERANCE)
+    assert (listwise.loss + own.loss).item() == pytest.approx(ROCKETQA_TOTAL, abs=TOLERANCE)
+
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    written_out = (log_p.exp() * (log_p - log_q)).mean() - log_p[:, 0].mean()
+    wanted = torch.autograd.grad(written_out, [student, teacher])
+    found = torch.autograd.grad(listwise.loss + own.loss, [student, teacher])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-15)
 
 
 def test_padding_rows_of_the_students_head_get_no_gradient() -> None:
