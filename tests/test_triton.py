@@ -42,7 +42,7 @@ def test_cases_under_the_interpreter(repo_root: Path) -> None:
     )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     (passed,) = re.findall(r"(\d+) passed", result.stdout)
-    assert int(passed) > 90
+    assert int(passed) > 80
     assert "skipped" not in result.stdout
 
 

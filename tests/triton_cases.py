@@ -64,7 +64,7 @@ def spec_of(*, with_gradient: bool = True, student: LogitTransform = IDENTITY, *
     return RowSpec(objective, student, LogitTransform(softcap=20.0), with_gradient)
 
 
-@pytest.mark.parametrize(("vocab", "temperature"), [(1, 2.0), (7, 1.0), (130, 1.0), (130, 2.0), (1025, 2.0)])
+@pytest.mark.parametrize(("vocab", "temperature"), [(1, 2.0), (7, 1.0), (130, 2.0), (1025, 1.0)])
 @pytest.mark.parametrize("divergence", BY_ID)
 def test_every_divergence(divergence: str, vocab: int, temperature: float) -> None:
     spec = RowSpec(make_objective(DistillConfig(divergence=divergence, temperature=temperature, beta=0.3)))
