@@ -1,0 +1,298 @@
+"""The losses that race: one objective, the same tensors, each through its own library's front door.
+
+The objective is `soft_weight * T^2 * divergence + hard_weight * cross-entropy`, averaged over the valid rows.
+
+- kd_plugin: `kd_plugin.distill_loss`.
+- GEMMs only: the floor. The four matrix products (student and teacher logits in fp32, gradient of the hidden
+  states, gradient of the weight in fp32) of the valid rows, into buffers, in kd_plugin's chunks; no loss at all.
+- compiled naive: `torch.compile` of the dense loss on whole logits.
+- Liger: `LigerFusedLinearJSDLoss`; its beta = 0 is KL(teacher||student), 1 is KL(student||teacher), and between
+  them beta is the teacher's share of the mixture. It does not multiply by T^2, so its soft weight does.
+- TRL: `ChunkedDivergenceFunction`, the same beta. It has no cross-entropy, so it does less than the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kd_plugin as kd
+from kd_plugin.chunks import rows_per_chunk
+from kd_plugin.matmul import Operand, accumulate_outer, mm_into
+
+IGNORE_INDEX = -100
+_BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
+
+Step = Callable[[], "Tensor | None"]
+"""Runs one loss with its gradients, which it leaves in `.grad`; returns the loss."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem; everything that a contestant must know."""
+
+    rows: int = 2048
+    vocab: int = 49152
+    width: int = 576
+    dtype: str = "float32"
+    device: str = "cpu"
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    soft_weight: float = 0.5
+    hard_weight: float = 0.5
+    ignored: float = 0.0
+    """Share of the rows that have no label."""
+    train: bool = True
+    """False: the loss alone, under no_grad."""
+    logit_std: float = 3.0
+    teacher_noise: float | None = None
+    """The teacher is the student plus so much noise in its hidden states; None: an unrelated teacher."""
+    metrics: bool = True
+    logits_dtype: str = "float32"
+    row_kernel: str = "auto"
+    loss_memory_mb: float = 512.0
+    chunk_size: int | None = None
+    seed: int = 0
+
+    @property
+    def valid(self) -> int:
+        """Rows with a label."""
+        return self.rows - round(self.rows * self.ignored)
+
+    @property
+    def beta(self) -> float:
+        """As Liger and TRL count it."""
+        return _BETAS[self.divergence]
+
+    def config(self) -> kd.DistillConfig:
+        """For kd_plugin."""
+        return kd.DistillConfig(
+            divergence=self.divergence,
+            temperature=self.temperature,
+            soft_weight=self.soft_weight,
+            hard_weight=self.hard_weight,
+            ignore_index=IGNORE_INDEX,
+            metrics=self.metrics,
+            logits_dtype=self.logits_dtype,
+            row_kernel=self.row_kernel,
+            loss_memory_mb=self.loss_memory_mb,
+            chunk_size=self.chunk_size or "auto",
+        )
+
+
+class Tensors(NamedTuple):
+    """Inputs of the loss; the student's two get gradients."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    teacher_hidden: Tensor  # [N, D]
+    teacher_weight: Tensor  # [V, D]
+    targets: Tensor  # [N] int64
+
+    def clear(self) -> None:
+        """Drop the gradients of the last step."""
+        self.hidden.grad = self.weight.grad = None
+
+    def to(self, dtype: torch.dtype) -> Tensors:
+        """Fresh leaves with the same values."""
+        floats = (t.detach().to(dtype, copy=True) for t in self[:4])
+        hidden, weight, *teacher = floats
+        return Tensors(hidden.requires_grad_(), weight.requires_grad_(), *teacher, self.targets)
+
+
+def make_tensors(case: Case) -> Tensors:
+    """Logits of standard deviation `logit_std`; the same values for every contestant."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    scale = case.logit_std / case.width**0.5
+    hidden, weight = normal(case.rows, case.width), normal(case.vocab, case.width).mul_(scale)
+    if case.teacher_noise is None:
+        teacher_hidden, teacher_weight = normal(case.rows, case.width), normal(case.vocab, case.width).mul_(scale)
+    else:
+        teacher_hidden, teacher_weight = hidden + case.teacher_noise * normal(case.rows, case.width), weight
+    targets = torch.randint(0, case.vocab, (case.rows,), generator=generator)
+    targets[torch.randperm(case.rows, generator=generator)[: case.rows - case.valid]] = IGNORE_INDEX
+    dtype = getattr(torch, case.dtype)
+    floats = (t.to(case.device, dtype) for t in (hidden, weight, teacher_hidden, teacher_weight))
+    tensors = Tensors(*floats, targets.to(case.device))
+    tensors.hidden.requires_grad_()
+    tensors.weight.requires_grad_()
+    return tensors
+
+
+def dense_loss(case: Case, tensors: Tensors) -> Tensor:
+    """The objective on whole logits, in at least fp32 after the products; in fp64 it is the oracle."""
+    wide = torch.promote_types(tensors.hidden.dtype, torch.float32)
+    student = (tensors.hidden @ tensors.weight.T).to(wide)
+    teacher = (tensors.teacher_hidden @ tensors.teacher_weight.T).to(wide)
+    loss: Any = 0.0
+    if case.soft_weight:
+        log_q = (student / case.temperature).log_softmax(-1)
+        log_p = (teacher / case.temperature).log_softmax(-1)
+        rows = _divergence(case.beta, log_q, log_p).masked_fill(tensors.targets == IGNORE_INDEX, 0.0)
+        loss = loss + case.soft_weight * case.temperature**2 * rows.sum()
+    if case.hard_weight:
+        loss = loss + case.hard_weight * F.cross_entropy(
+            student, tensors.targets, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+    return loss / max(case.valid, 1)
+
+
+def _divergence(beta: float, log_q: Tensor, log_p: Tensor) -> Tensor:
+    def kl(of: Tensor, to: Tensor) -> Tensor:
+        return F.kl_div(to, of, reduction="none", log_target=True).sum(-1)
+
+    if beta in (0.0, 1.0):
+        return kl(log_p, log_q) if beta == 0.0 else kl(log_q, log_p)
+    shares = log_q.new_tensor([1 - beta, beta]).log()
+    log_m = torch.logaddexp(log_q + shares[0], log_p + shares[1])
+    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+
+
+def _trained(case: Case, tensors: Tensors, loss: Callable[[], Tensor]) -> Step:
+    def step() -> Tensor:
+        tensors.clear()
+        with torch.set_grad_enabled(case.train):
+            value = loss()
+        if case.train:
+            value.backward()
+        return value.detach()
+
+    return step
+
+
+def kd_plugin(case: Case, tensors: Tensors) -> Step:
+    """This package."""
+    config = case.config()
+    return _trained(case, tensors, lambda: kd.distill_loss(*tensors, config=config).loss)
+
+
+def gemms(case: Case, tensors: Tensors) -> Step:
+    """The floor. Uses kd_plugin's products, which are plain `torch.mm(out=...)` in fp32."""
+    _, weight, _, teacher_weight, _ = (t.detach() for t in tensors)
+    keep = tensors.targets != IGNORE_INDEX
+    hidden, teacher_hidden = tensors.hidden.detach()[keep], tensors.teacher_hidden[keep]
+    chunk = min(case.chunk_size or rows_per_chunk("auto", case.loss_memory_mb, case.vocab), max(case.valid, 1))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    student, teacher = (torch.empty(chunk, case.vocab, dtype=wide, device=case.device) for _ in range(2))
+    narrow = student if hidden.dtype == wide else student.to(hidden.dtype)
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=wide)
+
+    def step() -> None:
+        heads = Operand("student", weight, wide), Operand("teacher", teacher_weight, wide)
+        for start in range(0, case.valid, chunk):
+            rows = slice(start, min(start + chunk, case.valid))
+            n = rows.stop - start
+            mm_into(student[:n], hidden[rows], heads[0])
+            mm_into(teacher[:n], teacher_hidden[rows], heads[1])
+            if case.train:
+                torch.mm(narrow[:n], weight, out=grad_hidden[rows])
+                accumulate_outer(grad_weight, student[:n], narrow[:n], hidden[rows], first=start == 0)
+
+    return step
+
+
+def compiled_naive(case: Case, tensors: Tensors) -> Step:
+    """`torch.compile` of the dense loss, forward and backward."""
+    compiled = torch.compile(lambda *args: dense_loss(case, Tensors(*args)))
+    return _trained(case, tensors, lambda: compiled(*tensors))
+
+
+def naive(case: Case, tensors: Tensors) -> Step:
+    """The dense loss in eager mode."""
+    return _trained(case, tensors, lambda: dense_loss(case, tensors))
+
+
+def liger(case: Case, tensors: Tensors, *, compiled: bool = True) -> Step:
+    """Liger-Kernel's chunked JSD loss with its default of 1024 rows per chunk."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    module = LigerFusedLinearJSDLoss(
+        weight_hard_loss=case.hard_weight,
+        weight_soft_loss=case.soft_weight * case.temperature**2,
+        beta=case.beta,
+        ignore_index=IGNORE_INDEX,
+        temperature=case.temperature,
+        compiled=compiled,
+        chunk_size=case.chunk_size or 1024,
+    )
+    hidden, weight, teacher_hidden, teacher_weight, targets = tensors
+    return _trained(case, tensors, lambda: module(hidden, weight, teacher_hidden, teacher_weight, targets))
+
+
+def liger_eager(case: Case, tensors: Tensors) -> Step:
+    """The same without torch.compile."""
+    return liger(case, tensors, compiled=False)
+
+
+def trl(case: Case, tensors: Tensors) -> Step:
+    """TRL's chunked divergence, called as its DistillationTrainer does: valid rows are packed on a GPU only."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    factor = case.soft_weight * case.temperature**2 / max(case.valid, 1)
+
+    def loss() -> Tensor:
+        hidden, weight, teacher_hidden, teacher_weight, targets = tensors
+        valid = targets != IGNORE_INDEX
+        if case.device != "cpu":
+            hidden, teacher_hidden = hidden[valid], teacher_hidden[valid]
+        rows, _ = ChunkedDivergenceFunction.apply(
+            hidden, weight, None, teacher_hidden, teacher_weight, None, case.beta, case.temperature
+        )
+        return factor * (rows.masked_fill(~valid, 0.0) if case.device == "cpu" else rows).sum()
+
+    return _trained(case, tensors, loss)
+
+
+CONTESTANTS: dict[str, Callable[[Case, Tensors], Step]] = {
+    "kd_plugin": kd_plugin,
+    "GEMMs only": gemms,
+    "compiled naive": compiled_naive,
+    "naive": naive,
+    "Liger": liger,
+    "Liger eager": liger_eager,
+    "TRL": trl,
+}
+
+
+class Errors(NamedTuple):
+    """Relative errors of one contestant against the fp64 oracle."""
+
+    loss: float
+    hidden: float
+    weight: float
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| / |wanted| in fp64."""
+    wanted = wanted.double()
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def errors(name: str, case: Case, tensors: Tensors, oracle: tuple[Tensor, Tensor, Tensor]) -> Errors:
+    """Of the loss and both gradients; `oracle` from `oracle_of` the same case and tensors."""
+    step = CONTESTANTS[name](case, tensors)
+    found = step()
+    assert found is not None and tensors.hidden.grad is not None and tensors.weight.grad is not None
+    pairs = zip((found, tensors.hidden.grad, tensors.weight.grad), oracle, strict=True)
+    return Errors(*(relative(one, other) for one, other in pairs))
+
+
+def oracle_of(case: Case, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients `(scalar, [N, D], [V, D])` of the very same inputs in fp64."""
+    wide = tensors.to(torch.float64)
+    loss = dense_loss(case, wide)
+    return (loss.detach(), *torch.autograd.grad(loss, (wide.hidden, wide.weight)))
+
+
+def without_cross_entropy(case: Case) -> Case:
+    """What TRL can do."""
+    return replace(case, hard_weight=0.0)

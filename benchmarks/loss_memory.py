@@ -1,0 +1,208 @@
+"""Peak memory of the loss and its gradients: `python benchmarks/loss_memory.py [--quick]`.
+
+Every point is measured in a process of its own: compile on few rows, free everything, make the inputs, note the
+memory, run one step, take the peak. What is reported is the peak minus that note minus the two gradients: what the
+loss needs above its inputs and outputs. CPU: the kernel's peak of resident memory; CUDA: peak allocated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from common import GIB, Options, Row, Target, figure, markdown, options, publish, write_csv
+from contestants import CONTESTANTS, Case, make_tensors
+from race import Entry
+
+MOST_BYTES = 16 * GIB
+BUDGETS_MIB = (128.0, 512.0, 2048.0)
+ROWS = (256, 1024, 2048, 8192, 32768)
+WARM_UP_ROWS = 128
+
+
+def formula(case: Case) -> int:
+    """Bytes that kd_plugin promises above inputs and outputs: 8 * C * V."""
+    from kd_plugin.chunks import rows_per_chunk
+
+    chunk = case.chunk_size or rows_per_chunk("auto", case.loss_memory_mb, case.vocab)
+    return 8 * min(chunk, case.rows) * case.vocab
+
+
+def least_dense(case: Case) -> int:
+    """Bytes that the dense loss needs at least: both models' logits and the gradient of one, fp32."""
+    return 3 * 4 * case.rows * case.vocab
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: peak memory can be measured on Linux only")
+
+
+def _give_back() -> None:
+    from kd_plugin.workspace import release_workspace
+
+    release_workspace()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_bytes(name: str, case: Case) -> tuple[int, float]:
+    """Bytes above inputs and gradients of one step, and its seconds. For a fresh process only."""
+    import torch
+
+    cuda = case.device != "cpu"
+    for rows in (WARM_UP_ROWS, 2 * WARM_UP_ROWS):  # twice, so that torch.compile makes the row count dynamic
+        small = replace(case, rows=min(rows, case.rows))
+        CONTESTANTS[name](small, make_tensors(small))()
+    _give_back()
+    tensors = make_tensors(case)
+    step = CONTESTANTS[name](case, tensors)
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the present
+        before = _resident("VmRSS")
+    begin = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - begin
+    peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
+    gradients = sum(t.grad.numel() * t.grad.element_size() for t in tensors[:2] if t.grad is not None)
+    return peak - before - gradients, seconds
+
+
+def _serve(pipe: Connection, name: str, case: Case, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        pipe.send(peak_bytes(name, case))
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def measure(entry: Entry, threads: int, seconds: float) -> tuple[int, float] | str:
+    """`peak_bytes` in a fresh process, or why there is none."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, entry.contestant, entry.case, threads), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(seconds) else f"not finished after {seconds:.0f} s"
+    except EOFError:
+        return "killed, most likely for its memory"
+    finally:
+        ours.close()
+        process.join(20)  # torch.compile's helpers end with it, unless it hangs
+        process.terminate()
+
+
+class Plan:
+    """The points, in an order that gives every contestant its small ones first."""
+
+    def __init__(self, run: Options, base: Case, rows: Sequence[int], budgets: Sequence[float]) -> None:
+        self.run, self.begin = run, time.perf_counter()
+        self.rate: dict[str, float] = {}  # seconds per row, of the largest point so far
+        ours = [Entry(f"kd_plugin, {mib:g} MiB", "kd_plugin", replace(base, loss_memory_mb=mib)) for mib in budgets]
+        ours = [ours[len(ours) // 2], *ours[: len(ours) // 2], *ours[len(ours) // 2 + 1 :]]  # the default first
+        peers = [Entry(name, name, base) for name in ("compiled naive", "Liger", "TRL")]
+        self.entries = [*ours, *peers]
+        self.points = [e._replace(case=replace(e.case, rows=n)) for n in rows for e in self.entries]
+
+    def rows(self) -> list[Row]:
+        """Measure every point that fits memory and time."""
+        return [self._row(entry) for entry in self.points]
+
+    def _row(self, entry: Entry) -> Row:
+        case, ours = entry.case, entry.contestant == "kd_plugin"
+        found = self._refusal(entry) or measure(entry, self.run.threads, max(60.0, self._left()))
+        row: dict[str, Any] = {"contestant": entry.label, "N": case.rows, "GiB": None, "8CV GiB": None, "note": ""}
+        row["8CV GiB"] = formula(case) / GIB if ours else None
+        row["seconds"] = None
+        if isinstance(found, str):
+            row["note"] = found
+        else:
+            row["GiB"], row["seconds"] = found[0] / GIB, found[1]
+            self.rate[entry.label] = found[1] / case.rows
+        print(f"  {entry.label}, N={case.rows}: {row['GiB'] if row['GiB'] is not None else row['note']}", flush=True)
+        return row
+
+    def _left(self) -> float:
+        return self.run.minutes * 60 - (time.perf_counter() - self.begin)
+
+    def _refusal(self, entry: Entry) -> str | None:
+        case = entry.case
+        if entry.contestant == "compiled naive" and least_dense(case) > MOST_BYTES:
+            return f"skipped: needs over {least_dense(case) / GIB:.0f} GiB"
+        expected = self.rate.get(entry.label, 0.0) * case.rows
+        if expected > self._left():
+            return f"skipped: would take about {expected:.0f} s of the {max(0.0, self._left()):.0f} s left"
+        return None
+
+
+def targets(rows: Sequence[Row]) -> list[Target]:
+    """What was promised, judged on the measured points."""
+    measured = [row for row in rows if row["GiB"] is not None]
+    ours = [row for row in measured if row["8CV GiB"] is not None]
+    worst = max((row["GiB"] / row["8CV GiB"] for row in ours), default=None)
+    found = [Target("peak / 8CV, worst point of kd_plugin", 1.15, worst)]
+    for label in dict.fromkeys(row["contestant"] for row in ours):
+        by_rows = {row["N"]: row["GiB"] for row in ours if row["contestant"] == label}
+        full = [n for n in by_rows if n >= 2048]
+        growth = by_rows[max(full)] / by_rows[min(full)] if len(full) > 1 else None
+        span = f"N={max(full)} / N={min(full)}" if len(full) > 1 else "N=32768 / N=2048"
+        found.append(Target(f"{label}: peak at {span}", 1.05, growth))
+    for n in dict.fromkeys(row["N"] for row in measured):
+        default = [row["GiB"] for row in ours if row["N"] == n and row["contestant"] == ours[0]["contestant"]]
+        peers = [row["GiB"] for row in measured if row["N"] == n and row["8CV GiB"] is None]
+        ratio = default[0] / min(peers) if default and peers else None
+        found.append(Target(f"kd_plugin (default budget) / smallest peer, N={n}", 1.0, ratio))
+    return found
+
+
+def _plot(run: Options, rows: Sequence[Row]) -> None:
+    with figure(run, "loss_memory", size=(6.4, 4.0)) as axis:
+        for label in dict.fromkeys(row["contestant"] for row in rows):
+            points = [(row["N"], row["GiB"]) for row in rows if row["contestant"] == label and row["GiB"] is not None]
+            style = "o-" if label.startswith("kd_plugin") else "s--"
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=label)
+        axis.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="GiB above inputs and gradients")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run everything; returns the exit code."""
+    run = options(__doc__ or "", argv)
+    base, rows, budgets = Case(device=run.device), ROWS, BUDGETS_MIB
+    if run.quick:
+        base, rows, budgets = replace(base, vocab=16384, width=16), (256, 1024), (32.0,)
+    table = Plan(run, base, rows, budgets).rows()
+    write_csv(run, "loss_memory", table)
+    _plot(run, table)
+    parts = [
+        f"fp32, V={base.vocab}, D={base.width}; GiB above inputs and gradients.",
+        markdown([target.row() for target in targets(table)]),
+        "![](results/loss_memory.png)",
+        markdown(table),
+    ]
+    publish(run, "loss_memory", parts)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

