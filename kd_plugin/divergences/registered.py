@@ -28,28 +28,47 @@ def from_function(name: str, function: Elementwise) -> Divergence:
 
 
 def check(name: str, function: Elementwise) -> None:
-    """Try `function` on a few rows. Raises `ValueError` for a bad name, shape, dtype or NaN."""
+    """Try `function` on a few rows. Raises `ValueError` for a bad name, shape, dtype, value or gradient."""
     if name in BUILT_IN:
         raise ValueError(f"divergence {name!r} is built in: register yours under another name")
     if not name.isidentifier():
         raise ValueError(f"divergence name {name!r}: wanted letters, digits and underscores, e.g. 'my_kl'")
     p = torch.log_softmax(torch.linspace(-4, 4, 15).view(3, 5), -1)
     q = torch.log_softmax(torch.linspace(3, -3, 15).view(3, 5).sin(), -1)
+    result = _elementwise(name, function, q, p)
+    few = _elementwise(name, function, q[:, :2], p[:, :2])
+    if not torch.allclose(few, result[:, :2], equal_nan=True):
+        raise ValueError(
+            f"divergence {name!r} is not elementwise: it gives other values for the first two tokens alone; "
+            "write it token by token, as function(log_q, log_p) of normalised log-probabilities"
+        )
     for what, log_q in (("unequal", q), ("equal", p)):
-        result = function(log_q, p)
-        if not isinstance(result, Tensor) or result.shape != p.shape or result.dtype != p.dtype:
-            found = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else type(result).__name__
-            raise ValueError(
-                f"divergence {name!r} returned {found} for inputs (3, 5) torch.float32: it must be elementwise, "
-                "function(log_q, log_p) -> the same shape; the sum over the vocabulary is taken for you"
-            )
         row = Row(log_q, p, log_q, p, log_q.exp(), p.exp(), 5)
-        slope = from_function(name, function).elements(torch, row)[1]
-        if not (result.isfinite().all() and slope.isfinite().all()):
+        values, slope = from_function(name, function).elements(torch, row)
+        if not (values.isfinite().all() and slope.isfinite().all()):
             raise ValueError(
                 f"divergence {name!r} gives NaN or infinity on {what} inputs (value or gradient): "
                 "work with the logarithms, e.g. log_p.exp() * (log_p - log_q)"
             )
+        if what == "unequal" and not slope.any():
+            raise ValueError(f"divergence {name!r} does not depend on log_q, the student: nothing would be trained")
+
+
+def _elementwise(name: str, function: Elementwise, log_q: Tensor, log_p: Tensor) -> Tensor:
+    """`function(log_q, log_p)`, refused unless it is a tensor of the same shape and dtype."""
+    wanted = "it must be elementwise, function(log_q, log_p) -> the same shape; the sum over the vocabulary is taken"
+    try:
+        result = function(log_q, log_p)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"divergence {name!r} fails with {type(error).__name__}: {reason}; {wanted} for you"
+        ) from error
+    if not isinstance(result, Tensor) or result.shape != log_p.shape or result.dtype != log_p.dtype:
+        found = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else type(result).__name__
+        given = f"{tuple(log_p.shape)} {log_p.dtype}"
+        raise ValueError(f"divergence {name!r} returned {found} for inputs {given}: {wanted} for you")
+    return result
 
 
 _functions: dict[str, Elementwise] = {}
