@@ -18,6 +18,7 @@ from torch import Tensor
 from kd_plugin import row_kernels
 from kd_plugin.matmul import Operand, accumulate_outer, add_bias, mm_into
 from kd_plugin.objective import Objective
+from kd_plugin.plan import ChunkPlan, agreed_plan, local_plan
 from kd_plugin.row_kernels import IDENTITY, NUM_LOSSES, LogitTransform, RowSpec
 from kd_plugin.teachers import TeacherSource
 from kd_plugin.workspace import buffer
@@ -94,6 +95,13 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _plan(problem: Problem, device: torch.device) -> ChunkPlan:
+    group = None if problem.teacher is None else problem.teacher.group
+    if group is None:
+        return local_plan(problem.rows, problem.num_rows, problem.chunk_size)
+    return agreed_plan(problem.rows, problem.num_rows, problem.chunk_size, group, device)
+
+
 class _Loop:
     """State shared by the chunks of one call."""
 
@@ -102,28 +110,25 @@ class _Loop:
         self.vocab_size = vocab_size
         self.dtype = wide_dtype(hidden.dtype)
         self.operand = Operand("student", weight[:vocab_size], self.dtype, rounded=problem.rounded_logits)
-        self.chunk = min(problem.chunk_size, max(problem.num_rows, 1))
-        capacity = max(self.chunk, 2)  # row_kernels.run never compiles for a single row
+        self.plan = _plan(problem, hidden.device)
+        capacity = max(self.plan.chunk, 2)  # row_kernels.run never compiles for a single row
         self.student = buffer("student", capacity, vocab_size, self.dtype, hidden.device)
         self.teacher = None
         if problem.teacher is not None:
             columns = problem.teacher.vocab_size if problem.objective.by_rank else vocab_size
-            problem.teacher.prepare(columns, self.dtype, rounded=problem.rounded_logits)
+            problem.teacher.prepare(self.plan, columns, self.dtype, rounded=problem.rounded_logits)
             self.teacher = buffer("teacher", capacity, columns, self.dtype, hidden.device)
 
-    def indices(self, start: int, stop: int) -> slice | Tensor:
-        rows = self.problem.rows
-        return slice(start, stop) if rows is None else rows[start:stop]
-
-    def run_rows(self, spec: RowSpec, hidden: Tensor, rows: slice | Tensor) -> Tensor:
+    def run_rows(self, spec: RowSpec, index: int, hidden: Tensor) -> Tensor:
         """Logits and row pass of one chunk; leaves the gradient in `self.student`. -> statistics `[n, K]`."""
-        problem, n = self.problem, hidden.shape[0]
+        problem = self.problem
+        rows, n = self.plan.of(index)
         logits = self.student[:n]
         mm_into(logits, hidden, self.operand)
         add_bias(logits, None if self.bias is None else self.bias[: self.vocab_size])
         if problem.teacher is not None:
             assert self.teacher is not None
-            problem.teacher.logits_into(self.teacher[:n], rows)
+            problem.teacher.logits_into(self.teacher[:n], index)
         targets = target_logits = weights = None
         if spec.objective.hard_weight:
             assert problem.targets is not None
@@ -137,6 +142,11 @@ class _Loop:
         if weights is not None:
             statistics[:, :NUM_LOSSES] *= weights
         return statistics
+
+    def teacher_only(self, index: int) -> None:
+        """Take part in a chunk of which this rank has no rows."""
+        assert self.problem.teacher is not None and self.teacher is not None
+        self.problem.teacher.logits_into(self.teacher[:0], index)
 
     def narrow(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         """`gradient` in the model's precision; in the teacher's buffer, which the row pass is done with."""
@@ -175,17 +185,19 @@ def run(
     grad_bias = weight.new_zeros(weight.shape[0], dtype=loop.dtype) if need_bias else None
 
     per_row = sums.new_empty(problem.num_rows, sums.numel()) if keep_rows else None
-    for start in range(0, problem.num_rows, loop.chunk):
-        stop = min(start + loop.chunk, problem.num_rows)
-        rows = loop.indices(start, stop)
+    for index in range(loop.plan.num_chunks):
+        rows, count = loop.plan.of(index)
+        if count == 0:  # other ranks still have rows, and need this one for their teacher's
+            loop.teacher_only(index)
+            continue
         chunk_hidden = hidden[rows]
-        statistics = loop.run_rows(spec, chunk_hidden, rows)
+        statistics = loop.run_rows(spec, index, chunk_hidden)
         sums += statistics.sum(0)
         if per_row is not None:
-            per_row[start:stop] = statistics
+            per_row[index * loop.plan.chunk :][:count] = statistics
         if not spec.with_gradient:
             continue
-        gradient = loop.student[: stop - start]
+        gradient = loop.student[:count]
         if grad_bias is not None:
             grad_bias[:vocab_size] += gradient.sum(0)
         narrow = loop.narrow(gradient, weight.dtype)
@@ -193,7 +205,7 @@ def run(
             grad_hidden[rows] = torch.mm(narrow, weight[:vocab_size]).to(hidden.dtype)
         if grad_weight is not None:
             narrow = narrow if weight.dtype == hidden.dtype else gradient.to(hidden.dtype)
-            accumulate_outer(grad_weight[:vocab_size], gradient, narrow, chunk_hidden, first=start == 0)
+            accumulate_outer(grad_weight[:vocab_size], gradient, narrow, chunk_hidden, first=index == 0)
     held = [loop.student, loop.teacher, grad_hidden, grad_weight, grad_bias]
     problem.workspace_bytes = sum(t.numel() * t.element_size() for t in held if t is not None)
     problem.dense_bytes = problem.num_rows * vocab_size * _BYTES_PER_LOGIT // (2 if teacher is None else 1)

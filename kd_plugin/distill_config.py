@@ -127,9 +127,11 @@ class DistillConfig(Section):
     """`float32`: logits of half-precision models are never rounded. `input` rounds them to the models'
     precision: faster where the hardware has no fp32 result, and gradients are off by several per cent."""
 
-    exchange: Literal["auto", "weight", "stats"] = "auto"
-    """What crosses the wire for sharded heads. `weight`: each head, once per micro-batch. `stats`: hidden
-    states and a few numbers per token; every rank keeps its own rows of both heads. `auto` is `weight`."""
+    exchange: Literal["auto", "weight", "logits", "stats"] = "auto"
+    """What crosses the wire for sharded heads. `weight`: each head, once per micro-batch. `logits`:
+    the student's head, and chunk by chunk the teacher's logits, of whose head every rank keeps some rows.
+    `stats`: hidden states and a few numbers per token; every rank keeps its own rows of both heads.
+    `auto` is `weight`."""
 
     row_kernel: Literal["auto", "compile", "triton", "eager"] = "auto"
     """What computes one chunk's rows: `compile` is torch.compile, `triton` a hand-written kernel (CUDA),
@@ -148,8 +150,11 @@ class DistillConfig(Section):
 
     @model_validator(mode="after")
     def _possible_exchange(self) -> DistillConfig:
-        if self.exchange == "stats" and "uld" in (self.divergence, *(term.name for term in self.terms or ())):
-            raise ValueError("exchange stats cannot sort a vocabulary cut over ranks: uld needs exchange weight")
+        if self.exchange in ("logits", "stats") and "uld" in (
+            self.divergence,
+            *(term.name for term in self.terms or ()),
+        ):
+            raise ValueError(f"exchange {self.exchange} cuts the vocabulary, which uld must sort: use exchange weight")
         return self
 
     @model_validator(mode="after")

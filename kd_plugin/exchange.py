@@ -22,7 +22,7 @@ from kd_plugin.config import DistillConfig
 from kd_plugin.head import HeadCall
 from kd_plugin.metrics import num_ranks
 from kd_plugin.objective import make_objective
-from kd_plugin.teachers import HeadTeacher
+from kd_plugin.teachers import HeadTeacher, ShardedHeadTeacher
 from kd_plugin.vocab_parallel import VocabShard, cut
 
 logger = logging.getLogger(__name__)
@@ -72,36 +72,47 @@ class Exchange:
         self._shard: VocabShard | None = None
         self._teacher_rows: HeadTeacher | None = None
 
-    def by_shards(self, hidden: Tensor, call: HeadCall, plugin: Any) -> bool:
-        """Whether this call runs vocabulary-parallel; fills in `call.shard` if so."""
+    def cuts_teacher(self, hidden: Tensor, student_size: int) -> bool:
+        """Whether each rank keeps only rows of the teacher's head (modes `logits` and `stats`).
+
+        Collective in the first call.
+        """
         if num_ranks(self.group) == 1:
             return False
-        student_size = plugin.student_vocab_size
         if self.mode is None:
             self.mode = self._settle(hidden, student_size)
-        if self.mode != "stats":
+        if self.mode == "weight" or (self.mode == "logits" and not self.config.soft_weight):
             return False
         if self._shard is None:
             shared = student_size if self.teacher_size is None else min(student_size, self.teacher_size)
             self._shard = cut(student_size, shared, self.group)
             _agree(self.group, {"student vocabulary": student_size, "teacher vocabulary": self.teacher_size})
-        call.shard = self._shard
         return True
 
     def consumer(self, call: HeadCall) -> Consumer:
-        """Gives `call` a teacher of this rank's columns; the whole head is seen in the first call only."""
+        """Gives `call` a teacher of this rank's columns (`stats`) or one that gathers all columns (`logits`).
+
+        The whole head is seen in the first call only.
+        """
+        assert self._shard is not None
+        if self.mode == "stats":
+            call.shard = self._shard
 
         def keep_rows(teacher: HeadTeacher) -> None:
             if self._teacher_rows is None:
                 assert self._shard is not None
                 self._teacher_rows = teacher.rows(self._shard.start, self._shard.stop)
-            call.teacher = self._teacher_rows.reading(teacher.hidden)
+            call.teacher = self._as_source(teacher.hidden)
 
         def use_hidden(hidden: Tensor) -> None:
-            assert self._teacher_rows is not None
-            call.teacher = self._teacher_rows.reading(hidden.reshape(-1, hidden.shape[-1]))
+            call.teacher = self._as_source(hidden.reshape(-1, hidden.shape[-1]))
 
         return Consumer(keep_rows, None if self._teacher_rows is None else use_hidden)
+
+    def _as_source(self, hidden: Tensor) -> HeadTeacher | ShardedHeadTeacher:
+        assert self._teacher_rows is not None and self._shard is not None
+        rows = self._teacher_rows.reading(hidden)
+        return rows if self.mode == "stats" else ShardedHeadTeacher(rows, self._shard.bounds, self._shard.group)
 
     def _settle(self, hidden: Tensor, student_size: int) -> str:
         mode = self.config.exchange

@@ -216,33 +216,37 @@ class Plugin:
         """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
         if inputs.get("inputs_embeds") is not None and self.config.soft_weight:
             raise ValueError("the student got inputs_embeds, which the teacher cannot read: pass input_ids")
-        if self.exchange.by_shards(hidden, call, self):
-            return self._through_shards(hidden, call, inputs)
+        if self.exchange.cuts_teacher(hidden, self.student_vocab_size):
+            return self._with_teacher_rows(hidden, call, inputs)
         if not self.config.soft_weight:
-            with self._watch.region("loss", hidden.device):
-                return self._slot.module(hidden, call)
+            return self._student_head(hidden, call)
         results: list[Tensor] = []
         with_gradient = torch.is_grad_enabled()
 
         def use(teacher: HeadTeacher) -> None:
             call.teacher = teacher
-            with torch.set_grad_enabled(with_gradient), self._watch.region("loss", hidden.device):
-                results.append(self._slot.module(hidden, call))
+            with torch.set_grad_enabled(with_gradient):
+                results.append(self._student_head(hidden, call))
 
         self._run_teacher(inputs, Consumer(use))
         call.teacher = None
         return results[0]
 
-    def _through_shards(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
-        """The same with the vocabulary cut over the ranks: no head is gathered, but the teacher's once."""
+    def _with_teacher_rows(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
+        """The same where each rank keeps rows of the teacher's head: it is whole in the first call only."""
+        consumer = self.exchange.consumer(call)
         if self.config.soft_weight:
-            consumer = self.exchange.consumer(call)
             self._run_teacher(inputs, consumer)
-        with self._watch.region("loss", hidden.device):
-            head = causal_lm.unwrap(self._slot.module)
-            loss_sum = head.on_shards(hidden, call) if is_row_shard(head.weight) else self._slot.module(hidden, call)
+        loss_sum = self._student_head(hidden, call)
         call.teacher = None
         return loss_sum
+
+    def _student_head(self, hidden: Tensor, call: HeadCall) -> Tensor:
+        head = causal_lm.unwrap(self._slot.module)
+        with self._watch.region("loss", hidden.device):
+            if call.shard is not None and is_row_shard(head.weight):
+                return head.on_shards(hidden, call)  # past the hooks that would gather the weight
+            return self._slot.module(hidden, call)
 
     def _run_teacher(self, inputs: dict[str, Any], consumer: Consumer) -> None:
         shared = {name: value for name, value in inputs.items() if name not in _NOT_FOR_TEACHER}

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from kd_plugin import row_kernels
 from kd_plugin.chunks import Problem, wide_dtype
 from kd_plugin.matmul import Operand, accumulate_outer, add_bias, mm_into
+from kd_plugin.plan import agreed_plan, all_gather, reduce_scatter
 from kd_plugin.row_kernels import RowSpec, shards
 from kd_plugin.teachers import HeadTeacher
 from kd_plugin.workspace import buffer
@@ -35,6 +36,8 @@ class VocabShard:
     start: int
     stop: int
     vocab_size: int
+    bounds: list[int]
+    """First token id of each rank, and the end of the vocabulary."""
     group: Any
     rank: int
     world_size: int
@@ -47,26 +50,11 @@ class VocabShard:
 
 def cut(student_size: int, shared_size: int, group: Any) -> VocabShard:
     """Rows of the student's head as FSDP2 cuts them (`torch.chunk`), ending where the teacher's vocabulary does."""
+    group = dist.group.WORLD if group is None else group
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     length = -(-student_size // ranks)
-    start, stop = (min(index * length, shared_size) for index in (rank, rank + 1))
-    return VocabShard(start, stop, shared_size, group, rank, ranks)
-
-
-def _all_gather(tensor: Tensor, shard: VocabShard) -> Tensor:
-    """`[n, ...]` of every rank -> `[W * n, ...]`."""
-    out = tensor.new_empty(shard.world_size * tensor.shape[0], *tensor.shape[1:])
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(out, tensor.contiguous(), group=shard.group)
-    return out
-
-
-def _reduce_scatter(tensor: Tensor, shard: VocabShard) -> Tensor:
-    """Sum of `[W * n, ...]` over ranks -> this rank's `[n, ...]`."""
-    out = tensor.new_empty(tensor.shape[0] // shard.world_size, *tensor.shape[1:])
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    scatter(out, tensor, group=shard.group)
-    return out
+    bounds = [min(index * length, shared_size) for index in range(ranks + 1)]
+    return VocabShard(bounds[rank], bounds[rank + 1], shared_size, bounds, group, rank, ranks)
 
 
 class _Loop:
@@ -85,45 +73,29 @@ class _Loop:
         self.operand = Operand("student", self.weight, self.dtype, rounded=problem.rounded_logits)
         self.teacher = teacher
         if teacher is not None:
-            teacher.prepare(shard.size, self.dtype, rounded=problem.rounded_logits)
-        counts = _all_gather(torch.tensor([problem.num_rows], device=hidden.device), shard)
-        most = int(counts.max())
-        self.chunk = max(1, min(problem.chunk_size, most))
-        self.num_chunks = -(-most // self.chunk)
+            teacher.prepare(None, shard.size, self.dtype, rounded=problem.rounded_logits)
+        self.plan = agreed_plan(problem.rows, problem.num_rows, problem.chunk_size, shard.group, hidden.device)
 
-    def take(self, tensor: Tensor, index: int) -> Tensor:
-        """Chunk `index` of this rank's valid rows of `[N, ...]`, padded with zeros to the agreed length."""
-        start = min(index * self.chunk, self.problem.num_rows)
-        stop = min(start + self.chunk, self.problem.num_rows)
-        rows = slice(start, stop) if self.problem.rows is None else self.problem.rows[start:stop]
-        taken = tensor[rows]
-        if stop - start == self.chunk:
-            return taken
-        return torch.cat([taken, taken.new_zeros(self.chunk - (stop - start), *taken.shape[1:])])
-
-    def own_rows(self, index: int) -> tuple[slice | Tensor, int]:
-        """Indices into `[N]` of the real rows of chunk `index`, and their number."""
-        start = min(index * self.chunk, self.problem.num_rows)
-        stop = min(start + self.chunk, self.problem.num_rows)
-        rows = self.problem.rows
-        return (slice(start, stop) if rows is None else rows[start:stop]), stop - start
+    def gathered(self, tensor: Tensor, index: int) -> Tensor:
+        """Chunk `index` of every rank's `[N, ...]`, in rank order: `[W * C, ...]`."""
+        return all_gather(self.plan.padded(tensor, index), self.shard.group)
 
     def row_weights(self, index: int) -> Tensor:
         """`[W * C, 1]`: each row's token weight; 0 for padding."""
         weights = self.problem.token_weights
         ones = self.hidden.new_ones(self.hidden.shape[0], dtype=self.dtype) if weights is None else weights
-        return _all_gather(self.take(ones.to(self.dtype), index)[:, None], self.shard)
+        return self.gathered(ones.to(self.dtype)[:, None], index)
 
     def chunk_logits(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gathered hidden states `[W * C, D]` and both models' logits `[W * C, V_r]` of this rank's columns."""
-        hidden = _all_gather(self.take(self.hidden, index), self.shard)
+        hidden = self.gathered(self.hidden, index)
         rows, columns = hidden.shape[0], self.shard.size
         student = buffer("student", rows, columns, self.dtype, hidden.device)
         mm_into(student, hidden, self.operand)
         add_bias(student, self.bias)
         if self.teacher is None:
             return hidden, student, None
-        others = _all_gather(self.take(self.teacher.hidden, index), self.shard)
+        others = self.gathered(self.teacher.hidden, index)
         teacher = buffer("teacher", rows, columns, self.dtype, hidden.device)
         self.teacher.multiply_into(teacher, others)
         return hidden, student, teacher
@@ -133,7 +105,7 @@ class _Loop:
         if not self.spec.objective.hard_weight:
             return None
         assert self.problem.targets is not None
-        targets = _all_gather(self.take(self.problem.targets, index), self.shard)
+        targets = self.gathered(self.problem.targets, index)
         here = (targets >= self.shard.start) & (targets < self.shard.stop)
         columns = torch.where(here, targets - self.shard.start, 0)[:, None]
         own = logits.gather(1, columns) if self.shard.size else logits.new_zeros(logits.shape[0], 1)
@@ -143,7 +115,7 @@ class _Loop:
 
     def held_bytes(self, *gradients: Tensor | None) -> int:
         """Bytes above the inputs at the peak: both models' logits of one chunk, and the gradients."""
-        rows, sides = self.shard.world_size * self.chunk, 1 if self.teacher is None else 2
+        rows, sides = self.shard.world_size * self.plan.chunk, 1 if self.teacher is None else 2
         held = sum(g.numel() * g.element_size() for g in gradients if g is not None)
         return held + sides * rows * self.shard.size * self.dtype.itemsize
 
@@ -154,7 +126,7 @@ class _Loop:
         labels = self.labels(index, student)
         weights = self.row_weights(index)
         moments = shards.moments(kernel, spec, student, teacher)
-        moments = shards.merge(_all_gather(moments[None], shard))
+        moments = shards.merge(all_gather(moments[None], shard.group))
         sums = shards.sums(kernel, spec, student, teacher, moments, shard.vocab_size)
         if sums.shape[1]:
             dist.all_reduce(sums, group=shard.group)
@@ -165,7 +137,7 @@ class _Loop:
         if labels is not None and spec.with_gradient and shard.size:
             columns, here, _ = labels
             row_kernels.subtract_labels(spec, student, columns, labels[2], weights * here)
-        own = slice(shard.rank * self.chunk, (shard.rank + 1) * self.chunk)
+        own = slice(shard.rank * self.plan.chunk, (shard.rank + 1) * self.plan.chunk)
         statistics = statistics[own]
         losses = row_kernels.NUM_LOSSES
         statistics[:, :losses] *= weights[own]
@@ -197,7 +169,7 @@ class VocabParallelDistill(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = weight.new_zeros(weight.shape, dtype=loop.dtype) if need_weight else None
         grad_bias = weight.new_zeros(weight.shape[0], dtype=loop.dtype) if need_bias else None
-        for index in range(loop.num_chunks):
+        for index in range(loop.plan.num_chunks):
             gathered, gradient, statistics = loop.run(index)
             total += statistics.sum(0)
             if not loop.spec.with_gradient:
@@ -208,8 +180,8 @@ class VocabParallelDistill(torch.autograd.Function):
                 grad_bias += gradient.sum(0)
             if grad_hidden is not None:
                 partial = torch.mm(gradient.to(hidden.dtype), loop.weight).to(loop.dtype)
-                rows, count = loop.own_rows(index)
-                grad_hidden[rows] = _reduce_scatter(partial, shard)[:count].to(hidden.dtype)
+                rows, count = loop.plan.of(index)
+                grad_hidden[rows] = reduce_scatter(partial, shard.group)[:count].to(hidden.dtype)
         problem.workspace_bytes = loop.held_bytes(grad_hidden, grad_weight, grad_bias)
         problem.dense_bytes = problem.num_rows * shard.vocab_size * 2 * loop.dtype.itemsize
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kd_plugin.matmul import Operand, add_bias, mm_into
+from kd_plugin.plan import ChunkPlan
 from kd_plugin.row_kernels import LogitTransform
 
 
@@ -17,15 +18,18 @@ class TeacherSource(Protocol):
     vocab_size: int
     transform: LogitTransform
 
-    def prepare(self, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
+    group: Any
+    """Ranks that must ask for the same chunks, because a chunk takes collectives; None: no others."""
+
+    def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
         """Once before the chunks: only the first `vocab_size` columns will be asked for, in `dtype`.
 
         `rounded` allows logits in the precision of the model.
         """
         ...
 
-    def logits_into(self, out: Tensor, rows: slice | Tensor) -> None:
-        """Write the raw logits of `rows` (indices into the flattened batch) into `out` `[n, V]`."""
+    def logits_into(self, out: Tensor, index: int) -> None:
+        """Write the raw logits of chunk `index` into `out` `[n, V]`; chunks come in order."""
         ...
 
 
@@ -49,23 +53,25 @@ class HeadTeacher:
         self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), bias
         self.transform = transform or LogitTransform()
         self.vocab_size = weight.shape[0]
+        self.group = None
         self._operand: Operand | None = None
 
-    def prepare(self, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
+    def prepare(self, plan: ChunkPlan | None, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
         """See `TeacherSource`."""
+        self._plan = plan
         self._operand = Operand("teacher", self.weight[:vocab_size], dtype, rounded=rounded)
         self._bias = None if self.bias is None else self.bias.detach()[:vocab_size]
 
-    def logits_into(self, out: Tensor, rows: slice | Tensor) -> None:
+    def logits_into(self, out: Tensor, index: int) -> None:
         """See `TeacherSource`."""
-        self.multiply_into(out, self.hidden[rows])
+        assert self._plan is not None
+        self.multiply_into(out, self.hidden[self._plan.of(index)[0]])
 
     def multiply_into(self, out: Tensor, hidden: Tensor) -> None:
         """`out[n, V] = hidden[n, E] @ weight.T + bias`, for hidden states from anywhere."""
         assert self._operand is not None
         mm_into(out, hidden, self._operand)
         add_bias(out, self._bias)
-
 
     def rows(self, start: int, stop: int) -> HeadTeacher:
         """A copy of the head's rows `[start, stop)`, to be kept when the whole is freed."""
@@ -84,11 +90,13 @@ class LogitsTeacher:
         self.logits = logits.detach()
         self.vocab_size = logits.shape[1]
         self.transform = LogitTransform()
+        self.group = None
 
-    def prepare(self, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
+    def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
         """See `TeacherSource`."""
+        self._plan = plan
         self._columns = vocab_size
 
-    def logits_into(self, out: Tensor, rows: slice | Tensor) -> None:
+    def logits_into(self, out: Tensor, index: int) -> None:
         """See `TeacherSource`."""
-        out.copy_(self.logits[rows, : self._columns])
+        out.copy_(self.logits[self._plan.of(index)[0], : self._columns])

@@ -1,0 +1,119 @@
+"""Teachers whose logits are spread over ranks by token id; each chunk is gathered, none is kept.
+
+`ShardedHeadTeacher` serves data-parallel ranks: every rank holds some rows of the teacher's head and has tokens
+of its own. Per chunk, the ranks gather each other's teacher hidden states, multiply them with their rows of the
+head, and send every rank the logits of its tokens (all-to-all). While a chunk's loss is computed, the next
+chunk's logits are already travelling, and the hidden states of the one after.
+
+`ShardedLogits` serves a tensor-parallel teacher: all ranks have the same tokens and a slice of their logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kd_plugin.plan import ChunkPlan, all_gather
+from kd_plugin.row_kernels import LogitTransform
+from kd_plugin.teachers.local import HeadTeacher
+
+
+class ShardedHeadTeacher:
+    """Rows of the teacher's head on each rank, tokens on each rank.
+
+    Args:
+        head: this rank's rows `[V_r, E]` of the head, with this rank's hidden states `[N, E]`.
+        bounds: first token id of every rank's rows, and the size of the shared vocabulary: W + 1 numbers.
+        group: the ranks, in the order of `bounds`.
+    """
+
+    def __init__(self, head: HeadTeacher, bounds: list[int], group: Any) -> None:
+        self.head, self.bounds, self.group = head, bounds, group
+        self.vocab_size = bounds[-1]
+        self.transform = head.transform
+        self._rank = dist.get_rank(group)
+
+    def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
+        """See `TeacherSource`; starts the exchange of the first chunk."""
+        self._plan, self._dtype = plan, dtype
+        self._columns = [
+            min(stop, vocab_size) - min(start, vocab_size)
+            for start, stop in zip(self.bounds, self.bounds[1:], strict=False)
+        ]
+        self.head.prepare(None, self._columns[self._rank], dtype, rounded=rounded)
+        self._arriving: Any = None
+        self._gathering: Any = None
+        self._gather(0)
+        self._send(0)
+
+    def logits_into(self, out: Tensor, index: int) -> None:
+        """See `TeacherSource`. Returns with the next chunk under way."""
+        received, sent, handle = self._arriving
+        handle.wait()
+        del sent
+        self._send(index + 1)
+        start = 0
+        for piece, columns in zip(received, self._columns, strict=True):
+            out[:, start : start + columns] = piece[: out.shape[0]]
+            start += columns
+
+    def _gather(self, index: int) -> None:
+        """Ask for all ranks' hidden states of chunk `index`."""
+        self._gathering = None
+        if index < self._plan.num_chunks:
+            self._gathering = all_gather(self._plan.padded(self.head.hidden, index), self.group, wait=False)
+
+    def _send(self, index: int) -> None:
+        """Multiply chunk `index` with this rank's rows, send the logits off, and ask for the chunk after it."""
+        self._arriving = None
+        if index >= self._plan.num_chunks:
+            return
+        hidden, handle = self._gathering
+        handle.wait()
+        self._gather(index + 1)
+        chunk, columns = self._plan.chunk, self._columns[self._rank]
+        logits = hidden.new_empty(hidden.shape[0], columns, dtype=self._dtype)
+        self.head.multiply_into(logits, hidden)
+        sizes = [chunk * count for count in self._columns]
+        flat = logits.new_empty(sum(sizes))
+        own = [chunk * columns] * len(sizes)
+        handle = dist.all_to_all_single(flat, logits.view(-1), sizes, own, group=self.group, async_op=True)
+        pieces = [part.view(chunk, count) for part, count in zip(flat.split(sizes), self._columns, strict=True)]
+        self._arriving = (pieces, logits, handle)
+
+
+class ShardedLogits:
+    """Logits `[N, V_r]` of the same tokens on every rank of `group`, cut by token id in rank order.
+
+    Args:
+        local_slice: this rank's columns, flattened rows.
+        group: the tensor-parallel ranks.
+    """
+
+    def __init__(self, local_slice: Tensor, group: Any = None) -> None:
+        self.local, self.group = local_slice.detach(), group if group is not None else dist.group.WORLD
+        widths: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(widths, local_slice.shape[1], group=group)
+        self._widths: list[int] = widths
+        self.vocab_size = sum(widths)
+        self.transform = LogitTransform()
+
+    def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
+        """See `TeacherSource`."""
+        self._plan, self._vocab_size = plan, vocab_size
+
+    def logits_into(self, out: Tensor, index: int) -> None:
+        """See `TeacherSource`."""
+        own = self._plan.padded(self.local, index)
+        widest = max(self._widths)
+        if own.shape[1] < widest:
+            own = torch.cat([own, own.new_zeros(own.shape[0], widest - own.shape[1])], dim=1)
+        everyone = all_gather(own, self.group).view(len(self._widths), -1, widest)
+        start = 0
+        for piece, width in zip(everyone, self._widths, strict=True):
+            columns = max(0, min(width, self._vocab_size - start))
+            out[:, start : start + columns] = piece[: out.shape[0], :columns]
+            start += columns
