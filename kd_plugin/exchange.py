@@ -1,11 +1,14 @@
-"""What crosses the wire for the heads of sharded models: their weights, or statistics of their logits.
+"""What crosses the wire for the heads of sharded models: weights, the teacher's logits, or statistics.
 
-`weight` gathers each head once per micro-batch, whatever the number of tokens. `stats` gathers the hidden states
-of all ranks instead, and reduces their gradient. Bytes received per rank and micro-batch, with f = (W - 1) / W,
-n rows per rank, e bytes per parameter, widths D and E, vocabulary V:
+Bytes received per rank and micro-batch, with f = (W - 1) / W, n rows per rank, e bytes per weight and hidden
+state, widths D (student) and E (teacher), vocabulary V, k numbers per row:
 
-    weight   f e V (2 D + E)                     gather both heads, reduce-scatter the student's gradient
-    stats    (W - 1) n (e (D + E) + 4 D + 8 k)   gather hidden states, reduce their gradient, k numbers per row
+    weight   f e V (2 D + E)                       gather both heads, reduce-scatter the student's gradient
+    logits   f e V 2 D + (W - 1) n e E + 4 f n V   the student's head; teacher hidden states; teacher logits
+    stats    (W - 1) n (e (D + E) + 4 D + 8 k)     hidden states, their gradient, numbers per row
+
+`weight` does not depend on the rows, `stats` not on the vocabulary; `logits` wins in between only where the
+teacher is much wider than its share of the vocabulary.
 """
 
 from __future__ import annotations
@@ -35,6 +38,15 @@ def weight_bytes(ranks: int, vocab_size: int, student_width: int, teacher_width:
     return (ranks - 1) / ranks * item_bytes * vocab_size * (2 * student_width + teacher_width)
 
 
+def logits_bytes(
+    ranks: int, rows: int, vocab_size: int, student_width: int, teacher_width: int, item_bytes: int
+) -> float:
+    """Received per rank and micro-batch by `exchange: logits`."""
+    share = (ranks - 1) / ranks
+    travelling = (ranks - 1) * rows * item_bytes * teacher_width + 4 * share * rows * vocab_size
+    return share * item_bytes * vocab_size * 2 * student_width + travelling
+
+
 def stats_bytes(ranks: int, rows: int, student_width: int, teacher_width: int, item_bytes: int) -> float:
     """Received per rank and micro-batch by `exchange: stats`."""
     per_row = item_bytes * (student_width + teacher_width) + 4 * student_width + 8 * _NUMBERS_PER_ROW
@@ -62,31 +74,32 @@ class ExchangeMismatch(ValueError):
 
 
 class Exchange:
-    """The mode of one plugin, and in `stats` mode this rank's rows of the teacher's head."""
+    """The mode of one plugin, and in modes `logits` and `stats` this rank's rows of the teacher's head."""
 
     def __init__(self, config: DistillConfig, group: Any) -> None:
         self.config, self.group = config, group
         self.mode: str | None = None
-        """`weight` or `stats`, settled by the first forward."""
+        """`weight`, `logits` or `stats`, settled by the first forward."""
         self.teacher_size: int | None = None
+        self.teacher_width: int | None = None
+        """Of the teacher's head, whole; set by `attach`."""
         self._shard: VocabShard | None = None
         self._teacher_rows: HeadTeacher | None = None
 
-    def cuts_teacher(self, hidden: Tensor, student_size: int) -> bool:
+    def cuts_teacher(self, hidden: Tensor, weight: Tensor, student_size: int) -> bool:
         """Whether each rank keeps only rows of the teacher's head (modes `logits` and `stats`).
 
-        Collective in the first call.
+        `hidden` `[B, S, D]` and `weight` are the student's. Collective in the first call.
         """
         if num_ranks(self.group) == 1:
             return False
         if self.mode is None:
-            self.mode = self._settle(hidden, student_size)
+            self.mode = self._settle(hidden, weight, student_size)
         if self.mode == "weight" or (self.mode == "logits" and not self.config.soft_weight):
             return False
         if self._shard is None:
             shared = student_size if self.teacher_size is None else min(student_size, self.teacher_size)
             self._shard = cut(student_size, shared, self.group)
-            _agree(self.group, {"student vocabulary": student_size, "teacher vocabulary": self.teacher_size})
         return True
 
     def consumer(self, call: HeadCall) -> Consumer:
@@ -114,22 +127,58 @@ class Exchange:
         rows = self._teacher_rows.reading(hidden)
         return rows if self.mode == "stats" else ShardedHeadTeacher(rows, self._shard.bounds, self._shard.group)
 
-    def _settle(self, hidden: Tensor, student_size: int) -> str:
-        mode = self.config.exchange
-        _agree(self.group, {"distill.exchange": mode, "hidden dtype": str(hidden.dtype)} | _settings(self.config))
-        return "weight" if mode == "auto" else mode
+    def _settle(self, hidden: Tensor, weight: Tensor, student_size: int) -> str:
+        """The mode, once all ranks are known to compute the same loss."""
+        rows = hidden.numel() // hidden.shape[-1]
+        _agree(
+            self.group,
+            {
+                "distill.exchange": self.config.exchange,
+                "the objective": make_objective(self.config).describe(),
+                "distill.chunk_size": self.config.chunk_size,
+                "the student's vocabulary": student_size,
+                "the teacher's vocabulary": self.teacher_size,
+                "the student's width": hidden.shape[-1],
+                "the hidden states' dtype": str(hidden.dtype),
+            },
+        )
+        if self.config.exchange != "auto":
+            return self.config.exchange
+        if not is_row_shard(weight) or self.teacher_width is None or make_objective(self.config).by_rank:
+            return "weight"  # the wrapper gathers the student's head anyway, or there is none to gather
+        return self._cheapest(rows, hidden, student_size)
+
+    def _cheapest(self, rows: int, hidden: Tensor, vocab_size: int) -> str:
+        """The mode with the fewest bytes, printed once with its arithmetic."""
+        ranks, width, item = num_ranks(self.group), hidden.shape[-1], hidden.element_size()
+        rows = max(_everyone(self.group, rows))
+        assert self.teacher_width is not None
+        volumes = {
+            "weight": weight_bytes(ranks, vocab_size, width, self.teacher_width, item),
+            "logits": logits_bytes(ranks, rows, vocab_size, width, self.teacher_width, item),
+            "stats": stats_bytes(ranks, rows, width, self.teacher_width, item),
+        }
+        mode = min(volumes, key=lambda name: volumes[name])
+        if dist.get_rank(self.group) == 0:
+            listed = ", ".join(f"{name} {volume / 1e6:.4g} MB" for name, volume in volumes.items())
+            logger.info(
+                "distill.exchange: auto -> %s (per rank and micro-batch: %s; W %d, rows %d, V %d, D %d, E %d)",
+                *(mode, listed, ranks, rows, vocab_size, width, self.teacher_width),
+            )
+        return mode
 
 
-def _settings(config: DistillConfig) -> dict[str, Any]:
-    return {"objective": str(make_objective(config).measured), "chunk_size": config.chunk_size}
+def _everyone(group: Any, value: Any) -> list[Any]:
+    values: list[Any] = [None] * num_ranks(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _agree(group: Any, found: dict[str, Any]) -> None:
     """All ranks must say the same, else every rank raises. One collective of objects."""
-    everyone: list[Any] = [None] * num_ranks(group)
-    dist.all_gather_object(everyone, found, group=group)
+    everyone = _everyone(group, found)
     for name in found:
-        values = [other.get(name) for other in everyone]
+        values = [other[name] for other in everyone]
         if any(value != values[0] for value in values):
             listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
             raise ExchangeMismatch(f"{name} differs between ranks ({listed}): give every rank the same configuration")

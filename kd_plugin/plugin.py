@@ -122,7 +122,7 @@ class Plugin:
         model_forward, head = model.forward, causal_lm.unwrap(slot.module)
         head_forward = head.forward
         tied = causal_lm.is_tied(model, head)  # its wrapper gathers both together, and waits for both to have run
-        self.exchange.teacher_size = head.out_features
+        self.exchange.teacher_size, self.exchange.teacher_width = head.out_features, head.in_features
 
         def forward(*args: Any, kd_consumer: Consumer | None = None, **kwargs: Any) -> Any:
             if kd_consumer is None:
@@ -216,7 +216,8 @@ class Plugin:
         """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
         if inputs.get("inputs_embeds") is not None and self.config.soft_weight:
             raise ValueError("the student got inputs_embeds, which the teacher cannot read: pass input_ids")
-        if self.exchange.cuts_teacher(hidden, self.student_vocab_size):
+        weight = causal_lm.unwrap(self._slot.module).weight
+        if self.exchange.cuts_teacher(hidden, weight, self.student_vocab_size):
             return self._with_teacher_rows(hidden, call, inputs)
         if not self.config.soft_weight:
             return self._student_head(hidden, call)

@@ -75,6 +75,7 @@ class Case:
             hard_weight=0.3,
             chunk_size=self.chunk_size,
             row_kernel=self.row_kernel,
+            exchange="weight",
         )
 
 
