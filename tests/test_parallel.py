@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +14,11 @@ from torch import nn
 from kd_plugin.config import RunConfig
 from kd_plugin.engine_deepspeed import _initialize
 from kd_plugin.parallel.fsdp import ShardingError, decoder_layers
-from kd_plugin.parallel.zero import DeepSpeedConfigError, student_config, teacher_config
+from kd_plugin.parallel.zero import KNOWN_KEYS, DeepSpeedConfigError, conflicts, student_config, teacher_config
 
 
-def fill(block: dict[str, Any] | None, dtype: str = "bfloat16", **train: Any) -> tuple[dict[str, Any], list[str]]:
-    config = RunConfig.model_validate(
+def with_block(block: dict[str, Any] | None, dtype: str = "bfloat16", **train: Any) -> RunConfig:
+    return RunConfig.model_validate(
         {
             "student": {"from_teacher": {"layers": 2}, "dtype": dtype},
             "teacher": {"model": "x"},
@@ -24,7 +26,10 @@ def fill(block: dict[str, Any] | None, dtype: str = "bfloat16", **train: Any) ->
             "deepspeed": block,
         }
     )
-    return student_config(config, world_size=4, accumulation=3, hidden_size=100)
+
+
+def fill(block: dict[str, Any] | None, dtype: str = "bfloat16", **train: Any) -> tuple[dict[str, Any], list[str]]:
+    return student_config(with_block(block, dtype, **train), world_size=4, accumulation=3, hidden_size=100)
 
 
 def test_an_absent_block_becomes_zero_3_with_the_training_settings() -> None:
@@ -74,6 +79,47 @@ def test_all_conflicts_are_refused_in_one_error() -> None:
     ):
         assert part in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"zero_optimisation": {"stage": 2}}, "zero_optimisation is no key that DeepSpeed reads, did you mean 'zero_o"),
+        ({"xyzzy": 1}, "deepspeed.xyzzy is no key that DeepSpeed reads: change"),
+        ({"zero_optimization": 3}, "deepspeed.zero_optimization is 3, wanted a mapping such as {stage: 3}"),
+        ({"optimizer": "adamw"}, "deepspeed.optimizer is 'adamw', wanted a mapping such as {type: AdamW}"),
+        ({"bf16": True}, "deepspeed.bf16 is True, wanted a mapping such as {enabled: true}"),
+        ({"optimizer": {"type": "Adam", "params": 3}}, "deepspeed.optimizer.params is 3, wanted a mapping"),
+        ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage is 'two', wanted 0, 1, 2 or 3"),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_choke_on_is_one_line(block: dict[str, Any], said: str) -> None:
+    with pytest.raises(DeepSpeedConfigError) as caught:
+        fill(block)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_known_key_is_a_word_of_deepspeeds_own_source() -> None:
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None:
+        pytest.skip("needs deepspeed")
+    root = Path(spec.submodule_search_locations[0])
+    files = [root / "runtime" / "config.py", *root.rglob("constants.py"), *root.rglob("*config*.py")]
+    files += [root / "runtime" / "tensor_parallel" / "init_utils.py"]
+    text = "".join(file.read_text() for file in files)
+    missing = [key for key in KNOWN_KEYS if f'"{key}"' not in text and f"'{key}'" not in text]
+    assert not missing
+
+
+def test_conflicts_are_found_without_knowing_the_ranks() -> None:
+    config = with_block({"train_batch_size": 8, "gradient_clipping": 0.5, "fp17": {}})
+    assert conflicts(config) == [
+        "deepspeed.fp17 is no key that DeepSpeed reads, did you mean 'fp16'?",
+        "deepspeed.gradient_clipping is 0.5 but train.max_grad_norm makes it 1.0",
+    ]
+    assert any("train_batch_size is 8" in line for line in conflicts(config, world_size=4, accumulation=3))
+    assert conflicts(with_block({"gradient_accumulation_steps": 3}, tokens_per_step=4096)) == []
+    assert len(conflicts(with_block({"gradient_accumulation_steps": 3}))) == 1
 
 
 def test_the_users_optimizer_gets_the_training_settings() -> None:
