@@ -7,7 +7,7 @@ holds everything, which is what an oracle may do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,6 +190,12 @@ class Problem:
         """Whatever requires a gradient among hidden, weight and bias."""
         tensors = (self.hidden, self.weight, self.bias)
         return [t for t in tensors if t is not None and t.requires_grad]
+
+    def exact(self) -> Problem:
+        """The same values with leaves in fp64: autograd rounds a gradient to the precision of its leaf."""
+        tensors = (self.hidden, self.weight, self.bias)
+        wide = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+        return replace(self, hidden=wide[0], weight=wide[1], bias=wide[2])
 
     @property
     def biases(self) -> dict[str, Tensor]:
