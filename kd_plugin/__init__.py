@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kd_plugin.logits_loss import distill_logits as distill_logits
     from kd_plugin.plugin import Plugin as Plugin
     from kd_plugin.plugin import attach as attach
+    from kd_plugin.teachers import HeadTeacher as HeadTeacher
+    from kd_plugin.teachers import ShardedLogits as ShardedLogits
     from kd_plugin.token_losses import distill_loss_per_token as distill_loss_per_token
     from kd_plugin.training import train as train
 
@@ -31,8 +33,10 @@ _HOMES = {
     "DistillConfig": "config",
     "DistillHead": "head",
     "DistillOutput": "fused_loss",
+    "HeadTeacher": "teachers",
     "Plugin": "plugin",
     "RunConfig": "config",
+    "ShardedLogits": "teachers",
     "attach": "plugin",
     "distill_logits": "logits_loss",
     "distill_loss": "fused_loss",

@@ -53,13 +53,13 @@ class HeadSlot(NamedTuple):
 def find_head(model: nn.Module, side: str) -> HeadSlot:
     """The output head. Raises `ValueError` for a model without a linear one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None:
+    if head is None or not hasattr(model, "config"):
         raise ValueError(
             f"the {side} ({type(model).__name__}) has no output head: wanted a causal language model or "
             "encoder-decoder such as AutoModelForCausalLM loads, not its backbone alone"
         )
     inner = unwrap(head)
-    checks.linear_head(f"the {side}'s head", inner)
+    checks.linear_head(f"the {side}'s head", inner, may_be_sharded=side == "teacher")
     for parent in model.modules():
         for name, child in parent._modules.items():
             if child is head:
@@ -98,9 +98,19 @@ def _no_rows(hidden_states: Tensor) -> Tensor:
     return hidden_states.new_empty(*hidden_states.shape[:-2], 0, 1)
 
 
-def run_backbone(slot: HeadSlot, forward: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
-    """Hidden states `[B, S, D]` that `forward(**inputs)` feeds its head; the head itself does not run."""
-    return _run_with_stand_in(slot, forward, inputs, _no_rows)[0]
+def run_backbone(slot: HeadSlot, forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Hidden states `[B, S, D]` that `forward(**inputs)` feeds its head, which itself does not run.
+
+    Also what the model would add to its loss by itself: a mixture of experts' weighted router loss, or None.
+    """
+    hidden_states, output = _run_with_stand_in(slot, forward, inputs, _no_rows)
+    router_loss = getattr(output, "aux_loss", None)
+    if not isinstance(router_loss, Tensor):
+        return hidden_states, None
+    coefficient = getattr(slot.parent, "router_aux_loss_coef", None)
+    if coefficient is None:
+        coefficient = slot.parent.config.get_text_config().router_aux_loss_coef
+    return hidden_states, coefficient * router_loss
 
 
 def _accepts(forward: Callable[..., Any], name: str) -> bool:

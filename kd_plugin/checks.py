@@ -130,23 +130,53 @@ def logits_inputs(
     loss_targets(targets, student_logits.shape[:-1], config)
 
 
-def linear_head(name: str, head: object) -> None:
-    """A head that the loss can take over: a float `nn.Linear` that nothing has sharded yet."""
-    kind = type(head).__name__
+def linear_head(name: str, head: object, *, may_be_sharded: bool = False) -> None:
+    """A head that the loss can take over: a float `nn.Linear`; a student's must not be sharded yet."""
+    kind = f"{type(head).__module__}.{type(head).__qualname__}"
     if not isinstance(head, torch.nn.Linear):
-        raise ValueError(f"{name} is a {kind}; wanted torch.nn.Linear: merge adapters and unwrap it before attach()")
+        raise ValueError(
+            f"{name} is a {kind}; wanted torch.nn.Linear: leave the head out of the PEFT adapter or quantisation "
+            "(e.g. without lm_head in target_modules), or merge it before attach()"
+        )
     weight = head.weight
-    if isinstance(weight, DTensor) or (hasattr(weight, "ds_id") and weight.numel() == 0):
+    if may_be_sharded:
+        pass
+    elif isinstance(weight, DTensor) or (hasattr(weight, "ds_id") and weight.numel() == 0):
         raise ValueError(f"{name} is sharded already: call attach() before fully_shard or deepspeed.initialize")
     if not weight.is_floating_point():
         raise ValueError(f"{name} is a {kind} with {weight.dtype} weights: keep the head out of quantisation")
 
 
-def teacher_pair(teacher_hidden: Tensor, teacher_weight: Tensor, student_hidden: Tensor) -> None:
+def teacher_pair(
+    teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None, student_hidden: Tensor
+) -> None:
     """Teacher hidden states and head that fit the student's rows."""
-    _pair("teacher", teacher_hidden, teacher_weight, None)
+    _pair("teacher", teacher_hidden, teacher_weight, teacher_bias)
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             f"hidden_states {tuple(student_hidden.shape)} and teacher_hidden {tuple(teacher_hidden.shape)} "
             "differ in rows: both models must see the same tokens"
         )
+
+
+def divisor(num_items: int | float | Tensor | None, num_valid: int | Tensor) -> float | Tensor:
+    """What the sums over rows are divided by: `num_items`, or the valid rows; 1 where that is 0.
+
+    Raises:
+        ValueError: negative, or a tensor of more than one number.
+    """
+    items = num_valid if num_items is None else num_items
+    if isinstance(items, Tensor):
+        if items.numel() != 1:
+            raise ValueError(f"num_items has shape {tuple(items.shape)}; wanted one number, e.g. labels.ne(-100).sum()")
+        items = items.reshape(())
+        return torch.where(items == 0, torch.ones_like(items), items)
+    if not items >= 0:
+        raise ValueError(f"num_items is {items}; wanted the number of tokens to divide by, 0 or more")
+    return items or 1
+
+
+def distill_config(config: object) -> None:
+    """A configuration where one is wanted."""
+    if not isinstance(config, DistillConfig):
+        raise ValueError(f"config is a {type(config).__name__}; wanted kd_plugin.DistillConfig(...)")

@@ -95,6 +95,17 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _of_labels(logits: Tensor, targets: Tensor) -> Tensor:
+    """Each row's logit of its label, `[n, 1]`."""
+    try:
+        return logits.gather(1, targets)
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"loss_rows point at labels outside the vocabulary of {logits.shape[1]} ({error}): they must list "
+            "the rows whose (shifted) label is not ignore_index, and no others"
+        ) from error
+
+
 def _plan(problem: Problem, device: torch.device) -> ChunkPlan:
     group = None if problem.teacher is None else problem.teacher.group
     if group is None:
@@ -133,7 +144,7 @@ class _Loop:
         if spec.objective.hard_weight:
             assert problem.targets is not None
             targets = problem.targets[rows, None]
-            target_logits = logits.gather(1, targets)
+            target_logits = _of_labels(logits, targets)
         if problem.token_weights is not None:
             weights = problem.token_weights[rows, None].to(self.dtype)
         statistics = row_kernels.run(problem.row_kernel, spec, n, self.student, self.teacher, target_logits, weights)
@@ -168,7 +179,23 @@ def run(
     need_bias: bool,
     keep_rows: bool = False,
 ) -> Result:
-    """All chunks of one call. Skips every product whose result is not needed."""
+    """All chunks of one call. Skips every product whose result is not needed.
+
+    Autocast is off inside: which product may be narrow is decided here, not by the kind of operation.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _run(problem, hidden, weight, bias, (need_hidden, need_weight, need_bias), keep_rows)
+
+
+def _run(
+    problem: Problem,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needed: tuple[bool, bool, bool],
+    keep_rows: bool,
+) -> Result:
+    need_hidden, need_weight, need_bias = needed
     teacher = problem.teacher
     vocab_size = shared_vocabulary(problem.objective, weight.shape[0], teacher)
     loop = _Loop(problem, hidden, weight, bias, vocab_size)

@@ -173,10 +173,9 @@ def packed(loss_sum: Tensor, statistics: Tensor, problem: chunks.Problem) -> Los
 
 
 def normalised(sums: LossSums, num_items: int | float | Tensor | None) -> DistillOutput:
-    """Divide the sums by `num_items` (default: the valid rows of this call), at least 1."""
+    """Divide the sums by `num_items` (default: the valid rows of this call)."""
     num_valid = sums.num_valid
-    items = num_valid if num_items is None else num_items
-    items = items.clamp_min(1) if isinstance(items, Tensor) else max(items, 1)
+    items = checks.divisor(num_items, num_valid)
     per_row = sums.statistics / num_valid.clamp_min(1)
     means = sums.statistics / items
     by_name = dict(zip(row_kernels.STATISTICS, per_row.unbind(), strict=True))
@@ -210,7 +209,7 @@ def distill_loss(
         student_bias: `[V]`.
         teacher_bias: `[V']`.
         token_weights: `[...]`, multiplies each row's loss and gradient.
-        num_items: divides the sums over rows; default: the valid rows of this call (at least 1).
+        num_items: divides the sums over rows, 0 or more (0 counts as 1); default: the valid rows of this call.
 
     Raises:
         ValueError: shapes that do not fit, targets outside the shared vocabulary, DTensors, or weights that

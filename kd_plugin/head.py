@@ -6,6 +6,8 @@ forward runs and reduces its gradient exactly once after it. So the loss runs th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -64,6 +66,7 @@ class DistillHead(nn.Linear):
         logits_bias: Tensor | None = None,
     ) -> None:
         nn.Module.__init__(self)
+        checks.distill_config(config)
         checks.linear_head("lm_head", lm_head)
         if getattr(lm_head.forward, "__func__", None) is not type(lm_head).forward:
             raise ValueError(
@@ -81,7 +84,7 @@ class DistillHead(nn.Linear):
         hidden_states: Tensor,
         targets: Tensor | HeadCall | None = None,
         *,
-        teacher: TeacherSource | tuple[Tensor, Tensor] | None = None,
+        teacher: TeacherSource | tuple[Tensor, ...] | None = None,
         token_weights: Tensor | None = None,
         num_items: int | float | Tensor | None = None,
     ) -> Tensor | DistillOutput:
@@ -90,7 +93,8 @@ class DistillHead(nn.Linear):
         Args:
             hidden_states: `[..., D]`.
             targets: `[...]` int64, the label of each row itself.
-            teacher: a source of teacher logits, or `(teacher_hidden [..., E], teacher_weight [V', E])`.
+            teacher: `(teacher_hidden [..., E], teacher_weight [V', E])`, with a bias `[V']` as third if there is
+                one; or a source of teacher logits such as `HeadTeacher` (which also takes a soft-cap).
             token_weights: `[...]`.
             num_items: divides the sums over rows; default: the valid rows of this call.
         """
@@ -98,10 +102,10 @@ class DistillHead(nn.Linear):
             return self._call(hidden_states, targets)
         if targets is None and teacher is None:
             return super().forward(hidden_states)
-        if isinstance(teacher, tuple):
-            teacher_hidden, teacher_weight = teacher
-            checks.teacher_pair(teacher_hidden, teacher_weight, hidden_states)
-            teacher = HeadTeacher(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight)
+        if isinstance(teacher, (tuple, list)):
+            teacher = _from_tuple(teacher, hidden_states)
+        elif teacher is not None and not hasattr(teacher, "logits_into"):
+            raise ValueError(f"teacher is a {type(teacher).__name__}; wanted (teacher_hidden, teacher_weight)")
         if teacher is None and self.distill_config.soft_weight:
             raise ValueError("no teacher given: pass teacher=(teacher_hidden, teacher_weight), or set soft_weight=0")
         checks.loss_targets(targets, hidden_states.shape[:-1], self.distill_config)
@@ -175,6 +179,14 @@ class DistillHead(nn.Linear):
             return self.bias
         extra = self._logits_bias[0].to(device=self.weight.device, dtype=self.weight.dtype)
         return extra if self.bias is None else self.bias + extra
+
+
+def _from_tuple(teacher: Sequence[Tensor], hidden_states: Tensor) -> HeadTeacher:
+    if len(teacher) not in (2, 3):
+        raise ValueError(f"teacher has {len(teacher)} parts; wanted (teacher_hidden, teacher_weight[, teacher_bias])")
+    hidden, weight, bias = (*teacher, None)[:3]
+    checks.teacher_pair(hidden, weight, bias, hidden_states)
+    return HeadTeacher(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
 
 
 def teacher_head_forward(

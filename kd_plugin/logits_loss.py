@@ -95,7 +95,7 @@ def distill_logits(
         config: the objective.
         detach_teacher: False lets the gradient into the teacher's logits too (e.g. a ranker trained jointly);
             computed by autograd on the dense logits, which exist anyway.
-        num_items: divides the sums over rows; default: the valid rows of this call (at least 1).
+        num_items: divides the sums over rows; 0 or more (0 counts as 1); default: the valid rows of this call.
 
     Raises:
         ValueError: shapes that do not fit, or targets outside the shared vocabulary.
@@ -104,6 +104,7 @@ def distill_logits(
         return reference.distill_logits(
             student_logits, teacher_logits, targets, config=config, detach_teacher=False, num_items=num_items
         )
+    checks.distill_config(config)
     checks.logits_inputs(student_logits, teacher_logits, targets, config)
     student = student_logits.reshape(-1, student_logits.shape[-1])
     teacher = None

@@ -11,14 +11,11 @@ that is where every wrapper (DDP, FSDP1, FSDP2, ZeRO-3) guarantees a whole weigh
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_plugin import causal_lm, checks, row_kernels
@@ -26,8 +23,10 @@ from kd_plugin.chunks import rows_per_chunk
 from kd_plugin.config import DistillConfig
 from kd_plugin.exchange import Consumer, Exchange, is_row_shard
 from kd_plugin.head import DistillHead, HeadCall, teacher_head_forward
-from kd_plugin.metrics import GIB, MetricSums, Stopwatch, num_ranks
+from kd_plugin.metrics import GIB, MetricSums, Stopwatch
 from kd_plugin.objective import make_objective
+from kd_plugin.replaced import ReplacedForward, is_replaced
+from kd_plugin.step import model_output, per_item, row_targets
 from kd_plugin.teachers import HeadTeacher
 from kd_plugin.vocabulary import check_tokenizers
 
@@ -109,13 +108,14 @@ class Plugin:
         self._undo.append(restore_head)
         self._student_forward = model.forward
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._distill_forward(*args, **kwargs)
-
-        self._replace_forward(model, forward)
+        self._undo.append(ReplacedForward(model, self._distill_forward).restore)
 
     def _attach_teacher(self) -> None:
         model = causal_lm.unwrap(self.teacher)
+        if is_replaced(model):
+            raise ValueError(
+                "this teacher serves another student already: detach that plugin, or load the teacher twice"
+            )
         self._freeze(model)
         slot = causal_lm.find_head(model, "teacher")
         transform, logits_bias = causal_lm.logit_transform(model, slot, "teacher")
@@ -128,7 +128,7 @@ class Plugin:
             if kd_consumer is None:
                 return model_forward(*args, **kwargs)
             with self._watch.region("teacher", head.weight.device):
-                hidden = causal_lm.run_backbone(slot, model_forward, kwargs)
+                hidden, _ = causal_lm.run_backbone(slot, model_forward, kwargs)
             if not (kd_consumer.needs_head or tied):
                 return kd_consumer.use_hidden(hidden)
             return slot.module(hidden, kd_consumer)
@@ -139,8 +139,8 @@ class Plugin:
             kd_consumer.use(teacher_head_forward(head, hidden_states, transform, logits_bias))
             return hidden_states.new_zeros(())
 
-        self._replace_forward(model, forward)
-        self._replace_forward(head, call_head)
+        self._undo.append(ReplacedForward(model, forward).restore)
+        self._undo.append(ReplacedForward(head, call_head).restore)
 
     def _freeze(self, teacher: nn.Module) -> None:
         trainable = [p for p in teacher.parameters() if p.requires_grad]
@@ -156,18 +156,6 @@ class Plugin:
         teacher.eval()
         self._undo.append(restore)
 
-    def _replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        own = module.__dict__.get("forward")
-        module.forward = functools.wraps(module.forward)(forward)
-
-        def restore() -> None:
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
-
-        self._undo.append(restore)
-
     # -- one step -------------------------------------------------------------------------------------------
 
     def _distill_forward(
@@ -181,36 +169,25 @@ class Plugin:
         **kwargs: Any,
     ) -> Any:
         """The student's forward. Without labels, the original one."""
-        names = list(inspect.signature(self._student_forward).parameters)
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        inputs = {**inspect.signature(self._student_forward).bind_partial(*args).arguments, **kwargs}
         labels = inputs.pop("labels", labels)
         if labels is None and shift_labels is None:
             return self._student_forward(**inputs)
-        targets = self._targets(inputs, labels, shift_labels)
+        model_config, ignore = causal_lm.unwrap(self.student).config, self.config.ignore_index
+        targets = row_targets(inputs, labels, shift_labels, model_config, ignore)
         inputs.pop("logits_to_keep", None)
         device = targets.device
         with self._watch.region("student", device):
-            hidden = causal_lm.run_backbone(self._slot, self._student_forward, inputs)
+            hidden, auxiliary_loss = causal_lm.run_backbone(self._slot, self._student_forward, inputs)
         checks.loss_targets(targets, hidden.shape[:-1], self.config)
-        call = HeadCall(None, targets.reshape(-1), loss_rows, token_weights)
+        checks.token_weights(token_weights, hidden)
+        weights = None if token_weights is None else token_weights.reshape(-1)
+        call = HeadCall(None, targets.reshape(-1), loss_rows, weights)
         loss_sum = self._through_heads(hidden, call, inputs)
         self._record(call)
-        return self._model_output(self._normalise(loss_sum, call, num_items_in_batch))
-
-    def _targets(self, inputs: dict[str, Any], labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
-        """Label of each row `[B, S]`; adds `decoder_input_ids` to `inputs` for an encoder-decoder."""
-        if shift_labels is not None:
-            return shift_labels
-        assert labels is not None
-        model_config = causal_lm.unwrap(self.student).config
-        if not getattr(model_config, "is_encoder_decoder", False):
-            return F.pad(labels, (0, 1), value=self.config.ignore_index)[..., 1:]
-        if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
-            start = torch.full_like(labels[:, :1], model_config.decoder_start_token_id)
-            shifted = torch.cat([start, labels[:, :-1]], dim=1)
-            padding = shifted == self.config.ignore_index
-            inputs["decoder_input_ids"] = shifted.masked_fill(padding, model_config.pad_token_id)
-        return labels
+        assert call.sums is not None
+        loss = per_item(loss_sum, call.sums.num_valid, num_items_in_batch, self.group)
+        return model_output(loss if auxiliary_loss is None else loss + auxiliary_loss.to(loss), model_config)
 
     def _through_heads(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
         """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
@@ -261,23 +238,6 @@ class Plugin:
         self._peak_loss_bytes = max(self._peak_loss_bytes, call.sums.workspace_bytes)
         self._dense_bytes = max(self._dense_bytes, call.sums.dense_bytes)
 
-    def _normalise(self, loss_sum: Tensor, call: HeadCall, num_items: int | Tensor | None) -> Tensor:
-        """Divide by `num_items`; without it, count over all ranks and undo the wrapper's averaging over them."""
-        if num_items is not None:
-            items = num_items.to(loss_sum.device) if isinstance(num_items, Tensor) else num_items
-            return loss_sum / (items.clamp_min(1) if isinstance(items, Tensor) else max(items, 1))
-        assert call.sums is not None
-        valid, ranks = call.sums.num_valid.clone(), num_ranks(self.group)
-        if ranks > 1:
-            dist.all_reduce(valid, group=self.group)
-        return loss_sum * ranks / valid.clamp_min(1)
-
-    def _model_output(self, loss: Tensor) -> Any:
-        from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
-
-        config = causal_lm.unwrap(self.student).config
-        return (Seq2SeqLMOutput if getattr(config, "is_encoder_decoder", False) else CausalLMOutputWithPast)(loss=loss)
-
 
 def attach(
     student: nn.Module,
@@ -291,8 +251,8 @@ def attach(
 
     Args:
         student: a Hugging Face causal language model or encoder-decoder, not yet sharded.
-        teacher: likewise, or already wrapped (FSDP2, DDP, a DeepSpeed engine); it is frozen and set to eval.
-            None if `soft_weight` is 0.
+        teacher: likewise, sharded already or later (then set `plugin.teacher` to what wraps it: DDP, FSDP1, a
+            DeepSpeed engine); it is frozen and set to eval, and serves one student. None if `soft_weight` is 0.
         config: the objective; default `DistillConfig()`.
         group: ranks over which the data is split; default: all.
         tokenizers: `(student_tokenizer, teacher_tokenizer)`, compared if given.
@@ -302,15 +262,20 @@ def attach(
 
     With `labels`, the student's forward also takes `num_items_in_batch` (valid tokens of the whole optimizer
     step over all ranks, as the Hugging Face Trainer passes it: then loss = local sum / num_items_in_batch and
-    the caller undoes the wrapper's averaging), `loss_rows` and `token_weights`. Without `num_items_in_batch`
-    one collective counts the valid tokens of all ranks, and the loss is scaled so that gradients averaged
-    over the ranks are those of the global mean.
+    the caller undoes the wrapper's averaging), `loss_rows` (flat indices of the rows that count, found on the
+    host) and `token_weights` (`[B, S]`, by row: that of the token which row s predicts). Without
+    `num_items_in_batch` one collective counts the valid tokens of all ranks, and the loss is scaled so that
+    gradients averaged over the ranks are those of the global mean; over several micro-batches that is a mean of
+    means. The output has a loss and no logits. A mixture of experts' router loss is added, as the model would.
 
     Raises:
         ValueError: a head that is sharded, quantised or not linear, logits changed in an unknown way, a student
             attached twice or to itself, or tokenizers that differ.
     """
-    config = config or DistillConfig()
+    config = DistillConfig() if config is None else config
+    if isinstance(teacher, DistillConfig):
+        raise ValueError("the teacher is missing: attach(student, teacher, config)")
+    checks.distill_config(config)
     model = causal_lm.unwrap(student)
     if isinstance(getattr(model, "get_output_embeddings", lambda: None)(), DistillHead):
         raise ValueError("this student has a teacher attached already: call plugin.detach() first")

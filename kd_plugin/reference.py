@@ -109,14 +109,14 @@ def _output(
     num_items: int | float | Tensor | None,
 ) -> DistillOutput:
     rows = student_logits.shape[0]
-    items = max(rows, 1) if num_items is None else num_items
+    items = checks.divisor(num_items, rows)
     soft = hard = student_logits.sum(-1) * 0.0
     metrics = {}
     if config.soft_weight:
         assert teacher_logits is not None
         soft = _soft(student_logits, teacher_logits, config)
-        if config.metrics and not _by_rank(config):
-            metrics = _metrics(student_logits.detach(), teacher_logits.detach())
+        if config.metrics:
+            metrics = _metrics(student_logits.detach(), teacher_logits.detach(), _by_rank(config))
     if config.hard_weight:
         assert targets is not None
         hard = _hard(student_logits, targets, config)
@@ -128,15 +128,13 @@ def _output(
     return DistillOutput(loss, soft_loss.detach(), hard_loss.detach(), num_valid, metrics)
 
 
-def _metrics(student_logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
+def _metrics(student_logits: Tensor, teacher_logits: Tensor, by_rank: bool) -> dict[str, Tensor]:
     q, p = _log_softmax(student_logits), _log_softmax(teacher_logits)
-    per_row = {
-        "teacher_entropy": -(p.exp() * p).sum(-1),
-        "student_entropy": -(q.exp() * q).sum(-1),
-        "top1_agreement": (p.argmax(-1) == q.argmax(-1)).to(q.dtype),
-        "acceptance_rate": torch.minimum(p.exp(), q.exp()).sum(-1),
-        "kl_t1": _kl(p, q),
-    }
+    per_row = {"teacher_entropy": -(p.exp() * p).sum(-1), "student_entropy": -(q.exp() * q).sum(-1)}
+    if not by_rank:  # otherwise token ids do not correspond
+        per_row["top1_agreement"] = (p.argmax(-1) == q.argmax(-1)).to(q.dtype)
+        per_row["acceptance_rate"] = torch.minimum(p.exp(), q.exp()).sum(-1)
+        per_row["kl_t1"] = _kl(p, q)
     return {name: values.sum() / max(values.shape[0], 1) for name, values in per_row.items()}
 
 
@@ -197,6 +195,7 @@ def distill_logits(
     num_items: int | float | Tensor | None = None,
 ) -> DistillOutput:
     """As `kd_plugin.distill_logits`, plain autograd; `detach_teacher=False` lets gradients into both."""
+    checks.distill_config(config)
     checks.logits_inputs(student_logits, teacher_logits, targets, config)
     rows = slice(None) if targets is None else targets.reshape(-1) != config.ignore_index
     vocab_size = None

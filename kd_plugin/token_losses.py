@@ -80,6 +80,7 @@ def distill_loss_per_token(
     Arguments and errors as `distill_loss`. Backward recomputes the logits (one more product per model), because
     only then is each token's factor known; `distill_loss(token_weights=...)` is cheaper where it is known before.
     """
+    checks.distill_config(config)
     checks.loss_inputs(
         student_hidden, student_weight, teacher_hidden, teacher_weight, targets, student_bias, teacher_bias, config
     )

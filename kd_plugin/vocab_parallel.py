@@ -153,6 +153,8 @@ class VocabParallelDistill(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
     def forward(
         ctx: Any,
         hidden: Tensor,

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
-_cpu_workspace: dict[tuple[torch.dtype, str], Tensor] = {}
+
+class _Workspace(threading.local):
+    """One per thread: two losses computed at once must not share a buffer."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.dtype, str], Tensor] = {}
+
+
+_cpu = _Workspace()
 
 
 def buffer(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -13,13 +23,13 @@ def buffer(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch
     than the row pass that fills them, the largest buffer so far is kept (see `release_workspace`)."""
     if device.type != "cpu":
         return torch.empty(rows, columns, dtype=dtype, device=device)
-    flat = _cpu_workspace.get((dtype, name))
+    flat = _cpu.buffers.get((dtype, name))
     if flat is None or flat.numel() < rows * columns:
         with torch.inference_mode(False):  # an inference tensor could not be written to in training later
-            flat = _cpu_workspace[dtype, name] = torch.empty(rows * columns, dtype=dtype)
+            flat = _cpu.buffers[dtype, name] = torch.empty(rows * columns, dtype=dtype)
     return flat[: rows * columns].view(rows, columns)
 
 
 def release_workspace() -> None:
-    """Give back the chunk buffers kept for the next step (CPU only)."""
-    _cpu_workspace.clear()
+    """Give back the chunk buffers that this thread keeps for the next step (CPU only)."""
+    _cpu.buffers.clear()

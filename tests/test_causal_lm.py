@@ -31,7 +31,7 @@ def test_the_logits_are_the_head_of_the_backbone_transformed(name: str) -> None:
     wanted = model(**inputs).logits
     slot = causal_lm.find_head(model, "student")
     head = slot.module
-    hidden = causal_lm.run_backbone(slot, model.forward, inputs)
+    hidden = causal_lm.run_backbone(slot, model.forward, inputs)[0]
     transform, bias = causal_lm.logit_transform(model, slot, "student")
     assert slot.module is head is model.get_output_embeddings()
     logits = transform.apply(head(hidden)) + (0 if bias is None else bias)
@@ -56,7 +56,7 @@ def test_the_backbone_runs_without_its_head() -> None:
     model = make_model("llama")
     model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
     slot = causal_lm.find_head(model, "student")
-    hidden = causal_lm.run_backbone(slot, model.forward, {"input_ids": make_batch()["input_ids"]})
+    hidden = causal_lm.run_backbone(slot, model.forward, {"input_ids": make_batch()["input_ids"]})[0]
     assert hidden.shape == (2, 9, 32)
 
 
@@ -64,7 +64,7 @@ def test_the_head_is_back_in_place_when_the_backbone_fails() -> None:
     model = make_model("llama")
     slot, head = causal_lm.find_head(model, "student"), model.lm_head
     with pytest.raises(TypeError):
-        causal_lm.run_backbone(slot, model.forward, {"input_ids": "text"})
+        causal_lm.run_backbone(slot, model.forward, {"input_ids": "text"})[0]
     assert model.lm_head is head
 
 
@@ -95,7 +95,12 @@ def test_a_backbone_alone_is_refused() -> None:
 def test_a_head_that_is_not_linear_is_refused(side: str) -> None:
     models = {"student": make_model("llama"), "teacher": make_model("llama")}
     models[side].lm_head = nn.Sequential(nn.Linear(32, 61))
-    refused(models["student"], models["teacher"], f"the {side}'s head is a Sequential", "torch.nn.Linear")
+    refused(
+        models["student"],
+        models["teacher"],
+        f"the {side}'s head is a torch.nn.modules.container.Sequential",
+        "torch.nn.Linear",
+    )
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])

@@ -187,7 +187,7 @@ def test_logits_whose_rows_differ(name: str) -> None:
 
 
 def test_heads_that_the_loss_cannot_take_over() -> None:
-    refused(lambda: kd.DistillHead(nn.Identity(), config_of()), "lm_head is a Identity", "torch.nn.Linear")
+    refused(lambda: kd.DistillHead(nn.Identity(), config_of()), "Identity", "torch.nn.Linear")
     quantised = nn.Linear(4, 8)
     quantised.weight = nn.Parameter(torch.zeros(8, 4, dtype=torch.uint8), requires_grad=False)
     refused(lambda: kd.DistillHead(quantised, config_of()), "Linear with torch.uint8 weights", "out of quantisation")

@@ -1,0 +1,52 @@
+"""What surrounds the loss in one forward of an attached student: labels in, Hugging Face's output out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_plugin import checks
+from kd_plugin.metrics import num_ranks
+
+
+def row_targets(
+    inputs: dict[str, Any],
+    labels: Tensor | None,  # [B, S], unshifted for a causal LM
+    shift_labels: Tensor | None,  # [B, S], by row
+    model_config: Any,
+    ignore_index: int,
+) -> Tensor:
+    """Label of each row `[B, S]`. For an encoder-decoder, adds `decoder_input_ids` to `inputs` as the model would."""
+    if shift_labels is not None:
+        return shift_labels
+    assert labels is not None
+    if not getattr(model_config, "is_encoder_decoder", False):
+        return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
+        start = torch.full_like(labels[:, :1], model_config.decoder_start_token_id)
+        shifted = torch.cat([start, labels[:, :-1]], dim=1)
+        inputs["decoder_input_ids"] = shifted.masked_fill(shifted == ignore_index, model_config.pad_token_id)
+    return labels
+
+
+def per_item(loss_sum: Tensor, num_valid: Tensor, num_items: int | Tensor | None, group: Any) -> Tensor:
+    """Divide by `num_items`; without it, count over all ranks and undo the wrapper's averaging over them."""
+    if num_items is not None:
+        items = checks.divisor(num_items, 0)
+        return loss_sum / (items.to(loss_sum.device) if isinstance(items, Tensor) else items)
+    valid, ranks = num_valid.clone(), num_ranks(group)
+    if ranks > 1:
+        dist.all_reduce(valid, group=group)
+    return loss_sum * ranks / valid.clamp_min(1)
+
+
+def model_output(loss: Tensor, model_config: Any) -> Any:
+    """The loss in the output class of Hugging Face's models."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
+
+    encoder_decoder = getattr(model_config, "is_encoder_decoder", False)
+    return (Seq2SeqLMOutput if encoder_decoder else CausalLMOutputWithPast)(loss=loss)

@@ -1,0 +1,163 @@
+"""What else happens to a model with a teacher attached: it is copied, pickled, wrapped, called from threads."""
+
+import copy
+import logging
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import kd_plugin as kd
+from tests.tiny_models import make_batch, make_model
+
+CONFIG = kd.DistillConfig(row_kernel="eager", chunk_size=7)
+
+
+def attached() -> tuple[torch.nn.Module, torch.nn.Module, kd.Plugin]:
+    student, teacher = make_model("llama", seed=1), make_model("llama", seed=2)
+    return student, teacher, kd.attach(student, teacher, CONFIG)
+
+
+def test_a_deep_copy_is_a_plain_model_with_weights_of_its_own():
+    student, _, _ = attached()
+    batch = make_batch()
+    before = student(input_ids=batch["input_ids"]).logits
+    averaged = copy.deepcopy(student)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+    assert torch.equal(averaged(input_ids=batch["input_ids"]).logits, before)
+    assert not student(input_ids=batch["input_ids"]).logits.any()
+    assert averaged.state_dict().keys() == student.state_dict().keys()
+
+
+def test_pickling_is_refused_with_the_cure():
+    student, _, plugin = attached()
+    with pytest.raises(ValueError, match="detach"):
+        pickle.dumps(student)
+    plugin.detach()
+    assert pickle.dumps(student)
+
+
+def test_a_teacher_serves_one_student():
+    _, teacher, plugin = attached()
+    with pytest.raises(ValueError, match="another student"):
+        kd.attach(make_model("llama", seed=3), teacher, CONFIG)
+    plugin.detach()
+    kd.attach(make_model("llama", seed=3), teacher, CONFIG).detach()
+
+
+def test_detach_leaves_a_forward_that_was_put_on_top(caplog):
+    student, _, plugin = attached()
+    below = student.forward
+
+    def on_top(*args, **kwargs):
+        return below(*args, **kwargs)
+
+    student.forward = on_top
+    with caplog.at_level(logging.WARNING):
+        plugin.detach()
+    assert student.forward is on_top and "replaced after attach" in caplog.text
+    batch = make_batch()
+    assert student(input_ids=batch["input_ids"], labels=batch["labels"]).logits is not None  # the model's own loss
+
+
+def test_threads_do_not_share_buffers():
+    generator = torch.Generator().manual_seed(0)
+    problems = [torch.randn(3, 40, 16, generator=generator) for _ in range(8)]
+    weight = torch.randn(50, 16, generator=generator)
+
+    def loss(problem: torch.Tensor) -> float:
+        config = kd.DistillConfig(hard_weight=0.0, chunk_size=8, row_kernel="eager")
+        return kd.distill_loss(problem[0], weight, problem[1], weight, None, config=config).loss.item()
+
+    expected = [loss(problem) for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(loss, problems * 10)) == expected * 10
+
+
+def test_a_router_loss_is_added_as_the_model_adds_it():
+    config = MixtralConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+    )
+    torch.manual_seed(0)
+    student = MixtralForCausalLM(config).eval()
+    ids = torch.randint(0, 61, (2, 9))
+    own = student(input_ids=ids, labels=ids).loss
+    kd.attach(student, None, kd.DistillConfig(soft_weight=0.0, hard_weight=1.0, row_kernel="eager"))
+    torch.testing.assert_close(student(input_ids=ids, labels=ids).loss, own)
+
+
+def test_autocast_does_not_round_the_gradient_of_the_hidden_states():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 16, generator=generator)
+    config = kd.DistillConfig(hard_weight=0.0, row_kernel="eager")
+
+    def gradient() -> torch.Tensor:
+        loss = kd.distill_loss(hidden, weight, hidden.detach().flip(0), weight, None, config=config).loss
+        return torch.autograd.grad(loss, hidden)[0]
+
+    plain = gradient()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gradient(), plain)
+
+
+@pytest.mark.parametrize("items", [0.5, 3, torch.tensor([3]), torch.tensor(3.0)])
+def test_num_items_divides_alike_here_and_in_the_reference(items):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(5, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    config = kd.DistillConfig(hard_weight=0.0, row_kernel="eager")
+    arguments = (hidden, weight, hidden.flip(0), weight, None)
+    fused = kd.distill_loss(*arguments, config=config, num_items=items).loss
+    dense = kd.reference.distill_loss(*arguments, config=config, num_items=items).loss
+    assert fused.shape == dense.shape == ()
+    torch.testing.assert_close(fused, dense)
+
+
+@pytest.mark.parametrize(("items", "word"), [(-3, "-3"), (torch.ones(2), "shape"), (float("nan"), "nan")])
+def test_num_items_that_cannot_divide_are_refused(items, word):
+    hidden, weight = torch.randn(5, 16), torch.randn(50, 16)
+    config = kd.DistillConfig(hard_weight=0.0, row_kernel="eager")
+    with pytest.raises(ValueError, match=word):
+        kd.distill_loss(hidden, weight, hidden, weight, None, config=config, num_items=items)
+
+
+@pytest.mark.parametrize("shape", [(9, 2), (2, 10), (3,)])
+def test_token_weights_of_another_shape_than_the_labels_are_refused(shape):
+    student, _, _ = attached()
+    ids = torch.randint(0, 61, (2, 9))
+    with pytest.raises(ValueError, match="token_weights"):
+        student(input_ids=ids, labels=ids, token_weights=torch.ones(shape))
+
+
+def test_arguments_in_the_wrong_place_are_named():
+    student, teacher = make_model("llama", seed=1), make_model("llama", seed=2)
+    with pytest.raises(ValueError, match="the teacher is missing"):
+        kd.attach(student, CONFIG)
+    with pytest.raises(ValueError, match="DistillConfig"):
+        kd.attach(student, teacher, {"temperature": 2.0})
+    head = kd.DistillHead(torch.nn.Linear(4, 8), CONFIG)
+    targets = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="wanted \\(teacher_hidden, teacher_weight"):
+        head(torch.randn(3, 4), targets, teacher=(torch.randn(3, 4),))
+    with pytest.raises(ValueError, match="Tensor"):
+        head(torch.randn(3, 4), targets, teacher=torch.randn(3, 4))
+
+
+def test_loss_rows_that_cover_ignored_labels_are_named():
+    student, _, _ = attached()
+    ids = torch.randint(0, 61, (1, 9))
+    labels = torch.full_like(ids, -100)
+    with pytest.raises(ValueError, match="loss_rows"):
+        student(input_ids=ids, labels=labels, loss_rows=torch.arange(3))
