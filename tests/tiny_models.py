@@ -61,7 +61,9 @@ def make_model(name: str, seed: int = 1, dtype: torch.dtype = torch.float64, **s
         model = auto.from_config(config)
         with torch.no_grad():
             head = model.get_output_embeddings()
-            head.weight.mul_(10)
+            # A tied head is also the embedding: 10 would saturate the softmaxes of T5 and BART, and OPT's
+            # small initial weights need more for its two models to differ at all.
+            head.weight.mul_({"t5": 2, "bart": 2, "opt": 60}.get(name, 10))
             if head.bias is not None:
                 head.bias.normal_()
             if "final_logits_bias" in dict(model.named_buffers()):
