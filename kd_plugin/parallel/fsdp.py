@@ -12,10 +12,12 @@ Notable decisions:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 __all__ = ["ShardingError", "decoder_layers", "make_mesh", "shard_student", "shard_teacher"]
 
@@ -24,14 +26,24 @@ class ShardingError(ValueError):
     """The model cannot be cut into units."""
 
 
-def make_mesh(device_type: str, world_size: int, *, replicate: bool) -> DeviceMesh:
-    """All ranks as shards, or (`replicate`) as whole copies whose gradients are averaged: DDP's layout.
+def make_mesh(
+    device_type: str, world_size: int, *, replicate: bool = False, shard_size: int | None = None
+) -> DeviceMesh:
+    """All ranks as one group of shards, or groups of `shard_size` consecutive ranks that replicate each other (HSDP).
 
-    The second is FSDP2 with shards of one rank, so that both modes compute in the same precision.
+    Gradients are averaged over the groups. `replicate` is short for groups of one rank: DDP's layout, as FSDP2, so
+    that every mode computes in the same precision.
+
+    Raises:
+        ShardingError: `shard_size` does not divide `world_size`.
     """
-    if replicate:
-        return init_device_mesh(device_type, (world_size, 1), mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    size = 1 if replicate else world_size if shard_size is None else shard_size
+    if size < 1 or world_size % size:
+        divisors = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise ShardingError(f"shard_size is {size}, wanted a divisor of {world_size} ranks: choose one of {divisors}")
+    if size == world_size and not replicate:
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (world_size // size, size), mesh_dim_names=("replicate", "shard"))
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -49,25 +61,32 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def shard_student(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype) -> None:
     """Shard a trainable model with fp32 parameters in place; it computes in `dtype` and reduces in fp32."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    _shard(model, mesh, policy, frozen=False)
+    _shard(model, {"mesh": mesh, "mp_policy": policy}, frozen=False)
 
 
-def shard_teacher(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard a frozen model in place; it computes in the dtype that it has."""
+def shard_teacher(model: nn.Module, mesh: DeviceMesh, *, offload: bool = False) -> None:
+    """Shard a frozen model in place; it computes in the dtype that it has.
+
+    With `offload` the shards stay in host memory (pinned, if there is a GPU), and each unit is copied to the
+    device when it is gathered.
+    """
     model.requires_grad_(False).eval()
-    _shard(model, mesh, MixedPrecisionPolicy(), frozen=True)
+    options: dict[str, Any] = {"mesh": mesh}
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+    _shard(model, options, frozen=True)
 
 
-def _shard(model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, *, frozen: bool) -> None:
+def _shard(model: nn.Module, options: dict[str, Any], *, frozen: bool) -> None:
     for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(layer, reshard_after_forward=True, **options)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is head.weight:
-        fully_shard([embedding, head], mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard([embedding, head], reshard_after_forward=True, **options)
     else:
         for module in (embedding, head):
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(module, reshard_after_forward=True, **options)
             if not frozen:
                 module.set_unshard_in_backward(False)
     # A trainable root keeps its few parameters from forward to backward (None is FSDP2's rule for roots).
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if frozen else None)
+    fully_shard(model, reshard_after_forward=True if frozen else None, **options)
