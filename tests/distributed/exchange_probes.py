@@ -1,0 +1,156 @@
+"""What a training's parameters do not show: traffic, memory, and how ranks that do not fit together are refused.
+
+Only the heads are sharded here, so that everything seen is theirs. Every probe takes this process's rank.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kd_plugin as kd
+from kd_plugin.parallel import fsdp
+from tests.allocations import NewTensors
+from tests.distributed.attach_cases import make_model
+from tests.distributed.collectives import CollectiveLog, local_shard
+
+VOCAB_SIZE, STUDENT_WIDTH, TEACHER_WIDTH, CHUNK = 1021, 16, 24, 8  # of the memory probe
+TRAFFIC_ROWS, TRAFFIC_VOCAB, TRAFFIC_WIDTH = 2048, 49152, 576
+LOGITS_ROWS, LOGITS_VOCAB, LOGITS_WIDTH = 256, 4096, 64
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that this rank receives in collectives, by ring algorithms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            ranks = dist.get_world_size()
+            sent = args[0] if isinstance(args[0], list) else [args[1]]
+            factors = {"_allgather_base_": ranks - 1, "_reduce_scatter_base_": (ranks - 1) / ranks}
+            factors |= {"allreduce_": 2 * (ranks - 1) / ranks, "alltoall_base_": (ranks - 1) / ranks}
+            self.received += factors[func._opname] * sum(t.numel() * t.element_size() for t in sent)
+        return func(*args, **(kwargs or {}))
+
+
+def shard_head(model: nn.Module) -> None:
+    """Only the head is an FSDP unit; everything else stays whole, and the embedding is frozen."""
+    head = model.get_output_embeddings()
+    model.get_input_embeddings().requires_grad_(False)
+    mesh = fsdp.make_mesh("cpu", dist.get_world_size())
+    fully_shard(head, mesh=mesh)
+    if head.weight.requires_grad:
+        head.set_unshard_in_backward(False)
+    others = set(model.parameters()) - set(head.parameters())
+    fully_shard(model, mesh=mesh, ignored_params=others, reshard_after_forward=True)
+
+
+def make_student(
+    config: kd.DistillConfig, vocab_size: int, widths: tuple[int, int], head_size: int | None = None
+) -> Any:
+    """-> (student, plugin), heads sharded; `head_size` rows in both heads instead of the vocabulary's."""
+    models = [make_model("llama", width, vocab_size, seed=i) for i, width in enumerate(widths)]
+    if head_size is not None:
+        for model in models:
+            head = nn.utils.skip_init(nn.Linear, model.config.hidden_size, head_size, bias=False)
+            nn.init.constant_(head.weight, 0.01)
+            model.set_output_embeddings(head)
+    student, teacher = models
+    plugin = kd.attach(student, teacher, config)
+    shard_head(student)
+    shard_head(teacher)
+    return student, plugin
+
+
+def _config(exchange: str, **changes: Any) -> kd.DistillConfig:
+    settings = {"temperature": 2.0, "chunk_size": CHUNK, "row_kernel": "eager", "exchange": exchange, **changes}
+    return kd.DistillConfig(**settings)
+
+
+def _step(student: nn.Module, input_ids: Tensor) -> None:
+    """One forward and backward in which every row counts."""
+    items = input_ids.numel() * dist.get_world_size()
+    student(input_ids, shift_labels=input_ids, num_items_in_batch=items).loss.backward()
+    student.zero_grad()
+
+
+def memory(rank: int) -> list[tuple[int, ...]]:
+    """Shapes of all tensors made in a step after the first, in `stats` mode."""
+    student, _ = make_student(_config("stats"), VOCAB_SIZE, (STUDENT_WIDTH, TEACHER_WIDTH))
+    input_ids = torch.randint(3, VOCAB_SIZE, (2, 11 + rank), generator=torch.Generator().manual_seed(rank))
+    _step(student, input_ids)
+    with NewTensors() as seen:
+        _step(student, input_ids)
+    return sorted(seen.shapes)
+
+
+def head_collectives(rank: int) -> dict[str, list[Any]]:
+    """The collectives of a step after the first, by exchange."""
+    found = {}
+    for exchange in ("weight", "stats"):
+        student, plugin = make_student(_config(exchange), VOCAB_SIZE, (STUDENT_WIDTH, TEACHER_WIDTH))
+        input_ids = torch.randint(3, VOCAB_SIZE, (2, 11 + rank), generator=torch.Generator().manual_seed(rank))
+        _step(student, input_ids)
+        models = {"student head": student, "teacher head": plugin.teacher}
+        with CollectiveLog({name: local_shard(m.get_output_embeddings()) for name, m in models.items()}) as log:
+            _step(student, input_ids)
+        found[exchange] = log.calls
+    return found
+
+
+def traffic(rank: int) -> dict[str, float]:
+    """Bytes received in one step. `stats` has the real rows and `weight` the real heads: each ignores the other."""
+    sizes = {
+        "weight": (TRAFFIC_VOCAB, TRAFFIC_WIDTH, (1, 8)),
+        "stats": (61, TRAFFIC_WIDTH, (TRAFFIC_ROWS // 64, 64)),
+        "logits": (LOGITS_VOCAB, LOGITS_WIDTH, (LOGITS_ROWS // 64, 64)),
+    }
+    found = {}
+    for exchange, (head_size, width, shape) in sizes.items():
+        student, _ = make_student(_config(exchange, chunk_size=64), 61, (width, width), head_size)
+        input_ids = torch.full(shape, 3 + rank)
+        with torch.no_grad():  # once, the ranks compare their settings and cut the teacher's head
+            student(input_ids[:1, :2], shift_labels=input_ids[:1, :2], num_items_in_batch=1)
+        with Traffic() as log:
+            _step(student, input_ids)
+        found[exchange] = log.received
+    return found
+
+
+def mismatch(rank: int) -> dict[str, tuple[str, float]]:
+    """Message and seconds of each planted difference on the last rank."""
+    last = rank == dist.get_world_size() - 1
+    plants: dict[str, dict[str, Any]] = {
+        "exchange": {"exchange": "weight" if last else "stats"},
+        "chunk_size": {"exchange": "stats", "chunk_size": 9 if last else 8},
+        "divergence": {"exchange": "stats", "divergence": "jsd" if last else "forward_kl"},
+        "student vocabulary, stats": {"exchange": "stats", "size": 41 if last else 37},
+        "student vocabulary, weight": {"exchange": "weight", "size": 41 if last else 37},
+        "teacher vocabulary, stats": {"exchange": "stats", "teacher_size": 41 if last else 37},
+        "teacher vocabulary, weight": {"exchange": "weight", "teacher_size": 41 if last else 37},
+    }
+    found = {}
+    for name, plant in plants.items():
+        sizes = plant.pop("size", 37), plant.pop("teacher_size", 37)
+        models = [make_model("llama", width, size, seed=0) for width, size in zip((16, 24), sizes, strict=True)]
+        kd.attach(*models, _config(**plant))
+        for model in models:
+            shard_head(model)
+        start = time.perf_counter()
+        try:
+            _step(models[0], torch.full((1, 6), 3))
+            message = "accepted"
+        except ValueError as error:
+            message = str(error)
+        found[name] = message, time.perf_counter() - start
+        dist.barrier()
+    return found

@@ -1,0 +1,228 @@
+"""Whatever crosses the wire, under every wrapper: training as in one dense process, and traffic as computed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kd_plugin import exchange
+from kd_plugin.parallel.fsdp import ShardingError, make_mesh
+from tests.distributed import exchange_probes as probes
+from tests.distributed import exchange_worker
+from tests.distributed.exchange_cases import RAGGED, Case, count_valid, make_batch, make_models, train_densely
+from tests.distributed.launch import launch
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(500)]
+
+MODES = ("weight", "stats")
+DIVERGENCES = ("reverse_kl", "jsd", "tvd")
+
+
+def square(wrapper: str, **changes: Any) -> list[Case]:
+    """Tied and untied, each mode."""
+    return [Case(wrapper, tied, mode, **changes) for tied in (True, False) for mode in MODES]
+
+
+def splits(wrapper: str, ranks: int) -> list[Case]:
+    """The same 16 sequences in one micro-batch a rank, and one by one."""
+    counts = (1, 16 // ranks)
+    return [Case(wrapper, False, mode, ranks=ranks, batch="split", accumulation=n) for mode in MODES for n in counts]
+
+
+def half(wrapper: str) -> dict[str, list[Case]]:
+    """bf16 on three batches: each mode, and the same wrapper without the plugin."""
+    cases = {mode: Case(wrapper, False, mode, dtype="bfloat16") for mode in MODES}
+    cases["dense"] = replace(cases["weight"], loss="dense")
+    return {name: [replace(case, seed=seed) for seed in range(3)] for name, case in cases.items()}
+
+
+def flat(cases: dict[str, list[Case]]) -> list[Case]:
+    return [case for several in cases.values() for case in several]
+
+
+LAUNCHES: dict[str, list[Case]] = {
+    "torch": [
+        *(case for wrapper in ("ddp", "fsdp1", "alone", "grouped", "root") for case in square(wrapper)),
+        *(Case("alone", tied, mode, d) for tied in (True, False) for mode in MODES for d in DIVERGENCES),
+        *(Case("alone", False, mode, teacher_vocab_size=size) for mode in MODES for size in (31, 41)),
+        *(Case("alone", tied, mode, teacher="offload") for tied, mode in ((False, "weight"), (True, "stats"))),
+        *splits("alone", 2),
+        *(Case(wrapper, wrapper == "ddp", "logits") for wrapper in ("ddp", "fsdp1", "alone", "grouped", "root")),
+        *flat(half("alone")),
+        *flat(half("fsdp1")),
+    ],
+    "deepspeed": [
+        *(case for wrapper in ("zero1", "zero2", "zero3") for case in square(wrapper)),
+        *splits("zero3", 2),
+        *(Case("zero3", tied, "logits") for tied in (True, False)),
+        *flat(half("zero3")),
+    ],
+    "four": [
+        *square("hsdp", ranks=4),
+        *square("alone", ranks=4),
+        *(Case(wrapper, True, "logits", ranks=4) for wrapper in ("hsdp", "alone")),
+        *(Case(wrapper, False, "stats", ranks=4) for wrapper in ("fsdp1", "root", "zero3")),
+        *(Case(w, False, m, ranks=4, vocab_size=9, teacher_vocab_size=9) for w in ("alone", "zero3") for m in MODES),
+        Case("alone", False, "stats", ranks=4, vocab_size=9, teacher_vocab_size=7),
+        *(Case("alone", False, mode, ranks=4, batch="ragged", chunk_size=256) for mode in (*MODES, "logits")),
+        *splits("alone", 4),
+    ],
+}
+PROBES = {"torch": ["head_collectives", "memory", "mismatch"], "four": ["memory", "traffic", "mismatch"]}
+LAUNCHED = [case for cases in LAUNCHES.values() for case in cases]
+FLOAT32 = [case for case in LAUNCHED if case.dtype == "float32"]
+
+
+@functools.cache
+def truth(case: Case) -> dict[str, Tensor]:
+    """The dense training, once for all cases that differ only in how they are wrapped."""
+    return train_densely(case)
+
+
+def dense(case: Case) -> dict[str, Tensor]:
+    if case.batch == "split":  # the same sequences, whoever has them
+        case = replace(case, ranks=1, accumulation=1)
+    common = {"wrapper": "", "exchange": "weight", "dtype": "float32", "chunk_size": 5, "teacher": "shard"}
+    return truth(replace(case, **common, loss="dense"))
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """Start a launch when its first test asks for it: -> (folder of results, what was printed if it failed)."""
+
+    @functools.cache
+    def start(name: str) -> tuple[Path, str]:
+        folder = tmp_path_factory.mktemp(name)
+        spec = {"train": LAUNCHES[name], "probes": PROBES.get(name, [])}
+        (folder / "cases.json").write_text(json.dumps(spec, default=asdict))
+        ranks = LAUNCHES[name][0].ranks
+        try:
+            done = launch(Path(exchange_worker.__file__), str(folder), ranks=ranks, timeout_s=400)
+        except subprocess.TimeoutExpired as error:
+            return folder, str(error)
+        return folder, done.stdout[-3000:] + done.stderr[-6000:] if done.returncode else ""
+
+    return start
+
+
+@pytest.fixture
+def result_of(launched: Callable[[str], tuple[Path, str]]) -> Callable[..., Any]:
+    """What the worker wrote; cases that finished before a crash still count."""
+
+    def load(case: Case | None = None, probe: tuple[str, str] = ("", "")) -> Any:
+        if case is not None and case.wrapper.startswith("zero"):
+            pytest.importorskip("deepspeed")
+        listed, file = (probe[0], probe[1]) if case is None else (None, case.name)
+        name = listed or next(name for name, cases in LAUNCHES.items() if case in cases)
+        folder, failure = launched(name)
+        assert (folder / f"{file}.pt").exists(), f"the worker ended before {file}: {failure}"
+        return torch.load(folder / f"{file}.pt", weights_only=False)
+
+    return load
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest difference of any parameter."""
+    assert found.keys() == expected.keys()
+    return max(float((found[name].double() - value.double()).abs().max()) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("case", FLOAT32, ids=lambda case: case.name)
+def test_every_wrapper_and_exchange_trains_like_one_dense_process(result_of: Callable[..., Any], case: Case) -> None:
+    found, expected = result_of(case), dense(case)
+    tolerance = 1e-6 if case.batch == "split" else 1e-5
+    assert distance(found["parameters"], expected) < tolerance
+    start = dict(make_models(case)[0].named_parameters())
+    assert max((start[name] - value).abs().max() for name, value in expected.items()) > 1e-3
+
+
+@pytest.mark.parametrize("wrapper", ["alone", "fsdp1", "zero3"])
+def test_bf16_errs_as_much_as_the_wrapper_with_a_dense_loss(result_of: Callable[..., Any], wrapper: str) -> None:
+    def error(case: Case) -> float:
+        found, expected = result_of(case)["parameters"], dense(case)
+        return sum(float((found[name].double() - value).square().sum()) for name, value in expected.items()) ** 0.5
+
+    errors = {name: sum(map(error, cases)) for name, cases in half(wrapper).items()}
+    assert errors["dense"] > 1e-3, "bf16 that changes nothing would test nothing"
+    for mode in MODES:
+        assert errors[mode] <= 1.2 * errors["dense"], errors
+
+
+SHARDED = [case for case in LAUNCHED if case.wrapper != "ddp" and case.loss == "attached"]
+
+
+@pytest.mark.parametrize("case", SHARDED, ids=lambda case: case.name)
+def test_the_teacher_is_sharded_again_after_each_step(result_of: Callable[..., Any], case: Case) -> None:
+    assert result_of(case)["whole_in_teacher"] == []
+
+
+def test_ragged_ranks_wait_for_nobody(result_of: Callable[..., Any]) -> None:
+    case = next(case for case in LAUNCHES["four"] if case.batch == "ragged")
+    found = [int((make_batch(case, 0, 0, rank)[1][:, 1:] != -100).sum()) for rank in range(4)]
+    assert tuple(found) == RAGGED and count_valid(case, 0) == sum(RAGGED)
+    assert result_of(case)["seconds"] < 20
+
+
+def test_statistics_never_send_a_head_or_its_gradient(result_of: Callable[..., Any]) -> None:
+    rows = -(-probes.VOCAB_SIZE // 2) * 2
+    for calls in result_of(probe=("torch", "head_collectives")):
+        for mode, times in (("weight", 1), ("stats", 0)):
+            for head in ("student head", "teacher head"):
+                assert sum(call.parameter == head for call in calls[mode]) == times, (mode, head)
+            reduced = [call for call in calls[mode] if "reduce_scatter" in call.operation]
+            assert sum(call.numel == rows * probes.STUDENT_WIDTH for call in reduced) == times
+            largest = max(call.numel for call in calls[mode])
+            assert (largest >= rows // 2 * probes.STUDENT_WIDTH) == (mode == "weight")
+
+
+@pytest.mark.parametrize("name", ["torch", "four"])
+def test_statistics_leave_no_rank_with_a_whole_head_or_row_of_logits(result_of: Callable[..., Any], name: str) -> None:
+    ranks = LAUNCHES[name][0].ranks
+    for shapes in result_of(probe=(name, "memory")):
+        vocab_size = probes.VOCAB_SIZE
+        assert max(torch.Size(shape).numel() for shape in shapes) < vocab_size * probes.STUDENT_WIDTH
+        assert not [shape for shape in shapes if any(size >= vocab_size for size in shape)]
+        columns = -(-vocab_size // ranks)
+        assert any(shape[-1:] in ((columns,), (vocab_size - columns * (ranks - 1),)) for shape in shapes)
+
+
+def test_bytes_on_the_wire_are_those_of_the_formulas(result_of: Callable[..., Any]) -> None:
+    width = probes.TRAFFIC_WIDTH
+    expected = {
+        "weight": exchange.weight_bytes(4, probes.TRAFFIC_VOCAB, width, width, 4),
+        "stats": exchange.stats_bytes(4, probes.TRAFFIC_ROWS, width, width, 4),
+    }
+    rows, vocab_size, width = probes.LOGITS_ROWS, probes.LOGITS_VOCAB, probes.LOGITS_WIDTH
+    expected["logits"] = exchange.logits_bytes(4, rows, vocab_size, width, width, 4)
+    for counted in result_of(probe=("four", "traffic")):
+        assert counted == pytest.approx(expected, rel=0.05)
+        assert 4 * counted["stats"] < counted["weight"]
+
+
+def test_shard_groups_must_divide_the_ranks() -> None:
+    with pytest.raises(ShardingError, match="shard_size is 3, wanted a divisor of 4 ranks: choose one of 1, 2, 4"):
+        make_mesh("cpu", 4, shard_size=3)
+    with pytest.raises(ShardingError, match="shard_size is 0"):
+        make_mesh("cpu", 4, shard_size=0)
+
+
+@pytest.mark.parametrize("launch_name", ["torch", "four"])
+def test_ranks_that_do_not_fit_together_are_refused_by_name(result_of: Callable[..., Any], launch_name: str) -> None:
+    words = {"divergence": "the objective", "exchange": "distill.exchange"}
+    words |= {f"{side} vocabulary": f"the {side}'s vocabulary" for side in ("student", "teacher")}
+    ranks = LAUNCHES[launch_name][0].ranks
+    for found in result_of(probe=(launch_name, "mismatch")):
+        for planted, (message, seconds) in found.items():
+            name = planted.split(",")[0]
+            assert words.get(name, name) in message, planted
+            assert f"rank {ranks - 1}:" in message and "\n" not in message, message
+            assert seconds < 10
