@@ -66,19 +66,23 @@ class Result:
     per_row: Tensor | None  # [n, len(STATISTICS)]
 
 
-def rows_per_chunk(chunk_size: int | str, loss_memory_mb: float, vocab_size: int) -> int:
+def rows_per_chunk(
+    chunk_size: int | str, loss_memory_mb: float, vocab_size: int, teacher_vocab_size: int | None = None
+) -> int:
     """Rows C of one chunk: `chunk_size`, or the most for which 8 * C * V bytes fit `loss_memory_mb` MiB.
 
-    From 64 rows on, the automatic value is a multiple of 64. Raises `ValueError` if not even one row fits.
+    From 64 rows on, the automatic value is a multiple of 64. `teacher_vocab_size` is for uld, which holds the
+    teacher's rows whole: 4 * C * (V + V') bytes. Raises `ValueError` if not even one row fits.
     """
     if chunk_size != "auto":
         return int(chunk_size)
-    row_bytes = _BYTES_PER_LOGIT * vocab_size
+    row_bytes = _BYTES_PER_LOGIT * (vocab_size + (teacher_vocab_size or vocab_size)) // 2
     rows = int(loss_memory_mb * _MIB) // row_bytes
     if rows < 1:
+        enough = 1.006 * row_bytes / _MIB  # three digits of it are never too few
         raise ValueError(
             f"loss_memory_mb={loss_memory_mb:g} does not hold one row of {vocab_size} logits; "
-            f"one row needs {row_bytes / _MIB:.3g} MiB: raise loss_memory_mb"
+            f"one row needs {enough:.3g} MiB: raise loss_memory_mb"
         )
     return rows if rows < 64 else rows // 64 * 64
 

@@ -109,6 +109,7 @@ def make_problem(
         rows = valid.nonzero().squeeze(1)
         checks.targets_in_vocabulary(targets, rows, chunks.shared_vocabulary(objective, student_size, teacher))
     num_rows = flat.shape[0] if rows is None else rows.shape[0]
+    teacher_size = teacher.vocab_size if teacher is not None and objective.by_rank else None
     return chunks.Problem(
         objective=objective,
         teacher=teacher if objective.needs_teacher else None,
@@ -116,7 +117,7 @@ def make_problem(
         rows=None if num_rows == flat.shape[0] else rows,
         num_rows=num_rows,
         token_weights=token_weights,
-        chunk_size=chunks.rows_per_chunk(config.chunk_size, config.loss_memory_mb, student_size),
+        chunk_size=chunks.rows_per_chunk(config.chunk_size, config.loss_memory_mb, student_size, teacher_size),
         row_kernel=row_kernels.choose(config.row_kernel, flat.device.type),
         student_transform=transform or LogitTransform(),
         rounded_logits=config.logits_dtype == "input",

@@ -36,7 +36,7 @@ class _LogitsLoss(torch.autograd.Function):
         wide = wide_dtype(student.dtype)
         gradient = torch.zeros_like(student) if spec.with_gradient else None
         sums = student.new_zeros(len(row_kernels.STATISTICS), dtype=wide)
-        chunk = rows_per_chunk(config.chunk_size, config.loss_memory_mb, vocab_size)
+        chunk = rows_per_chunk(config.chunk_size, config.loss_memory_mb, vocab_size, columns)
         for piece in rows.split(chunk) if rows.numel() else ():
             logits = _taken(student, piece, vocab_size, wide)
             others = None if teacher is None else _taken(teacher, piece, columns, wide)

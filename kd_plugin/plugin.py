@@ -79,7 +79,8 @@ class Plugin:
     @property
     def chunk_size(self) -> int:
         """Rows per chunk, resolved."""
-        return rows_per_chunk(self.config.chunk_size, self.config.loss_memory_mb, self.student_vocab_size)
+        teachers = self.exchange.teacher_size if make_objective(self.config).by_rank else None
+        return rows_per_chunk(self.config.chunk_size, self.config.loss_memory_mb, self.student_vocab_size, teachers)
 
     @property
     def student_vocab_size(self) -> int:
