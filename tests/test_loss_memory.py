@@ -84,7 +84,7 @@ def test_peak_memory_of_the_compiled_loss_is_the_formulas(
 ) -> None:
     """Beyond it, the compiled kernel holds three arrays of the few rows that it works on at a time."""
     block = 2 * 8 * VOCAB
-    monkeypatch.setattr(row_kernels, "_CPU_BLOCK_BYTES", block)
+    monkeypatch.setitem(row_kernels._BLOCK_BYTES, "cpu", block)
     problem = problem_of(ignored=())
     problem.weight.requires_grad_(trained_head)
     work = step(problem, row_kernel="compile", chunk_size=chunk)

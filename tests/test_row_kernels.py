@@ -53,7 +53,7 @@ def test_twenty_batches_of_varying_length_share_one_graph(fresh_compiler: None) 
 def test_a_batch_cut_into_cache_sized_blocks_shares_the_graph(
     fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_kernels, "_CPU_BLOCK_BYTES", 8 * 11 * 4)  # four rows of eleven logits
+    monkeypatch.setitem(row_kernels._BLOCK_BYTES, "cpu", 8 * 11 * 4)  # four rows of eleven logits
     before = graphs_compiled()
     for rows in (1, 3, 4, 5, 6, 8, 9, 13):
         problem = make_problem(rows=rows, ignored=())

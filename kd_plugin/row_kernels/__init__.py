@@ -28,6 +28,7 @@ __all__ = [
     "STATISTICS",
     "LogitTransform",
     "RowSpec",
+    "block_rows",
     "choose",
     "row_pass",
     "run",
@@ -71,7 +72,8 @@ def _compiled(spec: RowSpec) -> Callable[..., Tensor]:
     return torch.compile(body, fullgraph=True, isolate_recompiles=True, recompile_limit=_MAX_GRAPHS)
 
 
-def _block_rows(vocab_size: int, device_type: str) -> int:
+def block_rows(vocab_size: int, device_type: str) -> int:
+    """Rows that the compiled kernel takes at a time."""
     return max(2, _BLOCK_BYTES.get(device_type, _OTHER_BLOCK_BYTES) // (8 * vocab_size))
 
 
@@ -107,7 +109,7 @@ def _run_compiled(
 ) -> Tensor:
     body = _compiled(spec)
     tensors = (student_logits, teacher_logits, target_logits, row_weights)
-    block = _block_rows(student_logits.shape[1], student_logits.device.type)
+    block = block_rows(student_logits.shape[1], student_logits.device.type)
     statistics = []
     start = 0
     # The objective's weights and temperatures are constants of the graph, not inputs that could vary.
