@@ -92,9 +92,7 @@ class StudentConfig(ModelSource):
     @model_validator(mode="after")
     def _one_origin(self) -> StudentConfig:
         if self.from_teacher and (self.model or self.from_config):
-            raise ValueError(
-                "student.from_teacher excludes student.model and student.from_config: keep one of them"
-            )
+            raise ValueError("student.from_teacher excludes student.model and student.from_config: keep one of them")
         if not (self.from_teacher or self.from_config or self.model):
             raise ValueError(
                 "student has no origin: set one of student.model, student.from_teacher, student.from_config"
@@ -110,10 +108,10 @@ class DataConfig(Section):
     file is one document; rows have `text`, `prompt` and `completion`, or `messages`."""
 
     eval: str | None = None
-    """Held-out text in the same forms; None holds out `eval_fraction` of the training documents."""
+    """Held-out text in the same forms; null holds out `eval_fraction` of the training documents."""
 
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the training documents that is held out when `eval` is None; a single document is cut."""
+    """Share of the training documents that is held out when `eval` is null; a single document is cut."""
 
     subset: str | None = None
     """Configuration name of a hub dataset."""
@@ -122,7 +120,7 @@ class DataConfig(Section):
     """Split of a hub dataset used for training."""
 
     eval_split: str | None = None
-    """Split of a hub dataset used for evaluation; None falls back to `eval_fraction`."""
+    """Split of a hub dataset used for evaluation; null falls back to `eval_fraction`."""
 
     text_column: str = "text"
     """Column with plain text, where the data has one."""
@@ -180,14 +178,15 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     """Recompute the student's layers in backward instead of keeping their activations."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of initialisation and data order."""
 
     eval_every: Annotated[int, Field(ge=0)] = 0
     """Evaluate every so many steps, and at start and end; 0: at start and end only."""
 
-    eval_batches: PositiveInt = 8
-    """Micro-batches per rank and evaluation."""
+    eval_sequences: PositiveInt | None = 64
+    """Held-out sequences per evaluation, over all ranks and evenly spaced; null takes all. The evaluated text
+    does not depend on the number of ranks."""
 
     save_every: Annotated[int, Field(ge=0)] = 0
     """Resumable checkpoint every so many steps; 0: none."""

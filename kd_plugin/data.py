@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kd_plugin.data_sources import DataError, Record, is_hub_dataset, read_records
+from kd_plugin.data_sources import DataError, Record, read_records, refuse_unused
 from kd_plugin.packing import Batch, PackedDataset, TrainBatches, collate, eval_batches, indices_for_step
 
 if TYPE_CHECKING:
@@ -59,15 +59,13 @@ class Document(NamedTuple):
     """bool [n]: whether the token is a target."""
 
 
-def load_documents(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Document], list[Document]]:
+def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Document], list[Document]]:
     """Training and held-out documents; the same on every rank.
 
     Raises:
         DataError: nothing found, no accepted columns, nothing to train on, or a setting without effect.
     """
-    _refuse_unused(config)
+    refuse_unused(config)
     train = _read(config.train, config, tokenizer, name="data.train", split=config.split)
     if config.eval is not None:
         split = config.eval_split or config.split
@@ -151,48 +149,26 @@ def _read(
     return documents
 
 
-def _refuse_unused(config: DataConfig) -> None:
-    """No setting is accepted and then ignored."""
-    if not is_hub_dataset(config.train) and not (config.eval and is_hub_dataset(config.eval)):
-        given = {"subset": config.subset, "eval_split": config.eval_split}
-        given["split"] = config.split if config.split != "train" else None
-        for key, value in given.items():
-            if value is not None:
-                raise DataError(
-                    f"data.{key} is {value!r}, but {config.train!r} is no dataset name; remove data.{key}"
-                )
-
-
 def _cut_in_two(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
     size = len(document.input_ids)
     cut = size - max(1, round(size * fraction))
     if cut < 1:
-        raise DataError(
-            f"one document of {size} token(s) cannot be cut in two; name held-out text with data.eval"
-        )
-    logger.info(
-        "data.eval_fraction: the last %d of the only document's %d tokens are held out", size - cut, size
-    )
-    parts = [
-        Document(document.input_ids[part], document.trained[part]) for part in (slice(cut), slice(cut, None))
-    ]
+        raise DataError(f"one document of {size} token(s) cannot be cut in two; name held-out text with data.eval")
+    logger.info("data.eval_fraction: the last %d of the only document's %d tokens are held out", size - cut, size)
+    parts = [Document(document.input_ids[part], document.trained[part]) for part in (slice(cut), slice(cut, None))]
     return parts[:1], parts[1:]
 
 
 def _completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Document | None:
     if not completion:
         return None
-    ids, trained = _marked(
-        prompt + completion, [(len(prompt), len(prompt + completion))], tokenizer, special=True
-    )
+    ids, trained = _marked(prompt + completion, [(len(prompt), len(prompt + completion))], tokenizer, special=True)
     # An end token that the tokenizer adds itself has no characters, so no mark has reached it.
     trained[-1] = True
     return _ended(ids, trained, tokenizer)
 
 
-def _conversation(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
-) -> Document | None:
+def _conversation(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str) -> Document | None:
     if not any(turn["role"] == "assistant" for turn in messages):
         return None
     if not tokenizer.chat_template:
@@ -258,9 +234,7 @@ def _marked(
 ) -> tuple[list[int], list[bool]]:
     """Ids of `text`, and whether each token begins inside one of `spans` (characters, end excluded)."""
     if not tokenizer.is_fast:
-        raise DataError(
-            "prompts and conversations need a fast tokenizer (tokenizer.json), to tell tokens by place"
-        )
+        raise DataError("prompts and conversations need a fast tokenizer (tokenizer.json), to tell tokens by place")
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     starts = np.array([start for start, _ in encoded["offset_mapping"]], dtype=np.int64)
     inside = np.zeros(len(starts), dtype=bool)

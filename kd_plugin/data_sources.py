@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     from kd_plugin.config import DataConfig
 
-__all__ = ["DataError", "Record", "is_hub_dataset", "read_records"]
+__all__ = ["DataError", "Record", "check_source", "is_hub_dataset", "read_records", "refuse_unused"]
 
 # A name with one of these is a file that is missing, not a dataset of the hub.
 _FILE_ENDINGS = {
@@ -81,14 +81,37 @@ def is_hub_dataset(source: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source) is not None
 
 
+def check_source(source: str, name: str) -> None:
+    """Find the files of `source` without reading them; nothing is asked about the hub.
+
+    Raises:
+        DataError: no such file, or none of an accepted kind; `name` is the setting that named it.
+    """
+    if source != "python_docs" and not is_hub_dataset(source):
+        _files(source, name)
+
+
+def refuse_unused(config: DataConfig) -> None:
+    """No setting about datasets of the hub is accepted where there is none.
+
+    Raises:
+        DataError: `subset`, `split` or `eval_split` is given and nothing is read from the hub.
+    """
+    if is_hub_dataset(config.train) or (config.eval and is_hub_dataset(config.eval)):
+        return
+    given = {"subset": config.subset, "eval_split": config.eval_split}
+    given["split"] = config.split if config.split != "train" else None
+    for key, value in given.items():
+        if value is not None:
+            raise DataError(f"data.{key} is {value!r}, but {config.train!r} is no dataset name; remove data.{key}")
+
+
 def _files(source: str, name: str) -> list[Path]:
     path = Path(source).expanduser()
     accepted = ", ".join(_READERS)
     if path.is_file():
         if path.suffix not in _READERS:
-            raise DataError(
-                f"{name}: {source} ends in {path.suffix!r}; give a file that ends in one of {accepted}"
-            )
+            raise DataError(f"{name}: {source} ends in {path.suffix!r}; give a file that ends in one of {accepted}")
         return [path]
     if path.is_dir():
         found = path.rglob("*")
@@ -114,9 +137,7 @@ def _text_file(path: Path, text_column: str) -> Iterator[Record]:
     try:
         yield Record("text", {"text": path.read_text(encoding="utf-8")}, str(path))
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text (byte {error.start}); convert it, e.g. with iconv"
-        ) from error
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it, e.g. with iconv") from error
 
 
 def _jsonl_file(path: Path, text_column: str) -> Iterator[Record]:
@@ -131,9 +152,7 @@ def _jsonl_file(path: Path, text_column: str) -> Iterator[Record]:
             except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
                 raise DataError(f"{where}: not a line of JSON ({error})") from error
             if not isinstance(row, dict):
-                raise DataError(
-                    f"{where}: a JSON {type(row).__name__}; each line has to be an object with columns"
-                )
+                raise DataError(f"{where}: a JSON {type(row).__name__}; each line has to be an object with columns")
             yield _record(row, text_column, where)
 
 
@@ -216,12 +235,8 @@ def _record(row: Mapping[str, Any], text_column: str, where: str) -> Record:
 
 
 def _checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not all(
-        isinstance(turn, Mapping) and "role" in turn for turn in messages
-    ):
-        raise DataError(
-            f"{where}: 'messages' has to be a list of {{role, content}}, found {str(messages)[:60]!r}"
-        )
+    if not isinstance(messages, list) or not all(isinstance(turn, Mapping) and "role" in turn for turn in messages):
+        raise DataError(f"{where}: 'messages' has to be a list of {{role, content}}, found {str(messages)[:60]!r}")
     return [dict(turn) for turn in messages]
 
 

@@ -163,6 +163,8 @@ class DistillConfig(Section):
             return self
         if "divergence" in self.model_fields_set:
             raise ValueError("terms replaces divergence: keep one of them")
+        if not self.terms:
+            raise ValueError("terms is an empty list: name a divergence as in [{name: forward_kl}], or leave it out")
         if not any(term.weight for term in self.terms):
             raise ValueError("terms has no term with a weight > 0: give one, or set soft_weight to 0")
         if any(term.name == "uld" for term in self.terms) and any(term.name != "uld" for term in self.terms):

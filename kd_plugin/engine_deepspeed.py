@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from kd_plugin.config import RunConfig
 from kd_plugin.engine import EngineError, Placement, parameter_groups
 from kd_plugin.parallel import zero
 
-__all__ = ["DeepSpeedEngine"]
+__all__ = ["DeepSpeedEngine", "deepspeed_settings"]
 
 _TAG = "state"
 
 
 class DeepSpeedEngine:
-    """Student and teacher under DeepSpeed; see `kd_plugin.engine.Engine`."""
+    """Student and teacher under DeepSpeed, inside `deepspeed_settings()`; see `kd_plugin.engine.Engine`."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, config: RunConfig, place: Placement, accumulation: int):
         if config.student.dtype == "float16" and place.device.type == "cpu":
@@ -113,19 +114,37 @@ class DeepSpeedEngine:
             raise EngineError(f"{folder} holds no DeepSpeed checkpoint: was it written by another train.parallel?")
 
 
+@contextmanager
+def deepspeed_settings() -> Iterator[None]:
+    """What a process needs while it trains under DeepSpeed; put back afterwards.
+
+    LOCAL_RANK, which DeepSpeed wants also without a launcher; its log below WARNING off, whose hundreds of lines
+    hide ours; and its use of collectives by names that torch 2.13 renamed is not the user's affair.
+    """
+    log, given = logging.getLogger("DeepSpeed"), os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = given or "0"
+    _import_deepspeed()  # before the level is read: the import sets it
+    level = log.level
+    if not log.isEnabledFor(logging.DEBUG):
+        log.setLevel(logging.WARNING)
+    renamed = r".*torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+            yield
+    finally:
+        log.setLevel(level)
+        if given is None:
+            del os.environ["LOCAL_RANK"]
+
+
 def _import_deepspeed() -> Any:
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it also without a launcher
     try:
         import deepspeed
     except ImportError as error:
         raise ImportError(
             "train.parallel deepspeed needs it: pip install --no-build-isolation 'kd-plugin[deepspeed]'"
         ) from error
-    if not logging.getLogger("DeepSpeed").isEnabledFor(logging.DEBUG):
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its hundreds of INFO lines hide ours
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renamed: not the user's affair.
-    renamed = r".*torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)"
-    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     return deepspeed
 
 

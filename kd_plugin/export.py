@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from kd_plugin.engine import Engine
+from kd_plugin.engine import Engine, reduce_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["export_student"]
+__all__ = ["ExportError", "export_student"]
+
+
+class ExportError(ValueError):
+    """The student is not worth exporting."""
 
 
 def export_student(
@@ -34,8 +38,16 @@ def export_student(
 
     `build` makes a model of the student's architecture, whose weights do not matter. The folder is written
     aside and renamed when complete.
+
+    Raises:
+        ExportError: on all ranks, when a weight is NaN or infinite; nothing is written.
     """
     state = engine.full_state_dict()
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    count = reduce_numbers({"broken": len(broken)}, op="max")["broken"]  # rank 0 holds the weights, all must stop
+    if count:
+        example = f", the first is {broken[0]}" if broken else ""
+        raise ExportError(f"{count:.0f} of the student's tensors hold NaN or infinity{example}: not exported")
     if dist.get_rank() == 0:
         model = build().to(dtype)
         model.load_state_dict(state)

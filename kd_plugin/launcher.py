@@ -15,10 +15,13 @@ from contextlib import contextmanager
 
 from kd_plugin.config import RunConfig
 from kd_plugin.config_file import ConfigError, load_config
+from kd_plugin.early import SetupError
 
 __all__ = ["Stop", "launch", "one_line_errors", "run_training"]
 
 _VERBOSE = ("-v", "--verbose")
+_PATIENCE_S = 20
+"""torchrun and deepspeed end the other ranks within a second or two after one, on a busy machine later."""
 
 
 class Stop(SystemExit):
@@ -26,15 +29,14 @@ class Stop(SystemExit):
 
 
 def launch(argv: Sequence[str], *, script: str, default: str, allowed: Sequence[str]) -> int:
-    """Run training for a script in launch/ and return its exit code: 0, or 2 if it could not be started.
+    """Run training for a script in launch/ and return its exit code: 0, or 2 if it could not be started
+    or came to nothing.
 
-    `argv` is `CONFIG [section.key=value ...]`. `--local_rank=N` in it is ignored (LOCAL_RANK says the same),
-    `-v` shows tracebacks. Where the file's `train.parallel` is not among `allowed`, `default` replaces it;
-    an override on the command line stands.
+    `argv` is `CONFIG [section.key=value ...]`. `--local_rank=N` or `--local_rank N` in it is ignored (LOCAL_RANK
+    says the same), `-v` shows tracebacks. Where the file's `train.parallel` is not among `allowed`, `default`
+    replaces it; an override on the command line stands.
     """
-    rest = [
-        arg for arg in argv if arg not in _VERBOSE and not arg.startswith(("--local_rank", "--local-rank"))
-    ]
+    rest = [arg for arg in _without_local_rank(argv) if arg not in _VERBOSE]
     if not rest or rest[0] in ("-h", "--help"):
         usage = f"usage: {script} CONFIG [section.key=value ...] [-v]"
         print(usage, file=sys.stdout if rest else sys.stderr)
@@ -47,6 +49,15 @@ def launch(argv: Sequence[str], *, script: str, default: str, allowed: Sequence[
     except Stop as stop:
         return int(str(stop.code))
     return 0
+
+
+def _without_local_rank(argv: Sequence[str]) -> Iterator[str]:
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument in ("--local_rank", "--local-rank"):
+            next(arguments, None)
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            yield argument
 
 
 def run_training(config: RunConfig) -> None:
@@ -75,23 +86,21 @@ def _with_parallel(config: RunConfig, script: str, default: str, allowed: Sequen
     if given in allowed:
         return config
     if given != "auto" and _rank() == 0:
-        print(
-            f"train.parallel: {given} -> {default} ({script} was started; `train.parallel={given}` keeps it)"
-        )
+        print(f"train.parallel: {given} -> {default} ({script} was started; `train.parallel={given}` keeps it)")
     return config.model_copy(update={"train": config.train.model_copy(update={"parallel": default})})
 
 
 def _report(error: Exception) -> None:
     if _rank() > 0:
-        # Rank 0 speaks for all. Launchers end all ranks when one has failed, so the others give it time.
-        time.sleep(2)
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError):  # every rank has read the same file, and rank 0 speaks for all
             return
-    if isinstance(error, ConfigError):
-        print(error, file=sys.stderr)  # one fault per line, each begins with file:line
+        # Rank 0 most likely says the same. Launchers end all ranks when one has failed, which is waited for.
+        time.sleep(_PATIENCE_S)
+    who = f"[rank {_rank()}] " if _rank() else ""
+    if isinstance(error, (ConfigError, SetupError)):  # one fault per line
+        print("\n".join(who + line for line in str(error).splitlines()), file=sys.stderr)
         return
     name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    who = f"[rank {_rank()}] " if _rank() else ""
     print(f"{who}error: {name}{' '.join(str(error).split())} (-v shows where)", file=sys.stderr)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kd_plugin import checkpoint
-from kd_plugin.config import RunConfig
+from kd_plugin.config import DistillConfig, RunConfig
 from kd_plugin.console import progress, step_line
 from kd_plugin.data import Batch, TrainBatches
 from kd_plugin.engine import Engine, Placement, learning_rate_at, reduce_numbers
@@ -78,15 +78,22 @@ def run_steps(session: Session, first: int, before: dict[str, float]) -> dict[st
             eta = (time.perf_counter() - started) / (step - first + 1) * (train.max_steps - step)
             _log(session, step, values, eta)
             window, window_start = 0, time.perf_counter()
-        if evaluated:
-            result = evaluate(session, step)
-        if train.save_every and step % train.save_every == 0:
-            with session.timed("save"):
-                folder = checkpoint.save(session.engine, session.config, mode=session.mode, step=step)
-            logger.info("checkpoint %s", folder)
-        if evaluated or train.save_every:
-            window_start = time.perf_counter() if not window else window_start
+        saved = train.save_every > 0 and step % train.save_every == 0
+        if evaluated or saved:
+            gradient_norm.item()  # the step's own work is over, what follows is no part of its time
+            pause = time.perf_counter()
+            if evaluated:
+                result = evaluate(session, step)
+            if saved:
+                _save(session, step)
+            window_start += time.perf_counter() - pause
     return result
+
+
+def _save(session: Session, step: int) -> None:
+    with session.timed("save"):
+        folder = checkpoint.save(session.engine, session.config, mode=session.mode, step=step)
+    logger.info("checkpoint %s", folder)
 
 
 def _train_step(session: Session, step: int) -> Tensor:
@@ -104,8 +111,11 @@ def _train_step(session: Session, step: int) -> Tensor:
 
 def _measure(session: Session, step: int, norm: float, elapsed: float, window: int) -> dict[str, float]:
     """All numbers of the window that ends with this step. All ranks call this."""
-    train = session.config.train
+    train, distill = session.config.train, session.config.distill
     values = session.plugin.metrics()
+    for name, weight in (("soft_loss", distill.soft_weight), ("hard_loss", distill.hard_weight)):
+        if not weight:
+            values.pop(name, None)  # not computed, so its 0 says nothing
     memory = reduce_numbers(memory_readings(), op="max")
     session.memory = memory
     tokens = session.batches.sequences_per_step * session.batches.dataset.seq_len * window
@@ -139,6 +149,14 @@ def _log(session: Session, step: int, values: dict[str, float], eta_s: float) ->
     logger.info("%s", step_line(step, session.config.train.max_steps, values, eta_s=eta_s))
 
 
+def _plain(config: DistillConfig) -> DistillConfig:
+    """The same divergences at temperature 1 and the cross-entropy alone, all of it measured."""
+    # A term's own temperature goes before the objective's.
+    terms = config.terms and tuple(term.model_copy(update={"temperature": 1.0}) for term in config.terms)
+    neutral = {"temperature": 1.0, "hard_weight": 1.0, "label_smoothing": 0.0, "z_loss_weight": 0.0}
+    return config.model_copy(update={**neutral, "terms": terms, "metrics": True})
+
+
 @contextmanager
 def _at_temperature_one(session: Session) -> Iterator[None]:
     """Let plugin and head measure cross-entropy, divergence at temperature 1 and agreement for a while."""
@@ -147,7 +165,7 @@ def _at_temperature_one(session: Session) -> Iterator[None]:
         session.engine.module.get_output_embeddings(),
         session.config.distill,
     )
-    plain = config.model_copy(update={"temperature": 1.0, "hard_weight": 1.0, "metrics": True})
+    plain = _plain(config)
     plugin.config = head.distill_config = plain
     try:
         yield
@@ -167,7 +185,9 @@ def evaluate(session: Session, step: int) -> dict[str, float]:
             measured = session.plugin.metrics()
         finally:
             engine.student.train()
-    names = ("hard_loss", "soft_loss", "kl_t1", "top1_agreement", "acceptance_rate")
+    names = ["hard_loss", "kl_t1", "top1_agreement", "acceptance_rate"]
+    if session.config.distill.soft_weight:  # else there is no teacher, and 0 would read as a perfect match
+        names.insert(1, "soft_loss")
     values = {name: measured[name] for name in names if name in measured}
     values["perplexity"] = math.exp(min(values["hard_loss"], 700.0))  # beyond, a float would overflow
     session.writer.scalars(step, {f"eval/{name}": value for name, value in values.items()})

@@ -14,14 +14,16 @@ import hashlib
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kd_plugin.config import ModelSource, StudentConfig, TeacherConfig
+from kd_plugin.sources import ModelError, ResolvedSource, resolve_source, resolve_tokenizer, section_name
 from kd_plugin.students import config_with, freeze, student_from_layers
 from kd_plugin.vocabulary import TokenizerMismatch, check_tokenizers, check_vocabulary
 
@@ -33,40 +35,17 @@ __all__ = [
     "ResolvedSource",
     "TokenizerMismatch",
     "build_student",
+    "check_positions",
     "check_tokenizers",
     "check_vocabulary",
     "load_teacher",
     "load_tokenizer",
+    "progress_bars",
     "resolve_source",
 ]
 
 
 logger = logging.getLogger(__name__)
-
-
-class ModelError(ValueError):
-    """A model or tokenizer cannot be found or loaded as configured."""
-
-
-class ResolvedSource(NamedTuple):
-    """What `from_pretrained` is called with."""
-
-    path_or_id: str
-    """Local directory, or hub id."""
-
-    gguf_file: str | None
-    """Name of the GGUF file inside it."""
-
-
-def resolve_source(config: ModelSource) -> ResolvedSource:
-    """Find the files behind `config.model` without loading or importing anything.
-
-    Raises:
-        ModelError: no such package, directory or GGUF file, or several GGUF files to choose from.
-    """
-    if not config.model:
-        raise ModelError(f"{_section(config)}.model is missing: give a hub id, a directory or package:NAME")
-    return _resolve(config.model, config.gguf_file, f"{_section(config)}.model")
 
 
 def load_tokenizer(config: ModelSource) -> PreTrainedTokenizerBase:
@@ -76,11 +55,8 @@ def load_tokenizer(config: ModelSource) -> PreTrainedTokenizerBase:
         ModelError: not found, or not loadable.
     """
     transformers = _transformers()
-    if config.tokenizer:
-        where = f"{_section(config)}.tokenizer"
-        source = _resolve(config.tokenizer, None, where)
-    else:
-        where, source = f"{_section(config)}.model", resolve_source(config)
+    source = resolve_tokenizer(config)
+    where = f"{section_name(config)}.{'tokenizer' if config.tokenizer else 'model'}"
     load = partial(_load, transformers.AutoTokenizer, config=config, where=where)
     if source.gguf_file and (Path(source.path_or_id) / source.gguf_file).is_file():
         source = _unpacked(source, "tokenizer", partial(load, source))
@@ -121,58 +97,39 @@ def build_student(config: StudentConfig, teacher: PreTrainedModel, *, seed: int)
     return student.train()
 
 
-def _resolve(name: str, gguf_file: str | None, where: str) -> ResolvedSource:
-    if name.startswith("package:"):
-        folder = _package_folder(name.removeprefix("package:"), where)
-    else:
-        folder = Path(name).expanduser()
-        if folder.is_file() and folder.suffix == ".gguf":
-            return ResolvedSource(str(folder.parent), folder.name)
-        if folder.is_file():
-            raise ModelError(f"{where}: {name} is a file; give the directory it lies in")
-        if not folder.is_dir():
-            if name.count("/") > 1 or name.startswith((".", "~", "/")):
-                raise ModelError(
-                    f"{where}: no such directory {name}; give a directory, hub id or package:NAME"
-                )
-            return ResolvedSource(name, gguf_file)
-    if gguf_file:
-        if not (folder / gguf_file).is_file():
-            raise ModelError(f"{where}: no {gguf_file} in {folder}; found: {_names(folder.rglob('*.gguf'))}")
-        return ResolvedSource(str(folder), gguf_file)
-    return _look_inside(folder, where)
+def check_positions(model: PreTrainedModel, seq_len: int, *, role: str) -> None:
+    """Compare `seq_len` with the positions that `model` was made for.
+
+    Raises:
+        ModelError: it has a table with one row per position, which is shorter (GPT-2, OPT). Computed positions
+            (rotary) beyond those trained on are only a warning.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or not 0 < limit < seq_len:
+        return
+    found = f"data.seq_len {seq_len} is beyond the {role}'s {limit} positions"
+    tables = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if any(table.ndim == 2 and ("position" in name or ".wpe." in name) for name, table in tables.items()):
+        raise ModelError(f"{found}, each of which it has learnt: set data.seq_len to {limit} or less")
+    logger.warning("%s: it has seen none of that length, and its predictions there may be poor", found)
 
 
-def _look_inside(folder: Path, where: str) -> ResolvedSource:
-    """A folder that Transformers can read as it is, or the one GGUF file below it."""
-    if any((folder / name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
-        return ResolvedSource(str(folder), None)
-    found = sorted(folder.rglob("*.gguf"))
-    if len(found) > 1:
-        raise ModelError(
-            f"{where}: {len(found)} GGUF files in {folder}: {_names(found)}; choose one with gguf_file"
-        )
-    if not found:
-        raise ModelError(f"{where}: neither a config.json nor a GGUF file in {folder}")
-    return ResolvedSource(str(found[0].parent), found[0].name)
-
-
-def _package_folder(name: str, where: str) -> Path:
-    """Folder of an installed package; a dotted name is a folder in it (nothing may be imported)."""
-    top, *inner = name.split(".")
-    spec = importlib.util.find_spec(top) if top else None
-    if spec is None:
-        raise ModelError(f"{where}: no installed package {top!r}; install it with pip (where '_' may be '-')")
-    if not spec.submodule_search_locations:
-        raise ModelError(f"{where}: {top!r} is a single module, not a package with files in it")
-    folder = Path(next(iter(spec.submodule_search_locations)), *inner)
-    if not folder.is_dir():
-        raise ModelError(f"{where}: package {top!r} has no folder {'/'.join(inner)!r}")
-    return folder
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Transformers' bars for loading and downloading: none in the body unless `shown`."""
+    bars = _transformers().utils.logging
+    if shown or not bars.is_progress_bar_enabled():
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
 
 
 def _load_model(config: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
-    source, where = resolve_source(config), f"{_section(config)}.model"
+    source, where = resolve_source(config), f"{section_name(config)}.model"
     if source.gguf_file and (Path(source.path_or_id) / source.gguf_file).is_file():
         name = f"model-{str(dtype).removeprefix('torch.')}"
         source = _unpacked(source, name, partial(_load_gguf, config, source, dtype))
@@ -187,7 +144,7 @@ def _load_model(config: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
 
 def _load_gguf(config: ModelSource, source: ResolvedSource, dtype: torch.dtype) -> PreTrainedModel:
     """Unpack the weights, and drop what the loader leaves behind (its quantizer): that forbids training."""
-    transformers, where = _transformers(), f"{_section(config)}.model"
+    transformers, where = _transformers(), f"{section_name(config)}.model"
     kwargs = {"dtype": dtype, "quantization_config": transformers.GgufConfig(dequantize=True)}
     model = _load(transformers.AutoModelForCausalLM, source, config, where, **kwargs, **_attention(config))
     model.config.quantization_config = None
@@ -251,7 +208,7 @@ def _load(auto: Any, source: ResolvedSource, config: ModelSource, where: str, **
 
 
 def _load_config(config: ModelSource) -> PreTrainedConfig:
-    return _load(_transformers().AutoConfig, resolve_source(config), config, f"{_section(config)}.model")
+    return _load(_transformers().AutoConfig, resolve_source(config), config, f"{section_name(config)}.model")
 
 
 def _empty(
@@ -269,14 +226,6 @@ def _empty(
 
 def _attention(config: ModelSource) -> dict[str, str]:
     return {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-
-
-def _section(config: ModelSource) -> str:
-    return {TeacherConfig: "teacher", StudentConfig: "student"}.get(type(config), "model")
-
-
-def _names(paths: Any) -> str:
-    return ", ".join(sorted(path.name for path in paths)) or "none"
 
 
 def _transformers() -> Any:

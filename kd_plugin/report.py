@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from kd_plugin.console import duration
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["continuation", "report"]
+__all__ = ["continuation", "diverged", "report"]
 
 _QUALITY = {
     "perplexity": ("held-out perplexity", "{:.2f}"),
@@ -41,18 +42,34 @@ def continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: s
     return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
+def diverged(history: Sequence[Mapping[str, float]], after: Mapping[str, float]) -> str:
+    """One line about a student that predicts nothing any more, else nothing. The same on all ranks."""
+    if math.isfinite(after["hard_loss"]):
+        return ""
+    steps = (f"{values['step']:.0f}" for values in history if not math.isfinite(values["loss"]))
+    return (
+        f"training diverged: the held-out cross-entropy is {after['hard_loss']} (first non-finite loss logged at step "
+        f"{next(steps, '-')}); nothing was exported: lower train.learning_rate, or raise train.warmup_steps"
+    )
+
+
 def report(
     before: Mapping[str, float],
     after: Mapping[str, float],
     *,
+    history: Sequence[Mapping[str, float]],
     seconds: Mapping[str, float],
     memory: Mapping[str, float],
     samples: Mapping[str, str],
     places: Mapping[str, Path],
 ) -> str:
-    """The table as text: quality before and after, wall time, peak memory, continuations, files."""
+    """The table as text: quality before and after, progress, wall time, peak memory, continuations, files.
+
+    `history` holds the numbers of each logged step, in order.
+    """
     lines = ["", f"{'on held-out text':<28}{'before':>12}{'after':>12}{'change':>10}"]
     lines += [_quality_line(name, before, after) for name in _QUALITY if name in before and name in after]
+    lines += ["", *progress] if (progress := _progress(history, before, after)) else []
     total = sum(seconds.values())
     split = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
     lines += ["", f"wall time   {duration(total)}: {split}"]
@@ -72,3 +89,19 @@ def _quality_line(name: str, before: Mapping[str, Any], after: Mapping[str, Any]
     else:
         change = f"{after[name] / before[name] - 1:+.1%}" if before[name] else "-"
     return f"{label:<28}{form.format(before[name]):>12}{form.format(after[name]):>12}{change:>10}"
+
+
+def _progress(
+    history: Sequence[Mapping[str, float]], before: Mapping[str, float], after: Mapping[str, float]
+) -> list[str]:
+    """How far the student has come towards its teacher: one line each for training and held-out text."""
+    lines = []
+    soft = [values["soft_loss"] for values in history if "soft_loss" in values]
+    if fifth := len(soft) // 5:
+        first, last = (sum(part) / fifth for part in (soft[:fifth], soft[-fifth:]))
+        ratio = f"{last / first:.3f}" if first else "-"
+        lines.append(f"soft loss, last fifth / first fifth of the steps: {ratio} ({last:.4f} / {first:.4f})")
+    if before.get("kl_t1") and "kl_t1" in after:
+        change = f"{1 - after['kl_t1'] / before['kl_t1']:.1%}"
+        lines.append(f"KL(teacher||student) reduced by {change} ({before['kl_t1']:.4f} -> {after['kl_t1']:.4f} nats)")
+    return lines

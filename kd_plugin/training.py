@@ -11,20 +11,21 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-
-from pydantic import BaseModel
 
 from kd_plugin import checkpoint
 from kd_plugin.config import RunConfig
 from kd_plugin.config_file import to_yaml
 from kd_plugin.console import run_log
 from kd_plugin.data import Document, PackedDataset, TrainBatches, eval_batches, load_documents
+from kd_plugin.early import SetupError, early_problems, idle_settings
 from kd_plugin.engine import (
     DTYPES,
     Engine,
@@ -36,9 +37,17 @@ from kd_plugin.engine import (
 )
 from kd_plugin.export import export_student
 from kd_plugin.loop import Session, evaluate, run_steps
-from kd_plugin.models import build_student, check_tokenizers, check_vocabulary, load_teacher, load_tokenizer
+from kd_plugin.models import (
+    build_student,
+    check_positions,
+    check_tokenizers,
+    check_vocabulary,
+    load_teacher,
+    load_tokenizer,
+    progress_bars,
+)
 from kd_plugin.plugin import attach
-from kd_plugin.report import continuation, report
+from kd_plugin.report import continuation, diverged, report
 from kd_plugin.tensorboard import make_writer
 
 if TYPE_CHECKING:
@@ -50,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainError(ValueError):
-    """The run cannot start as configured."""
+    """The run cannot go on as configured, or came to nothing."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +96,27 @@ def train(config: RunConfig) -> TrainResult:
     """
     place = start_process_group(config.train.process_group_timeout_s)
     try:
-        with run_log(place.rank):
-            return _train(config, place)
+        with run_log(place.rank), progress_bars(place.rank == 0 and sys.stderr.isatty()):
+            mode = parallel_mode(config, place.world_size)
+            with _backend(mode):
+                return _train(config, place, mode)
     finally:
         place.close()
 
 
-def _train(config: RunConfig, place: Placement) -> TrainResult:
-    mode = parallel_mode(config, place.world_size)
+def _backend(mode: str) -> AbstractContextManager[None]:
+    """What the backend needs set in this process for as long as the run lasts."""
+    if mode != "deepspeed":
+        return nullcontext()
+    from kd_plugin.engine_deepspeed import deepspeed_settings
+
+    return deepspeed_settings()
+
+
+def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
     accumulation = accumulation_steps(config.train, seq_len=config.data.seq_len, world_size=place.world_size)
+    if problems := early_problems(config, mode=mode, world_size=place.world_size, accumulation=accumulation):
+        raise SetupError("\n".join(problems))
     _announce(config, place, mode, accumulation)
     start_from = _resume_from(config)
     start = time.perf_counter()
@@ -119,9 +140,9 @@ def _load(config: RunConfig, place: Placement) -> _Material:
     documents = load_documents(config.data, tokenizer)
     teacher = load_teacher(config.teacher)
     student = build_student(config.student, teacher, seed=config.train.seed)
-    check_vocabulary(teacher, tokenizer, role="teacher")
-    check_vocabulary(student, tokenizer, role="student")
     for name, model in (("teacher", teacher), ("student", student)):
+        check_vocabulary(model, tokenizer, role=name)
+        check_positions(model, config.data.seq_len, role=name)
         logger.info("%s: %s, %.1fM parameters", name, type(model).__name__, model.num_parameters() / 1e6)
     seed_everything(config.train.seed + place.rank)  # dropout differs by rank, weights are there already
     return _Material(tokenizer, documents, teacher, student)
@@ -152,7 +173,7 @@ def _session(
     for note in engine.applied_notes:
         logger.info("%s", note)
     ranks = {"rank": place.rank, "world_size": place.world_size, "micro_batch_size": train.micro_batch_size}
-    num_sequences = train.eval_batches * train.micro_batch_size * place.world_size
+    num_sequences = train.eval_sequences or len(held_out)
     batches = TrainBatches(dataset, gradient_accumulation_steps=accumulation, seed=train.seed, **ranks)
     logger.info("%d steps read the training text %.2f times", train.max_steps, batches.epochs(train.max_steps))
     folder = Path(config.log.output_dir)
@@ -186,34 +207,17 @@ def _engine(config: RunConfig, place: Placement, mode: str, accumulation: int, m
 
 def _announce(config: RunConfig, place: Placement, mode: str, accumulation: int) -> None:
     """Say what was derived, and warn of every setting that does nothing in this run."""
-    train, log = config.train, config.log
+    train = config.train
     tokens = train.micro_batch_size * accumulation * place.world_size * config.data.seq_len
     logger.info(
         "%s on %d x %s, %s; %d tokens per step = %d sequences x %d accumulation x %d ranks x %d tokens",
         *(mode, place.world_size, place.device.type, config.student.dtype, tokens),
         *(train.micro_batch_size, accumulation, place.world_size, config.data.seq_len),
     )
-    idle = {
-        "deepspeed": config.deepspeed is not None and mode != "deepspeed" and f"train.parallel is {mode}",
-        "train.keep_checkpoints": _changed(train, "keep_checkpoints")
-        and not train.save_every
-        and "train.save_every is 0",
-        "train.min_lr_ratio": train.min_lr_ratio > 0 and train.schedule == "constant" and "the schedule is constant",
-        "log.sample_tokens": _changed(log, "sample_tokens")
-        and not log.sample_prompt
-        and "log.sample_prompt is not set",
-        "teacher": not config.distill.soft_weight and "distill.soft_weight is 0",
-    }
-    for name, reason in idle.items():
-        if reason:
-            logger.warning("%s has no effect: %s", name, reason)
+    for line in idle_settings(config, mode):
+        logger.warning("%s", line)
     if train.warmup_steps > train.max_steps:
         logger.warning("train.warmup_steps %d: the peak rate is never reached", train.warmup_steps)
-
-
-def _changed(section: BaseModel, name: str) -> bool:
-    """Whether a value differs from its default; a saved config.yaml spells the defaults out too."""
-    return getattr(section, name) != type(section).model_fields[name].default
 
 
 def _resume_from(config: RunConfig) -> Path | None:
@@ -249,14 +253,15 @@ def _finish(
 ) -> TrainResult:
     config = session.config
     folder = Path(config.log.output_dir)
-    export = folder / "export" if config.train.export else None
+    failure = diverged(session.history, after)
+    export = folder / "export" if config.train.export and not failure else None
     with session.timed("export"):
         if export:
             dtype = DTYPES[config.student.dtype]
             fresh = partial(_plain_student, build, material)
             export_student(session.engine, fresh, material.tokenizer, export, dtype=dtype)
     with session.timed("samples"):
-        samples = _samples(session, material)
+        samples = {} if failure else _samples(session, material)
     if session.place.rank == 0:
         places = {"config": folder / "config.yaml"}
         if config.log.tensorboard:
@@ -265,8 +270,10 @@ def _finish(
             places["export"] = export
         summary = {"before": before, "after": after, "seconds": session.seconds, "memory": session.memory}
         (folder / "summary.json").write_text(json.dumps({"step": step, **summary, "samples": samples}, indent=1))
-        text = report(**summary, samples=samples, places=places)
+        text = report(**summary, history=session.history, samples=samples, places=places)
         logger.info("%s", text)
+    if failure:
+        raise TrainError(failure)
     return TrainResult(step, session.history, before, after, folder, export)
 
 

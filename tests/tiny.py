@@ -62,7 +62,7 @@ def run_config(folder: Path, name: str = "run", **sections: Any) -> RunConfig:
             "micro_batch_size": 2,
             "learning_rate": 5e-3,
             "warmup_steps": 2,
-            "eval_batches": 2,
+            "eval_sequences": 4,
             "process_group_timeout_s": 60,
         },
         "log": {"output_dir": str(folder / name), "tensorboard": False},

@@ -1,0 +1,136 @@
+"""Faults that need nothing loaded, and settings without effect."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd_plugin.config import RunConfig
+from kd_plugin.early import early_problems, idle_settings
+
+
+def config(tmp_path: Path, **sections: Any) -> RunConfig:
+    """A run whose files exist, with `sections` merged over it."""
+    (tmp_path / "teacher").mkdir(exist_ok=True)
+    (tmp_path / "teacher" / "config.json").write_text("{}")
+    values: dict[str, Any] = {
+        "teacher": {"model": str(tmp_path / "teacher")},
+        "student": {"from_teacher": {"layers": 2}},
+        "log": {"output_dir": str(tmp_path / "runs" / "x")},
+    }
+    for name, update in sections.items():
+        values[name] = {**values.get(name, {}), **update}
+    return RunConfig.model_validate(values)
+
+
+def test_a_good_run_has_no_problem_and_no_idle_setting(tmp_path: Path) -> None:
+    good = config(tmp_path)
+    saved = RunConfig.model_validate(good.model_dump())  # every default spelt out
+    assert early_problems(good) == [] and idle_settings(saved, "single") == []
+    assert not (tmp_path / "runs").exists(), "asking makes nothing"
+
+
+def test_all_faults_come_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    bad = config(
+        tmp_path,
+        teacher={"model": "package:no_such_package", "tokenizer": "./nowhere"},
+        student={"from_teacher": None, "model": "/no/such/model"},
+        data={"train": "missing.txt", "eval": "absent.jsonl", "split": "test"},
+        log={"output_dir": str(tmp_path / "file" / "run")},
+        train={"parallel": "deepspeed"},
+        deepspeed={"zero_optimisation": {}, "gradient_clipping": 7.0},
+    )
+    problems = early_problems(bad)
+    for part in (
+        "teacher.model: no installed package 'no_such_package'",
+        "teacher.tokenizer: no such directory ./nowhere",
+        "student.model: no such directory /no/such/model",
+        "data.train: no such file or directory: missing.txt",
+        "data.eval: no such file or directory: absent.jsonl",
+        "data.split is 'test', but 'missing.txt' is no dataset name",
+        f"log.output_dir: {tmp_path / 'file' / 'run'} cannot be made, {tmp_path / 'file'} is a file",
+        "deepspeed.zero_optimisation is no key that DeepSpeed reads, did you mean 'zero_optimization'?",
+        "deepspeed.gradient_clipping is 7.0 but train.max_grad_norm makes it 1.0; change",
+    ):
+        assert sum(part in line for line in problems) == 1, part
+    assert len(problems) == 9 and not any("\n" in line for line in problems)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    (line,) = early_problems(config(tmp_path, log={"output_dir": str(locked / "run")}))
+    assert "no permission" in line
+
+
+def test_a_block_for_another_layout_is_no_problem_but_idle(tmp_path: Path) -> None:
+    other = config(tmp_path, deepspeed={"gradient_clipping": 7.0})
+    assert early_problems(other, mode="fsdp", world_size=2, accumulation=1) == []
+    assert idle_settings(other, "fsdp") == ["deepspeed has no effect: train.parallel is fsdp"]
+    assert len(early_problems(other, mode="deepspeed", world_size=2, accumulation=1)) == 1
+    assert len(early_problems(other)) == 1, "launch/train_deepspeed.py would read it"
+
+
+def test_deepspeed_that_is_not_installed_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (line,) = early_problems(config(tmp_path, train={"parallel": "deepspeed"}))
+    assert "pip install --no-build-isolation" in line
+
+
+def test_no_torch_is_imported(tmp_path: Path) -> None:
+    code = "import sys, kd_plugin.early; print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+TERMS = [{"name": "forward_kl"}, {"name": "jsd", "beta": 0.3}]
+
+
+@pytest.mark.parametrize(
+    ("sections", "names"),
+    [
+        ({"data": {"text_column": "body"}}, ["data.text_column"]),
+        ({"data": {"train": "a.txt", "text_column": "body"}}, ["data.text_column"]),
+        ({"data": {"train": "a.jsonl", "text_column": "body"}}, []),
+        ({"data": {"train": "a.txt", "eval": "b.jsonl", "text_column": "body"}}, []),
+        ({"data": {"eval": "b.txt", "eval_fraction": 0.2}}, ["data.eval_fraction"]),
+        ({"data": {"train": "hub/name", "eval_split": "test", "eval_fraction": 0.2}}, ["data.eval_fraction"]),
+        ({"teacher": {"model": "package:x", "revision": "v1"}}, ["teacher.revision"]),
+        ({"teacher": {"model": "some/model", "revision": "v1"}}, []),
+        (
+            {"student": {"revision": "v1", "gguf_file": "x", "trust_remote_code": True, "allow_pickle": True}},
+            ["student.gguf_file", "student.allow_pickle", "student.revision", "student.trust_remote_code"],
+        ),
+        ({"student": {"revision": "v1", "tokenizer": "some/tokenizer"}}, []),
+        ({"student": {"from_teacher": None, "from_config": {"x": 1}, "trust_remote_code": True}}, []),
+        ({"distill": {"chunk_size": 64, "loss_memory_mb": 9}}, ["distill.loss_memory_mb"]),
+        ({"distill": {"loss_memory_mb": 9}}, []),
+        ({"distill": {"beta": 0.3}}, ["distill.beta"]),
+        ({"distill": {"alpha": 0.3, "divergence": "jsd"}}, ["distill.alpha"]),
+        ({"distill": {"beta": 0.3, "divergence": "jsd"}}, []),
+        ({"distill": {"alpha": 0.3, "divergence": "skew_kl"}}, []),
+        ({"distill": {"beta": 0.4, "terms": TERMS}}, ["distill.beta"]),
+        ({"distill": {"beta": 0.4, "terms": [*TERMS, {"name": "jsd"}]}}, []),
+        ({"distill": {"terms": [{"name": "tvd", "alpha": 0.3}]}}, ["distill.terms.0.alpha"]),
+        ({"distill": {"temperature": 2.0, "terms": [{"name": "tvd", "temperature": 3.0}]}}, ["distill.temperature"]),
+        ({"distill": {"temperature": 2.0, "soft_weight": 0.0}}, ["distill.temperature"]),
+        ({"distill": {"temperature_power": 1.0}}, ["distill.temperature_power"]),
+        ({"distill": {"temperature_power": 1.0, "temperature": 2.0}}, []),
+        ({"train": {"keep_checkpoints": 3}}, ["train.keep_checkpoints"]),
+        ({"train": {"schedule": "constant", "min_lr_ratio": 0.5}}, ["train.min_lr_ratio"]),
+        ({"log": {"sample_tokens": 3}}, ["log.sample_tokens"]),
+        ({"distill": {"exchange": "stats"}, "train": {"parallel": "single"}}, ["distill.exchange"]),
+    ],
+)
+def test_a_setting_without_effect_is_named(tmp_path: Path, sections: dict[str, Any], names: list[str]) -> None:
+    found = idle_settings(config(tmp_path, **sections))
+    assert [line.split()[0] for line in found] == names
+    assert all(" has no effect: " in line for line in found)
