@@ -8,6 +8,7 @@ Notable decisions:
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -104,6 +105,43 @@ def train(
     """
     with one_line_errors(verbose, exit_code=2):
         run_training(load_config(config, overrides or ()))
+
+
+@app.command(
+    context_settings=_OVERRIDES,
+    epilog=_examples(
+        "kd-plugin estimate configs/smollm2_135m_to_8l_fsdp2.yaml --world-size 2",
+        "kd-plugin estimate my.yaml train.micro_batch_size=4 --world-size 64 --gpu-memory-gib 80",
+    ),
+)
+def estimate(
+    config: _Config,
+    overrides: _Overrides = None,
+    world_size: Annotated[int, typer.Option(help="Ranks of the run.")] = 1,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Valid tokens per rank and micro-batch, if not all of them.", show_default=False),
+    ] = None,
+    gpu_memory_gib: Annotated[
+        float | None, typer.Option(help="Memory of one GPU, to say what fits.", show_default=False)
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="For a run on CPUs.")] = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Estimate memory and traffic of a run, and say what to choose; no weights are loaded.
+
+    Exit code 2 if the run could not be started as configured.
+    """
+    with one_line_errors(verbose, exit_code=2):
+        run_config = load_config(config, overrides or ())
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else an installed DeepSpeed says that it found no GPU
+        from kd_plugin.estimate import estimate as account
+        from kd_plugin.estimate.report import show
+
+        device = "cpu" if cpu else "cuda"
+        show(
+            account(run_config, world_size=world_size, rows=rows, gpu_memory_gib=gpu_memory_gib, device=device)
+        )
 
 
 @app.command(

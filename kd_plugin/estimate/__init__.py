@@ -1,0 +1,110 @@
+"""What a run will need, from its configuration alone: memory of a rank, bytes on the wire, and what to choose.
+
+No weights are read and no process group is started, so a laptop can ask for a thousand GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kd_plugin.config import RunConfig
+from kd_plugin.estimate.memory import Memory, memory
+from kd_plugin.estimate.meta import load_sizes
+from kd_plugin.estimate.setup import EstimateError, Line, Setup, make_setup
+from kd_plugin.estimate.wire import Volume, exchanges, parameters, recommended, settled
+
+__all__ = ["Choice", "Estimate", "EstimateError", "estimate"]
+
+GIB = 2**30
+_USABLE = 0.9  # of a GPU's memory; the rest is left to the CUDA context, NCCL and fragmentation
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to spread the models, with the exchange that suits it."""
+
+    mode: str
+    teacher_sharded: bool
+    exchange: str
+    peak_bytes: float
+    step_bytes: float
+    """Received per rank and optimizer step."""
+    fits: bool | None
+    """None where the memory of a GPU was not given."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The account of one configuration."""
+
+    setup: Setup
+    memory: Memory
+    exchanges: dict[str, Volume]
+    """Per micro-batch, under the configured sharding."""
+    exchange: str
+    """The recommended one of them."""
+    parameters: tuple[Line, ...]
+    """Other traffic per optimizer step."""
+    choices: tuple[Choice, ...]
+    """Ways to spread the models, least traffic first."""
+    gpu_memory_gib: float | None
+
+    @property
+    def chosen(self) -> Choice | None:
+        """The first choice that fits; None where none does, or nothing is known of the GPU."""
+        return next((choice for choice in self.choices if choice.fits), None)
+
+
+def estimate(
+    config: RunConfig,
+    *,
+    world_size: int = 1,
+    rows: int | None = None,
+    gpu_memory_gib: float | None = None,
+    device: str = "cuda",
+) -> Estimate:
+    """Estimate one run of `config`.
+
+    Args:
+        config: as for training; both models are built without weights.
+        world_size: ranks.
+        rows: rows in the loss per rank and micro-batch; default: all its tokens.
+        gpu_memory_gib: memory of one GPU, to say what fits.
+        device: `cuda` or `cpu`; a CPU holds half-precision heads in fp32 as well.
+
+    Raises:
+        ValueError: a model that cannot be made as configured, or ranks and rows that do not fit the settings.
+    """
+    if gpu_memory_gib is not None and gpu_memory_gib <= 0:
+        raise EstimateError(f"--gpu-memory-gib is {gpu_memory_gib:g}: give the memory of one GPU, above 0")
+    setup = make_setup(config, load_sizes(config), world_size=world_size, rows=rows, device=device)
+    setup = replace(setup, exchange=settled(setup))
+    return Estimate(
+        setup=setup,
+        memory=memory(setup),
+        exchanges=exchanges(setup),
+        exchange=recommended(setup),
+        parameters=parameters(setup),
+        choices=_choices(setup, gpu_memory_gib),
+        gpu_memory_gib=gpu_memory_gib,
+    )
+
+
+def _choices(setup: Setup, gpu_memory_gib: float | None) -> tuple[Choice, ...]:
+    if setup.world_size == 1:
+        modes = [setup.mode]
+    else:
+        modes = ["zero1", "zero2", "zero3"] if setup.is_zero else ["ddp", "fsdp"]
+    sharded = (False, True) if setup.world_size > 1 and setup.teacher is not None else (False,)
+    found = [_choice(setup, mode, cut, gpu_memory_gib) for mode in modes for cut in sharded]
+    return tuple(sorted(found, key=lambda choice: (choice.step_bytes, choice.peak_bytes)))
+
+
+def _choice(setup: Setup, mode: str, teacher_sharded: bool, gpu_memory_gib: float | None) -> Choice:
+    spread = setup.spread(mode=mode, teacher_sharded=teacher_sharded)
+    spread = spread.spread(mode=mode, teacher_sharded=teacher_sharded, exchange=recommended(spread))
+    step = setup.accumulation * exchanges(spread)[spread.exchange].num_bytes
+    step += sum(line.num_bytes for line in parameters(spread))
+    peak = memory(spread).peak_bytes
+    fits = None if gpu_memory_gib is None else peak <= _USABLE * gpu_memory_gib * GIB
+    return Choice(mode, teacher_sharded, spread.exchange, peak, step, fits)

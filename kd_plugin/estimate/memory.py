@@ -1,0 +1,274 @@
+"""Bytes on the fullest rank: what stays from step to step, and what each phase of a step adds.
+
+Notable decisions:
+- the peak is what stays plus the worst phase; phases follow one another, so they are never added;
+- FSDP2 cuts dimension 0, so rank 0 has ceil(rows / W) rows: with many ranks and small matrices that is more
+  than 1 / W. ZeRO cuts flat ranges, and leaves parameters below its threshold whole;
+- buffers that a library takes and no formula here covers (NCCL, cuBLAS, fragmentation, the CUDA context) are
+  left out and said to be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kd_plugin.estimate.meta import ModelSizes, Weight
+from kd_plugin.estimate.setup import Line, Setup
+from kd_plugin.row_kernels import block_rows
+
+_FLOAT = 4
+_CPU_BLOCK_BYTES = 8 * 2**20  # both models' logits of the rows that `row_kernels` passes at once on a CPU
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of the fullest rank."""
+
+    lasting: tuple[Line, ...]
+    phases: dict[str, tuple[Line, ...]]
+
+    @property
+    def lasting_bytes(self) -> float:
+        """Held from step to step."""
+        return _total(self.lasting)
+
+    @property
+    def worst_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: _total(self.phases[name]))
+
+    @property
+    def peak_bytes(self) -> float:
+        """What stays, and the worst phase."""
+        return self.lasting_bytes + _total(self.phases[self.worst_phase])
+
+    def phase_bytes(self, name: str) -> float:
+        """What phase `name` adds."""
+        return _total(self.phases[name])
+
+
+def memory(setup: Setup) -> Memory:
+    """The whole account of one rank."""
+    held = [*_activations(setup), *_kept_gathered(setup)]
+    phases: dict[str, tuple[Line, ...]] = {}
+    if setup.teacher is not None:
+        phases["teacher forward"] = (*held, *_teacher_forward(setup, setup.teacher))
+    phases["loss"] = (*held, *heads(setup), *loss(setup))
+    if setup.student.head_trainable:
+        phases["head's gradient reduced"] = (*held, *_head_gradient(setup))
+    phases["layers' backward"] = (*held, *_layers_backward(setup))
+    if setup.is_zero:
+        phases["optimizer step"] = _zero_step(setup)
+    return Memory((*_student_states(setup), *_teacher_states(setup)), phases)
+
+
+def heads(setup: Setup) -> tuple[Line, ...]:
+    """Head weights that exist only while the loss runs, beyond the shards that stay."""
+    student, teacher, lines = setup.student, setup.teacher, []
+    item, whole = setup.student_item, setup.mode in ("zero0", "zero1", "zero2")
+    in_rows = setup.exchange == "stats" and setup.student_head_in_rows and setup.world_size > 1
+    if in_rows and item != _FLOAT:
+        size = setup.shard_rows * student.width * item
+        lines.append(Line("student head, own rows", size, f"{setup.shard_rows} x {student.width} x {item} B"))
+    elif not (in_rows or whole):
+        lines.append(_whole_head(setup, "student", student, item, "V", gathered=setup.gathers_student))
+    if teacher is not None and setup.teacher_sharded and setup.exchange == "weight":
+        lines.append(_whole_head(setup, "teacher", teacher, setup.teacher_item, "V'", gathered=True))
+    return (*lines, *_upcast_heads(setup, in_rows))
+
+
+def _whole_head(setup: Setup, side: str, model: ModelSizes, item: int, vocab: str, *, gathered: bool) -> Line:
+    """FSDP2 keeps the buffer of its last gather in a forward pass, beside the copy that the module reads."""
+    copies = 2 if gathered and not setup.is_zero else 1
+    width = "D" if side == "student" else "E"
+    how = f"{vocab} {model.vocab_size} x {width} {model.width} x {item} B"
+    how = f"2 x {how}: as gathered, and as read" if copies == 2 else how
+    return Line(f"{side} head, whole", copies * model.head_numel * item, how)
+
+
+def _upcast_heads(setup: Setup, in_rows: bool) -> list[Line]:
+    """The CPU has no product of halves with an fp32 result, so its operands are made wide."""
+    if setup.device == "cuda" or setup.distill.logits_dtype == "input":
+        return []
+    lines, cut = [], setup.exchange != "weight" and setup.world_size > 1
+    if setup.student_item < _FLOAT:
+        rows = setup.shard_rows if in_rows or setup.exchange == "stats" else setup.shared_vocab
+        how = f"{rows} x {setup.student.width} x 4 B, CPU only"
+        lines.append(Line("student head in fp32", rows * setup.student.width * _FLOAT, how))
+    if setup.teacher is not None and setup.teacher_item < _FLOAT:
+        rows = setup.shard_rows if cut else setup.shared_vocab
+        how = f"{rows} x {setup.teacher.width} x 4 B, CPU only"
+        lines.append(Line("teacher head in fp32", rows * setup.teacher.width * _FLOAT, how))
+    return lines
+
+
+def loss(setup: Setup) -> tuple[Line, ...]:
+    """What the loss allocates above its inputs (hidden states and heads)."""
+    student, teacher, chunk, ranks = setup.student, setup.teacher, setup.chunk, setup.world_size
+    by_rows = setup.exchange == "stats" and ranks > 1
+    sides = 1 if teacher is None else 2
+    rows, columns = (ranks * chunk, setup.shard_rows) if by_rows else (max(chunk, 2), setup.shared_vocab)
+    how = f"{sides} x 4 B x {rows} rows x {columns} token ids"
+    how += f" (W {ranks} x C {chunk} rows, V / W ids)" if by_rows else f" (C {chunk}, V {columns})"
+    lines = [Line("chunk buffers", sides * _FLOAT * rows * columns, how)]
+    if setup.device == "cpu" and setup.distill.row_kernel in ("auto", "compile"):
+        block = rows if by_rows else min(rows, block_rows(columns, "cpu"))
+        lines.append(Line("row kernel", 3 * _FLOAT * block * columns, f"3 x 4 B x {block} rows x {columns}, compiled"))
+    if setup.exchange == "logits" and ranks > 1 and teacher is not None:
+        size = 3 * _FLOAT * chunk * setup.shared_vocab
+        lines.append(Line("teacher logits under way", size, "3 x 4 C V: one chunk arrived, one sent, one arriving"))
+    if by_rows:
+        lines += _gathered(setup)
+    item = setup.student_item
+    lines.append(Line("dX", setup.rows * student.width * item, f"n {setup.rows} x D {student.width} x {item} B"))
+    if student.head_trainable:
+        own = -(-student.vocab_size // ranks) if setup.student_head_in_rows else setup.shard_rows
+        kept = own if by_rows else student.vocab_size
+        size = kept * student.width * _FLOAT
+        lines.append(Line("dW", size, f"{kept} rows x D {student.width} x 4 B"))
+    return tuple(lines)
+
+
+def _gathered(setup: Setup) -> list[Line]:
+    """Hidden states of all ranks, and the gradient that goes back to them."""
+    rows, width, item = setup.world_size * setup.chunk, setup.student.width, setup.student_item
+    wide = 0 if setup.teacher is None else setup.teacher.width * setup.teacher_item
+    upcast = max(_FLOAT - item, 0) and item
+    size = rows * (width * (item + _FLOAT + upcast) + wide)
+    return [Line("all ranks' hidden states", size, f"{rows} rows: both models' states, and the partial dX in fp32")]
+
+
+def shard_numel(setup: Setup, weight: Weight) -> int:
+    """Elements of `weight` on the fullest rank."""
+    ranks = setup.world_size
+    if setup.mode == "fsdp":
+        return -(-weight.rows // ranks) * weight.columns
+    if setup.mode == "zero3":
+        return weight.numel if weight.numel <= setup.persistence else -(-weight.numel // ranks)
+    return weight.numel
+
+
+def _student_states(setup: Setup) -> list[Line]:
+    every = [weight for unit in setup.student.units for weight in unit.weights]
+    trained = [weight for weight in every if weight.trainable]
+    kept = sum(shard_numel(setup, weight) for weight in every)
+    if not setup.is_zero:
+        learnt = sum(shard_numel(setup, weight) for weight in trained)
+        cut = f"ceil(rows / {setup.world_size}) of each" if setup.mode == "fsdp" else "whole"
+        return [
+            Line("student parameters", _FLOAT * kept, f"{kept:,} x 4 B (fp32 masters), {cut}"),
+            Line("student gradients", _FLOAT * learnt, f"{learnt:,} x 4 B, reduced in fp32"),
+            Line("AdamW", 2 * _FLOAT * learnt, f"{learnt:,} x 8 B (two moments)"),
+        ]
+    stage, item, ranks = int(setup.mode[-1]), setup.student_item, setup.world_size
+    whole = sum(weight.numel for weight in trained)
+    part = -(-whole // ranks) if stage else whole
+    gradients = part if stage >= 2 else whole
+    masters = part if stage or item < _FLOAT else 0
+    masters_how = f"{masters:,} x 4 B" + (f", 1 / {ranks}" if stage else "")
+    return [
+        Line("student parameters", item * kept, f"{kept:,} x {item} B, {_zero_cut(setup)}"),
+        Line("student gradients", item * gradients, f"{gradients:,} x {item} B" + (" (1 / W)" if stage >= 2 else "")),
+        *([Line("fp32 masters", _FLOAT * masters, masters_how)] if masters else []),
+        Line("AdamW", 2 * _FLOAT * part, f"{part:,} x 8 B" + (f", 1 / {ranks}" if stage else "")),
+        Line(
+            "ZeRO's gradient bucket", item * min(setup.reduce_bucket, whole), f"reduce_bucket_size x {item} B at most"
+        ),
+    ]
+
+
+def _zero_cut(setup: Setup) -> str:
+    if setup.mode != "zero3":
+        return "whole"
+    return f"1 / {setup.world_size}, parameters up to {setup.persistence:,} elements whole"
+
+
+def _teacher_states(setup: Setup) -> list[Line]:
+    teacher, item, ranks = setup.teacher, setup.teacher_item, setup.world_size
+    if teacher is None:
+        return []
+    if not setup.teacher_sharded:
+        return [Line("teacher", item * teacher.numel, f"{teacher.numel:,} x {item} B, whole on each rank")]
+    weights = [weight for unit in teacher.units for weight in unit.weights]
+    kept = sum(shard_numel(setup.spread(mode=_teacher_mode(setup), teacher_sharded=True), w) for w in weights)
+    lines = [Line("teacher", item * kept, f"{kept:,} x {item} B, cut over {ranks} ranks")]
+    if setup.exchange != "weight":
+        size = setup.shard_rows * teacher.width * item
+        lines.append(Line("teacher head, own rows", size, f"{setup.shard_rows} x E {teacher.width} x {item} B, a copy"))
+    return lines
+
+
+def _teacher_mode(setup: Setup) -> str:
+    return "zero3" if setup.is_zero else "fsdp"
+
+
+def _activations(setup: Setup) -> list[Line]:
+    found = setup.student.activations
+    if found is None:
+        return []
+    layers = len(found.layers)
+    if not setup.config.train.activation_checkpointing:
+        how = f"{layers} layers x {max(found.layers) / 2**20:,.1f} MiB + {found.outside / 2**20:,.1f} MiB, counted"
+        return [Line("student activations", found.outside + sum(found.layers), how)]
+    how = f"{layers} layer inputs x {found.boundary / 2**20:,.1f} MiB + {found.outside / 2**20:,.1f} MiB, counted"
+    return [Line("student activations", found.outside + layers * found.boundary, how)]
+
+
+def _kept_gathered(setup: Setup) -> list[Line]:
+    """ZeRO-3 frees nothing that it will need again soon, which for a small student is everything."""
+    if setup.mode != "zero3" or setup.world_size == 1:
+        return []
+    student, item = setup.student, setup.student_item
+    size = max(0, min(student.numel, setup.max_live) - student.head_numel)
+    return [Line("student kept gathered", size * item, f"{size:,} x {item} B (stage3_max_live_parameters at most)")]
+
+
+def _working_copy(model: ModelSizes, item: int) -> Line:
+    """Gathered parameters: this layer, and the next while it arrives."""
+    size = 2 * model.largest_layer
+    return Line("gathered parameters", size * item, f"2 x {model.largest_layer:,} x {item} B: this layer and the next")
+
+
+def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
+    lines = []
+    if setup.teacher_sharded:
+        lines.append(_working_copy(teacher, setup.teacher_item))
+    if teacher.activations is not None:
+        size = max(teacher.activations.layers)
+        lines.append(Line("teacher, one layer's tensors", size, "what a layer would keep for backward; nothing stays"))
+    return lines
+
+
+def _head_gradient(setup: Setup) -> list[Line]:
+    student, item, ranks = setup.student, setup.student_item, setup.world_size
+    if setup.mode in ("single", "ddp", "fsdp"):
+        if setup.exchange == "stats" and setup.student_head_in_rows:
+            size = -(-student.vocab_size // ranks) * student.width * _FLOAT
+            return [Line("dW, scaled", 2 * size, "the accumulated rows and their scaled copy, fp32")]
+        size = student.head_numel * (item + _FLOAT) + student.head_numel * _FLOAT / ranks
+        return [Line("dW on its way", size, f"V D x ({item} B gradient + 4 B to be reduced + 4 B / W)")]
+    size = student.head_numel * (item + _FLOAT)
+    return [Line("dW, scaled", size, f"V D x (4 B accumulated + {item} B handed to ZeRO)")]
+
+
+def _layers_backward(setup: Setup) -> list[Line]:
+    student, item, lines = setup.student, setup.student_item, []
+    if setup.mode in ("single", "ddp", "fsdp"):
+        lines.append(_working_copy(student, item))
+    reduced = 0 if setup.is_zero else _FLOAT
+    size = student.largest_layer * (item + reduced)
+    lines.append(Line("one layer's gradients", size, f"{student.largest_layer:,} x ({item} B + {reduced} B reduced)"))
+    if setup.config.train.activation_checkpointing and student.activations is not None:
+        size = max(student.activations.layers)
+        lines.append(Line("recomputed layer", size, "one layer's activations at a time"))
+    return lines
+
+
+def _zero_step(setup: Setup) -> tuple[Line, ...]:
+    trained = setup.student.trainable
+    part = -(-trained // setup.world_size) if setup.mode != "zero0" else trained
+    return (Line("gradients in fp32", _FLOAT * part, f"{part:,} x 4 B while AdamW runs"),)
+
+
+def _total(lines: tuple[Line, ...]) -> float:
+    return sum(line.num_bytes for line in lines)

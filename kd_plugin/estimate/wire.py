@@ -1,0 +1,163 @@
+"""Bytes that one rank receives, by what causes them.
+
+All of it counts what a ring moves: f = (W - 1) / W of the whole for a gather or a reduce-scatter, twice that
+for an all-reduce. What stays within a node and what crosses between nodes is not told apart.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kd_plugin.estimate.setup import Line, Setup
+from kd_plugin.exchange import logits_bytes, stats_bytes, weight_bytes
+
+_FLOAT = 4
+
+
+class Volume(NamedTuple):
+    """Bytes received per rank and micro-batch for the two heads."""
+
+    num_bytes: float
+    how: str
+
+
+def exchanges(setup: Setup) -> dict[str, Volume]:
+    """Every exchange that this objective allows -> its bytes per micro-batch, as this wrapper does it."""
+    by_rank = "uld" in (setup.distill.divergence, *(term.name for term in setup.distill.terms or ()))
+    found = {"weight": _weight(setup)}
+    if setup.world_size > 1 and not by_rank:
+        if setup.teacher is not None:
+            found["logits"] = _logits(setup)
+        found["stats"] = _stats(setup)
+    return found
+
+
+def recommended(setup: Setup) -> str:
+    """The exchange with the fewest bytes; `weight`, the simplest, where they are equal."""
+    volumes = exchanges(setup)
+    return min(volumes, key=lambda name: volumes[name].num_bytes)
+
+
+def settled(setup: Setup) -> str:
+    """The exchange that the run will take: as configured, or by the plugin's own rule for `auto`."""
+    configured, student, teacher = setup.distill.exchange, setup.student, setup.teacher
+    if setup.world_size == 1:
+        return "weight"
+    if configured != "auto":
+        return configured
+    if not setup.student_head_in_rows or teacher is None or len(exchanges(setup)) == 1:
+        return "weight"
+    sizes = (student.vocab_size, student.width, teacher.width, setup.student_item)
+    volumes = {
+        "weight": weight_bytes(setup.world_size, *sizes),
+        "logits": logits_bytes(setup.world_size, setup.tokens, *sizes),
+        "stats": stats_bytes(setup.world_size, setup.tokens, *sizes[1:]),
+    }
+    return min(volumes, key=lambda name: volumes[name])
+
+
+def _student_head(setup: Setup) -> tuple[float, str]:
+    """Gathering the student's head and reducing its gradient, where that happens per micro-batch."""
+    if not setup.gathers_student:
+        return 0.0, f"student's head is whole under {setup.mode}"
+    student, item, ranks = setup.student, setup.student_item, setup.world_size
+    reduced = item if setup.is_zero else _FLOAT
+    both = weight_bytes(ranks, student.vocab_size, student.width, 0, item)
+    extra = (ranks - 1) / ranks * student.head_numel * (reduced - item)
+    if not student.head_trainable:
+        return both / 2, f"f V D x {item}"
+    return both + extra, f"f V D x ({item} gathered + {reduced} reduced)"
+
+
+def _teacher_head(setup: Setup) -> tuple[float, str]:
+    teacher = setup.teacher
+    if teacher is None or not setup.teacher_sharded:
+        return 0.0, "teacher's head is whole" if teacher else "no teacher"
+    size = weight_bytes(setup.world_size, teacher.vocab_size, 0, teacher.width, setup.teacher_item)
+    return size, f"f V' E x {setup.teacher_item}"
+
+
+def _weight(setup: Setup) -> Volume:
+    if setup.world_size == 1:
+        return Volume(0.0, "one rank: nothing crosses a wire")
+    (student, how), (teacher, teacher_how) = _student_head(setup), _teacher_head(setup)
+    return Volume(student + teacher, f"{how} + {teacher_how}")
+
+
+def _tied_teacher(setup: Setup) -> tuple[float, str]:
+    """A tied teacher's head is gathered with its embedding, whatever the exchange."""
+    assert setup.teacher is not None
+    if not (setup.teacher.tied and setup.teacher_sharded):
+        return 0.0, ""
+    size, how = _teacher_head(setup)
+    return size, f" + {how} (tied to its embedding)"
+
+
+def _logits(setup: Setup) -> Volume:
+    teacher = setup.teacher
+    assert teacher is not None
+    student, how = _student_head(setup)
+    tied, tied_how = _tied_teacher(setup)
+    own = logits_bytes(setup.world_size, setup.rows, setup.shared_vocab, 0, teacher.width, setup.teacher_item)
+    return Volume(student + own + tied, f"{how} + (W - 1) n E x {setup.teacher_item} + f n V x 4{tied_how}")
+
+
+def _stats(setup: Setup) -> Volume:
+    student, teacher, item = setup.student, setup.teacher, setup.student_item
+    size = stats_bytes(setup.world_size, setup.rows, student.width, 0, item)
+    if teacher is not None:
+        size += (setup.world_size - 1) * setup.rows * teacher.width * setup.teacher_item
+    how = f"(W - 1) n ({item} D + {setup.teacher_item} E + 4 D + 128)"
+    if not setup.student_head_in_rows:
+        extra, extra_how = _student_head(setup)
+        size, how = size + extra, f"{how} + {extra_how}"
+    if teacher is not None:
+        tied, tied_how = _tied_teacher(setup)
+        size, how = size + tied, how + tied_how
+    return Volume(size, how)
+
+
+def parameters(setup: Setup) -> tuple[Line, ...]:
+    """Bytes received per optimizer step for everything but the heads' exchange."""
+    if setup.world_size == 1:
+        return ()
+    lines = list(_student(setup))
+    teacher, share = setup.teacher, (setup.world_size - 1) / setup.world_size
+    if teacher is not None and setup.teacher_sharded:
+        rest = teacher.numel - teacher.head_numel
+        size = setup.accumulation * share * rest * setup.teacher_item
+        lines.append(Line("teacher gathered", size, f"{_times(setup)}f x {rest:,} x {setup.teacher_item} B"))
+    return tuple(lines)
+
+
+def _times(setup: Setup) -> str:
+    return f"{setup.accumulation} micro-batches x " if setup.accumulation > 1 else ""
+
+
+def _student(setup: Setup) -> list[Line]:
+    student, item, times = setup.student, setup.student_item, setup.accumulation
+    share = (setup.world_size - 1) / setup.world_size
+    trained = student.trainable
+    if setup.mode == "ddp":
+        return [Line("student gradients", 2 * share * trained * _FLOAT, f"2 f x {trained:,} x 4 B, once per step")]
+    if setup.mode == "zero0":
+        return [Line("student gradients", 2 * share * trained * item, f"2 f x {trained:,} x {item} B, once per step")]
+    if setup.mode in ("zero1", "zero2"):
+        every = times if setup.mode == "zero2" else 1
+        return [
+            Line("student gradients", every * share * trained * item, f"f x {trained:,} x {item} B, {every} per step"),
+            Line("student parameters", share * trained * item, f"f x {trained:,} x {item} B after each step"),
+        ]
+    rest = student.numel - student.head_numel
+    rest_trained = trained - student.head_numel * student.head_trainable
+    # FSDP2 leaves its root whole and an untied embedding needs no weight in backward; a tied one is gathered again
+    again = sum(unit.numel for unit in student.units if unit.name in ("layer", "embedding and head"))
+    twice = rest if setup.is_zero else again
+    gathered = times * share * (rest + twice) * item
+    reduced_item = item if setup.is_zero else _FLOAT
+    reduced = times * share * rest_trained * reduced_item
+    how = f"{_times(setup)}f x ({rest:,} forward + {twice:,} backward) x {item} B"
+    return [
+        Line("student gathered", gathered, how),
+        Line("student gradients", reduced, f"{_times(setup)}f x {rest_trained:,} x {reduced_item} B"),
+    ]
