@@ -1,0 +1,203 @@
+"""`kd-plugin estimate`: figures from configurations alone, and what is said about them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from kd_plugin.cli import app
+from kd_plugin.config import RunConfig
+from kd_plugin.config_file import to_yaml
+from kd_plugin.estimate import Estimate, EstimateError, estimate
+from kd_plugin.estimate.memory import memory
+from kd_plugin.exchange import logits_bytes, stats_bytes, weight_bytes
+from tests.tiny import make_folder, run_config
+
+QWEN = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
+SMALL = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
+LARGE = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Configurations of Qwen3-1.7B and Qwen3-8B; no weights."""
+    from transformers import Qwen3Config
+
+    path = tmp_path_factory.mktemp("qwen")
+    Qwen3Config(**QWEN, **SMALL, tie_word_embeddings=True).save_pretrained(path / "student")
+    Qwen3Config(**QWEN, **LARGE, tie_word_embeddings=False).save_pretrained(path / "teacher")
+    return path
+
+
+def qwen_config(folder: Path, **train: object) -> RunConfig:
+    models = {name: {"model": str(folder / name)} for name in ("student", "teacher")}
+    return RunConfig.model_validate(
+        {**models, "data": {"seq_len": 2048}, "train": {"activation_checkpointing": True, **train}}
+    )
+
+
+def lines(found: Estimate) -> dict[str, float]:
+    return {line.name: line.num_bytes for line in found.memory.lasting}
+
+
+def command(folder: Path, *arguments: str, **sections: object) -> Result:
+    path = folder / "estimated.yaml"
+    path.write_text(to_yaml(run_config(folder, **sections)), encoding="utf-8")
+    return CliRunner().invoke(app, ["estimate", str(path), *arguments], prog_name="kd-plugin")
+
+
+def test_published_volumes_of_qwen3_at_eight_ranks() -> None:
+    """W 8, n 2048, 1.7B from 8B, bf16; the logits' volume there is for logits in bf16, ours travel in fp32."""
+    ranks, rows, vocab, student, teacher, item = 8, 2048, 151936, 2048, 4096, 2
+    assert weight_bytes(ranks, vocab, student, teacher, item) / 1e6 == pytest.approx(2178, abs=1)
+    assert stats_bytes(ranks, rows, student, teacher, item) / 1e6 == pytest.approx(294, rel=0.02)
+    narrower = 2 * rows * vocab * (ranks - 1) / ranks
+    volume = logits_bytes(ranks, rows, vocab, student, teacher, item) - narrower
+    assert volume / 1e6 == pytest.approx(1751, abs=1)
+
+
+def test_zero3_moves_the_heads_as_the_formula_says(qwen: Path) -> None:
+    found = estimate(qwen_config(qwen, parallel="deepspeed"), world_size=8)
+    assert found.exchanges["weight"].num_bytes / 1e6 == pytest.approx(2178, abs=1)
+    assert found.exchanges["stats"].num_bytes > stats_bytes(8, 2048, 2048, 4096, 2), "the student's head still moves"
+
+
+def test_fsdp_reduces_the_heads_gradient_in_fp32(qwen: Path) -> None:
+    found = estimate(qwen_config(qwen, parallel="fsdp"), world_size=8)
+    more = found.exchanges["weight"].num_bytes - weight_bytes(8, 151936, 2048, 4096, 2)
+    assert more == pytest.approx(7 / 8 * 151936 * 2048 * 2)
+
+
+def test_sizes_of_real_models_come_from_their_configurations(qwen: Path) -> None:
+    found = estimate(qwen_config(qwen), world_size=1).setup
+    assert found.student.numel == pytest.approx(1.72e9, rel=0.01)
+    assert found.teacher is not None
+    assert found.teacher.numel == pytest.approx(8.19e9, rel=0.01)
+    assert (found.student.tied, found.teacher.tied) == (True, False)
+
+
+@pytest.mark.parametrize("world_size", [2, 8, 4096])
+def test_fsdp_shards_are_whole_rows(folder: Path, world_size: int) -> None:
+    """At 4096 ranks rank 0 still has one row of each matrix, which is more than 1 / W of it."""
+    from transformers import AutoModelForCausalLM
+
+    config = run_config(folder, train={"parallel": "fsdp", "tokens_per_step": None})
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    rows = {name: -(-p.shape[0] // world_size) * p[0].numel() for name, p in model.named_parameters()}
+    found = lines(estimate(config, world_size=world_size))
+    assert found["teacher"] == 4 * sum(rows.values())
+    half = sum(count for name, count in rows.items() if ".2." not in name and ".3." not in name)
+    assert found["student parameters"] == 4 * half
+    assert found["AdamW"] == 2 * found["student gradients"] == 8 * half
+
+
+def test_what_stays_shrinks_from_zero1_to_zero3(qwen: Path) -> None:
+    held = []
+    for stage in (1, 2, 3):
+        config = qwen_config(qwen, parallel="deepspeed")
+        config = config.model_copy(update={"deepspeed": {"zero_optimization": {"stage": stage}}})
+        found = estimate(config, world_size=64)
+        held.append(found.memory.lasting_bytes)
+        assert lines(found)["AdamW"] == pytest.approx(8 * found.setup.student.numel / 64, rel=1e-6)
+    assert held[0] > held[1] > held[2]
+
+
+def test_activations_are_those_that_autograd_keeps(folder: Path) -> None:
+    """Of the real student on the CPU, whose attention keeps a little more or less than the fused one counted."""
+    from transformers import AutoModelForCausalLM
+
+    config = run_config(folder)
+    found = estimate(config, device="cpu").setup.teacher
+    assert found is not None and found.activations is not None
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher").train()
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model.base_model(torch.zeros(2, 32, dtype=torch.int64), use_cache=False)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert out.last_hidden_state.requires_grad
+    assert sum(found.activations.layers) + found.activations.outside == pytest.approx(real, rel=0.1)
+
+
+def test_checkpointing_keeps_layer_inputs_only(qwen: Path) -> None:
+    peaks = {
+        on: estimate(qwen_config(qwen, activation_checkpointing=on), world_size=1).memory.phase_bytes("loss")
+        for on in (False, True)
+    }
+    assert peaks[True] < peaks[False] / 2
+
+
+def test_stats_keeps_rows_of_the_heads(folder: Path) -> None:
+    config = run_config(folder, train={"parallel": "fsdp"}, distill={"chunk_size": 16})
+    setup = estimate(config, world_size=4).setup
+    found = {name: memory(replace(setup, exchange=name)) for name in ("weight", "stats")}
+    names = {name: {line.name for line in each.phases["loss"]} for name, each in found.items()}
+    assert {"student head, whole", "teacher head, whole"} <= names["weight"]
+    assert not {"student head, whole", "teacher head, whole"} & names["stats"]
+    assert found["stats"].phase_bytes("loss") < found["weight"].phase_bytes("loss")
+
+
+def test_the_choice_is_the_least_traffic_that_fits(qwen: Path) -> None:
+    config = qwen_config(qwen, parallel="fsdp", gradient_accumulation_steps=4)
+    roomy = estimate(config, world_size=8, gpu_memory_gib=80)
+    assert roomy.chosen is not None
+    assert (roomy.chosen.mode, roomy.chosen.teacher_sharded) == ("ddp", False)
+    tight = estimate(config, world_size=8, gpu_memory_gib=24)
+    assert tight.chosen is not None
+    assert tight.chosen.peak_bytes <= 0.9 * 24 * 2**30 < roomy.chosen.peak_bytes
+    assert estimate(config, world_size=8, gpu_memory_gib=1).chosen is None
+
+
+def test_a_frozen_head_has_no_gradient(folder: Path) -> None:
+    config = run_config(folder, student={"freeze": ["lm_head"]}, train={"parallel": "fsdp"})
+    found = estimate(config, world_size=2)
+    assert "dW" not in {line.name for line in found.memory.phases["loss"]}
+    assert found.exchanges["weight"].num_bytes == pytest.approx(0.5 * 64 * 32 * 4 * 2)
+
+
+def test_the_command_prints_plain_tables(folder: Path) -> None:
+    result = command(folder, "--world-size", "4", "--gpu-memory-gib", "80", train={"parallel": "fsdp"})
+    assert result.exit_code == 0, result.stderr
+    for text in ("memory of the fullest rank", "received per rank", "heads: stats", "sharding: ddp", "unknown, and"):
+        assert text in result.stdout
+    assert max(map(ord, result.stdout)) < 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--world-size", "0"), "--world-size is 0: give the number of ranks"),
+        (("--rows", "65"), "= 64 tokens: give 1 to 64"),
+        (("--gpu-memory-gib", "0"), "--gpu-memory-gib is 0"),
+        (("--world-size", "3"), "train.tokens_per_step 256 is no multiple"),
+        (("student.from_teacher.layers=9",), "the teacher has 4 layers"),
+        (("teacher.model=/no/such/folder",), "no such directory /no/such/folder"),
+    ],
+)
+def test_the_command_says_what_is_wrong(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = command(folder, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_single_process_is_refused_at_several_ranks(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.parallel is single but 2 processes"):
+        estimate(run_config(folder, train={"parallel": "single"}), world_size=2)
+    with pytest.raises(EstimateError, match="give the number of ranks"):
+        estimate(run_config(folder), world_size=0)
