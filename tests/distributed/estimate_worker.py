@@ -1,0 +1,87 @@
+"""Measure one training step of tiny models under FSDP2: `estimate_worker.py FOLDER EXCHANGE...`.
+
+Writes FOLDER/measured_<ranks>.json: for each exchange, the bytes that rank 0 received in a step, and the peak of
+its allocations above what it held before.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kd_plugin as kd
+from kd_plugin.parallel import fsdp
+from kd_plugin.workspace import release_workspace
+from tests.allocations import allocator_record
+from tests.distributed.estimate_cases import make_config, make_ids, make_models
+
+
+class Received(TorchDispatchMode):
+    """Bytes that a ring brings to this rank, by collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_operation: dict[str, float] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            share = (dist.get_world_size() - 1) / dist.get_world_size()
+            factor, tensor = {
+                "_allgather_base_": (share, args[0]),
+                "_reduce_scatter_base_": (share, args[1]),
+                "alltoall_base_": (share, args[0]),
+                "allreduce_": (2 * share, args[0]),
+            }[func._opname]  # any other collective is one that the estimate does not know
+            tensors = [tensor] if isinstance(tensor, Tensor) else tensor
+            size = sum(part.numel() * part.element_size() for part in tensors)
+            self.by_operation[func._opname] = self.by_operation.get(func._opname, 0.0) + factor * size
+        return func(*args, **(kwargs or {}))
+
+
+def make_step(exchange: str, row_kernel: str) -> Callable[[], None]:
+    """One step of a sharded student with a sharded teacher, gradients accumulating."""
+    ranks = dist.get_world_size()
+    config = make_config(exchange, row_kernel=row_kernel)
+    student, teacher = make_models()
+    kd.attach(student, teacher, config.distill)
+    mesh = fsdp.make_mesh("cpu", ranks, replicate=False)
+    fsdp.shard_student(student, mesh, dtype=torch.float32)
+    if ranks > 1:
+        fsdp.shard_teacher(teacher, mesh)
+    ids = make_ids(dist.get_rank())
+
+    def step() -> None:
+        student(input_ids=ids, labels=ids, num_items_in_batch=ids.numel()).loss.backward()
+
+    step()  # compiles, makes the gradients, and agrees with the other ranks
+    return step
+
+
+def main(folder: Path, exchanges: list[str]) -> None:
+    """Measure every exchange."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    found = {}
+    for exchange in exchanges:
+        step = make_step(exchange, "eager")  # torch.compile refuses to run under a dispatch mode
+        with Received() as received:
+            step()
+        step = make_step(exchange, "compile")
+        release_workspace()
+        _, peak = allocator_record(step)
+        found[exchange] = {"received": received.by_operation, "peak": peak}
+    if dist.get_rank() == 0:
+        (folder / f"measured_{dist.get_world_size()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
