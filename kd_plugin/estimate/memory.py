@@ -133,7 +133,7 @@ def _gathered(setup: Setup) -> list[Line]:
     """Hidden states of all ranks, and the gradient that goes back to them."""
     rows, width, item = setup.world_size * setup.chunk, setup.student.width, setup.student_item
     wide = 0 if setup.teacher is None else setup.teacher.width * setup.teacher_item
-    upcast = max(_FLOAT - item, 0) and item
+    upcast = item if item < _FLOAT else 0  # the product before it is made wide
     size = rows * (width * (item + _FLOAT + upcast) + wide)
     return [Line("all ranks' hidden states", size, f"{rows} rows: both models' states, and the partial dX in fp32")]
 
