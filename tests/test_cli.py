@@ -15,6 +15,7 @@ import kd_plugin as kd
 from kd_plugin import launcher
 from kd_plugin.cli import app
 from kd_plugin.config import RunConfig
+from kd_plugin.early import SetupError
 from launch import train_deepspeed, train_fsdp
 
 
@@ -166,8 +167,11 @@ def test_train_fsdp_resolves_auto_by_the_number_of_ranks(
     assert [config.train.parallel for config in started] == [parallel]
 
 
-def test_train_deepspeed_takes_the_launchers_local_rank(config_file: Path, started: list[RunConfig]) -> None:
-    assert train_deepspeed.main(["--local_rank=1", str(config_file), "train.max_steps=7"]) == 0
+@pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local_rank", "0"], ["--local-rank", "1"]])
+def test_train_deepspeed_takes_the_launchers_local_rank(
+    config_file: Path, started: list[RunConfig], flag: list[str]
+) -> None:
+    assert train_deepspeed.main([*flag, str(config_file), "train.max_steps=7"]) == 0
     assert [(config.train.parallel, config.train.max_steps) for config in started] == [("deepspeed", 7)]
 
 
@@ -215,6 +219,22 @@ def test_what_a_user_can_cure_is_one_line(
     assert capsys.readouterr().err == f"error: {line} (-v shows where)\n"
     with pytest.raises(type(error)):
         train_fsdp.main([str(config_file), "-v"])
+
+
+def test_other_ranks_wait_to_be_ended_before_they_repeat_an_error(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: RunConfig) -> None:
+        raise SetupError("first fault\nsecond fault")
+
+    waited: list[float] = []
+    monkeypatch.setattr(launcher, "run_training", fail)
+    monkeypatch.setattr(launcher.time, "sleep", waited.append)
+    for rank, prefix in (("0", ""), ("1", "[rank 1] ")):
+        monkeypatch.setenv("RANK", rank)
+        assert train_fsdp.main([str(config_file)]) == 2
+        assert capsys.readouterr().err == f"{prefix}first fault\n{prefix}second fault\n"
+    assert len(waited) == 1 and waited[0] >= 10
 
 
 def test_a_bug_keeps_its_traceback(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,8 @@ def test_unknown_keys_are_refused(section: type[settings.Section]) -> None:
         (DistillConfig, {"soft_weight": -0.1}),
         (DistillConfig, {"divergence": "kl"}),
         (TrainConfig, {"max_steps": 0}),
+        (TrainConfig, {"seed": -1}),
+        (TrainConfig, {"eval_sequences": 0}),
         (TrainConfig, {"learning_rate": 0}),
         (TrainConfig, {"adam_betas": (0.9, 1.0)}),
         (TrainConfig, {"max_grad_norm": 0}),
@@ -117,3 +119,8 @@ def test_a_student_has_one_origin(values: dict[str, Any], message: str) -> None:
 def test_a_fresh_student_may_name_the_model_whose_configuration_it_takes() -> None:
     student = StudentConfig(model="x", from_config={"num_hidden_layers": 2})
     assert student.from_config == {"num_hidden_layers": 2}
+
+
+def test_an_empty_list_of_terms_is_refused() -> None:
+    with pytest.raises(ValidationError, match="terms is an empty list: name a divergence as in"):
+        DistillConfig(terms=())

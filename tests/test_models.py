@@ -15,14 +15,17 @@ from kd_plugin.models import (
     ModelError,
     TokenizerMismatch,
     build_student,
+    check_positions,
     check_tokenizers,
     check_vocabulary,
     load_teacher,
     load_tokenizer,
+    progress_bars,
     resolve_source,
 )
 from kd_plugin.students import StudentError, config_with, evenly_spaced
 from kd_plugin.vocabulary import VocabularyError
+from tests.tiny_models import make_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -468,3 +471,35 @@ def test_smollm2_wheel_gives_teacher_tokenizer_and_student(cache: Path, tmp_path
     assert tokenizer(text)["input_ids"] == direct(text)["input_ids"]
     assert tokenizer.chat_template == direct.chat_template and tokenizer.get_vocab() == direct.get_vocab()
     assert tokenizer.special_tokens_map == direct.special_tokens_map
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_text_longer_than_learnt_positions_is_refused(name: str) -> None:
+    model = make_model(name)
+    check_positions(model, 32, role="student")
+    with pytest.raises(ModelError, match=r"seq_len 33 is beyond the student's 32 positions, .* to 32 or less"):
+        check_positions(model, 33, role="student")
+
+
+def test_text_longer_than_rotary_positions_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model("llama")
+    check_positions(model, 32, role="teacher")
+    assert not caplog.records
+    check_positions(model, 33, role="teacher")
+    assert "data.seq_len 33 is beyond the teacher's 32 positions" in caplog.text
+
+
+def test_progress_bars_are_off_for_a_while() -> None:
+    from transformers.utils import logging as bars
+
+    before = bars.is_progress_bar_enabled()
+    bars.enable_progress_bar()
+    try:
+        with progress_bars(False):
+            assert not bars.is_progress_bar_enabled()
+        assert bars.is_progress_bar_enabled()
+        with progress_bars(True):
+            assert bars.is_progress_bar_enabled()
+    finally:
+        if not before:
+            bars.disable_progress_bar()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 from torch import nn
 
 from kd_plugin.config import RunConfig
-from kd_plugin.engine_deepspeed import _initialize
+from kd_plugin.engine_deepspeed import _initialize, deepspeed_settings
 from kd_plugin.parallel.fsdp import ShardingError, decoder_layers
 from kd_plugin.parallel.zero import KNOWN_KEYS, DeepSpeedConfigError, conflicts, student_config, teacher_config
 
@@ -152,6 +155,19 @@ def test_buffers_keep_their_precision_under_deepspeed() -> None:
     engine = _initialize(SimpleNamespace(initialize=cast_all), model, config={})
     assert engine.weight.dtype == torch.bfloat16
     assert engine.inv_freq.equal(torch.tensor([0.1234567, 3.0]))
+
+
+def test_the_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    log, filters = logging.getLogger("DeepSpeed"), list(warnings.filters)
+    monkeypatch.setattr(log, "level", logging.INFO)
+    log.manager._clear_cache()
+    with pytest.raises(KeyError, match="inside"), deepspeed_settings():
+        assert os.environ["LOCAL_RANK"] == "0" and log.level == logging.WARNING
+        assert warnings.filters != filters
+        raise KeyError("inside")
+    assert "LOCAL_RANK" not in os.environ and log.level == logging.INFO and warnings.filters == filters
 
 
 def test_a_model_without_named_layers_is_refused() -> None:

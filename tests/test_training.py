@@ -6,7 +6,9 @@ import logging
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +16,21 @@ import torch
 import torch.nn.functional as F
 
 import kd_plugin as kd
+from kd_plugin import checkpoint
 from kd_plugin.config import RunConfig, TrainConfig
 from kd_plugin.data import PackedDataset, TrainBatches, eval_batches, load_documents
-from kd_plugin.engine import EngineError, accumulation_steps, learning_rate_at, parallel_mode, parameter_groups
+from kd_plugin.early import SetupError
+from kd_plugin.engine import (
+    EngineError,
+    accumulation_steps,
+    learning_rate_at,
+    parallel_mode,
+    parameter_groups,
+    start_process_group,
+)
+from kd_plugin.export import ExportError, export_student
 from kd_plugin.models import build_student, load_teacher, load_tokenizer
-from kd_plugin.training import TrainResult
+from kd_plugin.training import TrainError, TrainResult
 from tests.tiny import make_folder, run_config
 
 
@@ -188,7 +200,60 @@ def test_one_of_the_two_losses_alone_is_evaluated_all_the_same(folder: Path, wei
     result = kd.train(run_config(folder, "alone", distill=distill, train={"max_steps": 2, "export": False}))
     assert result.after["perplexity"] == pytest.approx(math.exp(result.after["hard_loss"]))
     assert result.after["hard_loss"] > 1.0
-    assert ("kl_t1" in result.after) == bool(weights["soft_weight"])
+    for name in ("kl_t1", "soft_loss"):
+        assert (name in result.after) == bool(weights["soft_weight"])
+    for name in ("soft_loss", "hard_loss"):  # what is not computed is not logged as 0
+        assert all((name in values) == bool(weights[name.replace("loss", "weight")]) for values in result.history)
+
+
+def test_evaluation_measures_plain_losses_whatever_is_optimised(folder: Path, result: TrainResult) -> None:
+    terms = [{"name": "forward_kl", "temperature": 3.0}]
+    distill = {"row_kernel": "eager", "label_smoothing": 0.3, "z_loss_weight": 0.1, "terms": terms}
+    other = kd.train(run_config(folder, "plain", distill=distill, train={"max_steps": 1, "export": False}))
+    assert other.before["soft_loss"] == pytest.approx(other.before["kl_t1"], rel=1e-5)
+    for name in ("hard_loss", "perplexity", "kl_t1"):
+        assert other.before[name] == pytest.approx(result.before[name], rel=1e-5)
+    assert other.history[0]["hard_loss"] > result.history[0]["hard_loss"]  # smoothing is trained with
+
+
+def test_a_run_that_diverges_exports_nothing_and_says_so(folder: Path) -> None:
+    config = run_config(folder, "diverged", train={"learning_rate": 1e38, "warmup_steps": 0})
+    with pytest.raises(TrainError, match=r"diverged: .* nan .* lower train\.learning_rate"):
+        kd.train(config)
+    left = {path.name for path in (folder / "diverged").iterdir()}
+    assert left == {"config.yaml", "summary.json"}
+
+
+def test_weights_that_are_not_numbers_are_not_exported(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.weight.data[0, 0] = math.nan
+    engine = SimpleNamespace(full_state_dict=model.state_dict)
+    place = start_process_group(60)
+    try:
+        with pytest.raises(ExportError, match="1 of the student's tensors hold NaN or infinity, the first is weight"):
+            export_student(engine, lambda: model, None, tmp_path / "export", dtype=torch.float32)
+    finally:
+        place.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_is_no_part_of_a_step_s_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_save(*_: object, **__: object) -> Path:
+        time.sleep(2.0)
+        return folder
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    train = {"max_steps": 3, "save_every": 1, "export": False}
+    log = {"output_dir": str(folder / "saving"), "tensorboard": False, "every": 3}
+    (window,) = kd.train(run_config(folder, train=train, log=log)).history
+    assert window["step_time_ms"] < 1000.0, "two saves in three steps would add 1333"
+
+
+def test_faults_are_told_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd_plugin.training.load_tokenizer", lambda *_: pytest.fail("loaded"))
+    data = {"train": "missing.txt", "eval": "absent.txt"}
+    with pytest.raises(SetupError, match=r"missing\.txt\n.*absent\.txt"):
+        kd.train(run_config(folder, data=data))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -113,6 +113,11 @@ def test_two_ranks_train_like_one_process(results: dict[str, Any], single: Train
     assert curve(results[name], number) == pytest.approx(curve(single, number), rel=2e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", [*LAYOUTS, "fsdp_1x4"])
+def test_the_same_held_out_text_is_evaluated(results: dict[str, Any], single: TrainResult, name: str) -> None:
+    assert results[name]["before"] == pytest.approx(single.before, rel=2e-5)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_ranks_export_what_one_process_exports(results: dict[str, Any], single: TrainResult, name: str) -> None:
     expected = load_file(single.export_dir / "model.safetensors")
