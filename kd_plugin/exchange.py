@@ -1,11 +1,11 @@
 """What crosses the wire for the heads of sharded models: weights, the teacher's logits, or statistics.
 
 Bytes received per rank and micro-batch, with f = (W - 1) / W, n rows per rank, e bytes per weight and hidden
-state, widths D (student) and E (teacher), vocabulary V, k numbers per row:
+state, r bytes per reduced gradient, widths D (student) and E (teacher), vocabulary V, k numbers per row:
 
-    weight   f e V (2 D + E)                       gather both heads, reduce-scatter the student's gradient
-    logits   f e V 2 D + (W - 1) n e E + 4 f n V   the student's head; teacher hidden states; teacher logits
-    stats    (W - 1) n (e (D + E) + 4 D + 8 k)     hidden states, their gradient, numbers per row
+    weight   f V (e (D + E) + r D)                           gather both heads, reduce-scatter a gradient
+    logits   f V (e + r) D + (W - 1) n e E + 4 f n V         the student's head; teacher hidden states, logits
+    stats    (W - 1) n (e (D + E) + 4 D + 8 k + 32 W)        hidden states, their gradient, numbers per row
 
 `weight` does not depend on the rows, `stats` not on the vocabulary; `logits` wins in between only where the
 teacher is much wider than its share of the vocabulary.
@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn import Linear
 
 from kd_plugin.config import DistillConfig
 from kd_plugin.head import HeadCall
@@ -30,27 +31,42 @@ from kd_plugin.vocab_parallel import VocabShard, cut
 
 logger = logging.getLogger(__name__)
 
+_REDUCE_BYTES = 4  # gradients are reduced in fp32 (parallel.fsdp)
 _NUMBERS_PER_ROW = 16  # k: maxima, sums of exponentials, the terms' and metrics' sums; its share is below 1 %
 
 
-def weight_bytes(ranks: int, vocab_size: int, student_width: int, teacher_width: int, item_bytes: int) -> float:
-    """Received per rank and micro-batch by `exchange: weight`."""
-    return (ranks - 1) / ranks * item_bytes * vocab_size * (2 * student_width + teacher_width)
+def weight_bytes(
+    ranks: int,
+    vocab_size: int,
+    student_width: int,
+    teacher_width: int,
+    item_bytes: int,
+    reduce_bytes: int | None = None,
+) -> float:
+    """Received per rank and micro-batch by `exchange: weight`; `reduce_bytes` defaults to `item_bytes`."""
+    reduced = (reduce_bytes or item_bytes) * student_width
+    return (ranks - 1) / ranks * vocab_size * (item_bytes * (student_width + teacher_width) + reduced)
 
 
 def logits_bytes(
-    ranks: int, rows: int, vocab_size: int, student_width: int, teacher_width: int, item_bytes: int
+    ranks: int,
+    rows: int,
+    vocab_size: int,
+    student_width: int,
+    teacher_width: int,
+    item_bytes: int,
+    reduce_bytes: int | None = None,
 ) -> float:
-    """Received per rank and micro-batch by `exchange: logits`."""
+    """Received per rank and micro-batch by `exchange: logits`; `reduce_bytes` defaults to `item_bytes`."""
     share = (ranks - 1) / ranks
-    travelling = (ranks - 1) * rows * item_bytes * teacher_width + 4 * share * rows * vocab_size
-    return share * item_bytes * vocab_size * 2 * student_width + travelling
+    student = share * vocab_size * (item_bytes + (reduce_bytes or item_bytes)) * student_width
+    return student + (ranks - 1) * rows * item_bytes * teacher_width + 4 * share * rows * vocab_size
 
 
 def stats_bytes(ranks: int, rows: int, student_width: int, teacher_width: int, item_bytes: int) -> float:
     """Received per rank and micro-batch by `exchange: stats`."""
-    per_row = item_bytes * (student_width + teacher_width) + 4 * student_width + 8 * _NUMBERS_PER_ROW
-    return (ranks - 1) * rows * per_row
+    numbers = 8 * _NUMBERS_PER_ROW + 32 * ranks  # every rank sees every rank's maxima and sums of exponentials
+    return (ranks - 1) * rows * (item_bytes * (student_width + teacher_width) + 4 * student_width + numbers)
 
 
 def is_row_shard(weight: Tensor) -> bool:
@@ -83,13 +99,32 @@ class Exchange:
         self.teacher_size: int | None = None
         self.teacher_width: int | None = None
         """Of the teacher's head, whole; set by `attach`."""
+        self._checked = False
         self._shard: VocabShard | None = None
         self._teacher_rows: HeadTeacher | None = None
+
+    def check(self, head: Linear) -> None:
+        """Before anything of the step: all ranks must be about to compute the same. Collective in the first call."""
+        if self._checked or num_ranks(self.group) == 1:
+            return
+        _agree(
+            self.group,
+            {
+                "distill.exchange": self.config.exchange,
+                "the objective": make_objective(self.config).describe(),
+                "distill.chunk_size": self.config.chunk_size,
+                "the student's vocabulary": head.out_features,
+                "the teacher's vocabulary": self.teacher_size,
+                "the student's width": head.in_features,
+                "the dtype of the student's head": str(head.weight.dtype),
+            },
+        )
+        self._checked = True
 
     def cuts_teacher(self, hidden: Tensor, weight: Tensor, student_size: int) -> bool:
         """Whether each rank keeps only rows of the teacher's head (modes `logits` and `stats`).
 
-        `hidden` `[B, S, D]` and `weight` are the student's. Collective in the first call.
+        `hidden` `[B, S, D]` and `weight` are the student's. With `auto`, collective in the first call.
         """
         if num_ranks(self.group) == 1:
             return False
@@ -128,25 +163,11 @@ class Exchange:
         return rows if self.mode == "stats" else ShardedHeadTeacher(rows, self._shard.bounds, self._shard.group)
 
     def _settle(self, hidden: Tensor, weight: Tensor, student_size: int) -> str:
-        """The mode, once all ranks are known to compute the same loss."""
-        rows = hidden.numel() // hidden.shape[-1]
-        _agree(
-            self.group,
-            {
-                "distill.exchange": self.config.exchange,
-                "the objective": make_objective(self.config).describe(),
-                "distill.chunk_size": self.config.chunk_size,
-                "the student's vocabulary": student_size,
-                "the teacher's vocabulary": self.teacher_size,
-                "the student's width": hidden.shape[-1],
-                "the hidden states' dtype": str(hidden.dtype),
-            },
-        )
         if self.config.exchange != "auto":
             return self.config.exchange
         if not is_row_shard(weight) or self.teacher_width is None or make_objective(self.config).by_rank:
             return "weight"  # the wrapper gathers the student's head anyway, or there is none to gather
-        return self._cheapest(rows, hidden, student_size)
+        return self._cheapest(hidden.numel() // hidden.shape[-1], hidden, student_size)
 
     def _cheapest(self, rows: int, hidden: Tensor, vocab_size: int) -> str:
         """The mode with the fewest bytes, printed once with its arithmetic."""
@@ -154,8 +175,8 @@ class Exchange:
         rows = max(_everyone(self.group, rows))
         assert self.teacher_width is not None
         volumes = {
-            "weight": weight_bytes(ranks, vocab_size, width, self.teacher_width, item),
-            "logits": logits_bytes(ranks, rows, vocab_size, width, self.teacher_width, item),
+            "weight": weight_bytes(ranks, vocab_size, width, self.teacher_width, item, _REDUCE_BYTES),
+            "logits": logits_bytes(ranks, rows, vocab_size, width, self.teacher_width, item, _REDUCE_BYTES),
             "stats": stats_bytes(ranks, rows, width, self.teacher_width, item),
         }
         mode = min(volumes, key=lambda name: volumes[name])

@@ -112,8 +112,7 @@ class Plugin:
         self._undo.append(ReplacedForward(model, self._distill_forward).restore)
 
     def _attach_teacher(self) -> None:
-        model = causal_lm.unwrap(self.teacher)
-        if is_replaced(model):
+        if is_replaced(model := causal_lm.unwrap(self.teacher)):
             raise ValueError(
                 "this teacher serves another student already: detach that plugin, or load the teacher twice"
             )
@@ -177,6 +176,7 @@ class Plugin:
         model_config, ignore = causal_lm.unwrap(self.student).config, self.config.ignore_index
         targets = row_targets(inputs, labels, shift_labels, model_config, ignore)
         inputs.pop("logits_to_keep", None)
+        self.exchange.check(causal_lm.unwrap(self._slot.module))
         device = targets.device
         with self._watch.region("student", device):
             hidden, auxiliary_loss = causal_lm.run_backbone(self._slot, self._student_forward, inputs)

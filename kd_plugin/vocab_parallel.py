@@ -125,15 +125,14 @@ class _Loop:
         hidden, student, teacher = self.chunk_logits(index)
         labels = self.labels(index, student)
         weights = self.row_weights(index)
-        moments = shards.moments(kernel, spec, student, teacher)
+        vocab_size = shard.vocab_size
+        moments = shards.moments(kernel, spec, vocab_size, student, teacher)
         moments = shards.merge(all_gather(moments[None], shard.group))
-        sums = shards.sums(kernel, spec, student, teacher, moments, shard.vocab_size)
+        sums = shards.sums(kernel, spec, vocab_size, student, teacher, moments)
         if sums.shape[1]:
             dist.all_reduce(sums, group=shard.group)
-        label_logits = None if labels is None else labels[2]
-        statistics = shards.finish(
-            kernel, spec, student, teacher, label_logits, weights, moments, sums, shard.vocab_size
-        )
+        own_logits = None if labels is None else labels[2]
+        statistics = shards.finish(kernel, spec, vocab_size, student, teacher, own_logits, weights, moments, sums)
         if labels is not None and spec.with_gradient and shard.size:
             columns, here, _ = labels
             row_kernels.subtract_labels(spec, student, columns, labels[2], weights * here)

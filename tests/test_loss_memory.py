@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import kd_plugin as kd
-from kd_plugin import chunks, row_kernels
+from kd_plugin import chunks
+from kd_plugin.row_kernels import blocks
 from kd_plugin.workspace import release_workspace
 from tests.allocations import NewTensors, allocator_record
 from tests.oracle import DIVERGENCES, Problem, make_problem
@@ -84,7 +85,7 @@ def test_peak_memory_of_the_compiled_loss_is_the_formulas(
 ) -> None:
     """Beyond it, the compiled kernel holds three arrays of the few rows that it works on at a time."""
     block = 2 * 8 * VOCAB
-    monkeypatch.setitem(row_kernels._BLOCK_BYTES, "cpu", block)
+    monkeypatch.setitem(blocks._BLOCK_BYTES, "cpu", block)
     problem = problem_of(ignored=())
     problem.weight.requires_grad_(trained_head)
     work = step(problem, row_kernel="compile", chunk_size=chunk)

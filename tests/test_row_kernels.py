@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import kd_plugin as kd
 from kd_plugin import row_kernels
 from kd_plugin.objective import make_objective
-from kd_plugin.row_kernels import STATISTICS, LogitTransform, RowSpec, row_pass, subtract_labels
+from kd_plugin.row_kernels import STATISTICS, LogitTransform, RowSpec, blocks, row_pass, subtract_labels
 from tests.oracle import DIVERGENCES, gradients, make_problem, relative_error
 from tests.test_fused_loss import check, config_of, run
 
@@ -53,7 +53,7 @@ def test_twenty_batches_of_varying_length_share_one_graph(fresh_compiler: None) 
 def test_a_batch_cut_into_cache_sized_blocks_shares_the_graph(
     fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(row_kernels._BLOCK_BYTES, "cpu", 8 * 11 * 4)  # four rows of eleven logits
+    monkeypatch.setitem(blocks._BLOCK_BYTES, "cpu", 8 * 11 * 4)  # four rows of eleven logits
     before = graphs_compiled()
     for rows in (1, 3, 4, 5, 6, 8, 9, 13):
         problem = make_problem(rows=rows, ignored=())

@@ -39,7 +39,7 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
 
 
-def shard_moments(spec: RowSpec, student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
+def shard_moments(spec: RowSpec, vocab_size: int, student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
     """`[n, 2 * softmaxes]`: maximum and sum of exponentials of this rank's columns, student's first."""
     columns = []
     sides = [(spec.student.apply(student_logits), student_temperatures(spec.objective))]
@@ -126,10 +126,10 @@ def _elements(spec: RowSpec, rows: _Rows) -> list[list[Tensor]]:
 
 def shard_sums(
     spec: RowSpec,
+    vocab_size: int,
     student_logits: Tensor,  # [n, V_r]
     teacher_logits: Tensor | None,  # [n, V_r]
     moments: Tensor,  # [n, 2k], merged
-    vocab_size: int,
 ) -> Tensor:
     """`[n, S]`: this rank's part of every sum that the rows' values and gradients need."""
     rows = _Rows(spec, student_logits, teacher_logits, moments, vocab_size)
@@ -139,13 +139,13 @@ def shard_sums(
 
 def shard_finish(
     spec: RowSpec,
+    vocab_size: int,
     student_logits: Tensor,  # [n, V_r]; overwritten with the gradient of this rank's columns
     teacher_logits: Tensor | None,
     target_logits: Tensor | None,  # [n, 1] raw, the same on all ranks
     row_weights: Tensor | None,  # [n, 1]
     moments: Tensor,
     sums: Tensor,  # [n, S], added over ranks
-    vocab_size: int,
 ) -> Tensor:
     """Statistics `[n, len(STATISTICS)]` as `row_pass` gives them, and its gradient, from the exchanged numbers."""
     objective = spec.objective
