@@ -19,6 +19,7 @@ from kd_plugin import __version__
 from kd_plugin.config import RunConfig
 from kd_plugin.config_file import ConfigError, load_config
 from kd_plugin.config_reference import json_schema, markdown
+from kd_plugin.early import SetupError, early_problems, idle_settings
 from kd_plugin.launcher import one_line_errors, run_training
 
 __all__ = ["app", "main", "recipes"]
@@ -77,13 +78,17 @@ def _root(
     ),
 )
 def validate(config: _Config, overrides: _Overrides = None, verbose: _Verbose = False) -> None:
-    """Check a configuration; no model is loaded.
+    """Check a configuration, and that its files and packages are there; no model is loaded.
 
     Exit code 0 if it is good; else 1, and every fault is printed with its file and line.
     """
     with one_line_errors(verbose, exit_code=1):
         run_config = load_config(config, overrides or ())
+        if problems := early_problems(run_config):
+            raise SetupError("\n".join(problems))
     print(f"{config}: ok\n{_summary(run_config)}")
+    for line in idle_settings(run_config):
+        print(f"warning: {line}")
 
 
 @app.command(
@@ -139,14 +144,10 @@ def estimate(
         from kd_plugin.estimate.report import show
 
         device = "cpu" if cpu else "cuda"
-        show(
-            account(run_config, world_size=world_size, rows=rows, gpu_memory_gib=gpu_memory_gib, device=device)
-        )
+        show(account(run_config, world_size=world_size, rows=rows, gpu_memory_gib=gpu_memory_gib, device=device))
 
 
-@app.command(
-    epilog=_examples("kd-plugin configs", "kd-plugin configs smollm2_135m_to_8l_fsdp2 --copy my.yaml")
-)
+@app.command(epilog=_examples("kd-plugin configs", "kd-plugin configs smollm2_135m_to_8l_fsdp2 --copy my.yaml"))
 def configs(
     name: Annotated[str | None, typer.Argument(help="Print this one.", show_default=False)] = None,
     copy: Annotated[
@@ -166,9 +167,7 @@ def configs(
             print(_copy_recipe(_recipe(name), copy))
 
 
-@app.command(
-    epilog=_examples("kd-plugin schema > schema.json", "kd-plugin schema --markdown > configs/README.md")
-)
+@app.command(epilog=_examples("kd-plugin schema > schema.json", "kd-plugin schema --markdown > configs/README.md"))
 def schema(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="A table of all settings instead.")] = False,
 ) -> None:
@@ -193,9 +192,7 @@ def recipes() -> dict[str, str]:
     for path in sorted(_recipe_dir().glob("*.yaml")):
         lines = path.read_text(encoding="utf-8").splitlines()
         comments = (line.lstrip("# ") for line in lines if line.startswith("#"))
-        about[path.stem] = next(
-            (text for text in comments if not text.startswith("yaml-language-server")), ""
-        )
+        about[path.stem] = next((text for text in comments if not text.startswith("yaml-language-server")), "")
     return about
 
 

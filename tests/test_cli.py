@@ -63,6 +63,18 @@ def test_validate_prints_every_fault_and_exits_with_1(config_file: Path) -> None
     ]
 
 
+def test_validate_finds_missing_files_and_names_idle_settings(config_file: Path) -> None:
+    missing = run("validate", config_file, "data.train=missing.txt", "teacher.model=package:no_such_package")
+    assert missing.exit_code == 1 and missing.stdout == ""
+    assert missing.stderr.splitlines() == [
+        "teacher.model: no installed package 'no_such_package'; install it with pip (where '_' may be '-')",
+        "data.train: no such file or directory: missing.txt",
+    ]
+    idle = run("validate", config_file, "distill.beta=0.3")
+    assert idle.exit_code == 0
+    assert idle.stdout.splitlines()[-1] == "warning: distill.beta has no effect: it belongs to jsd"
+
+
 def test_the_traceback_comes_with_v_only(config_file: Path) -> None:
     result = run("validate", "-v", config_file, "distill.temperature=0")
     assert isinstance(result.exception, kd.ConfigError)

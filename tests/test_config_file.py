@@ -168,7 +168,7 @@ def test_a_mistake_is_named_with_its_line_and_the_cure(config_file: Path, line: 
         ),
         ("distill.temperature=0", "distill.temperature: wants a number > 0 (got 0)"),
         ("train=3", "train: wants a mapping (got 3)"),
-        ("train.seed.x=3", 'train.seed: wants a whole number (got {"x": 3})'),
+        ("train.seed.x=3", 'train.seed: wants a whole number >= 0 (got {"x": 3})'),
         ("seed=3", "seed: unknown key; did you mean 'train.seed'? (got 3)"),
     ],
 )
@@ -194,7 +194,7 @@ def test_all_mistakes_come_at_once_in_one_line_each(config_file: Path) -> None:
         "<command line>: oops: has no '='; write section.key=value",
         "c.yaml:2: student.modle: unknown key; did you mean 'model'? (got \"x\")",
         "c.yaml: teacher: is missing; wants a mapping",
-        'c.yaml:4: train.seed: wants a whole number (got "a")',
+        'c.yaml:4: train.seed: wants a whole number >= 0 (got "a")',
         "c.yaml:5: train.resume: wants true or false (got 7)",
         "<command line>: log.every: wants a whole number > 0 (got 0)",
     ]
