@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from kd_plugin import distill_config, divergences
 from kd_plugin.config_file import load_config
+from kd_plugin.divergences import registered
 from kd_plugin.tensorboard import TAGS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -45,12 +47,17 @@ def names() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("block", CODE, ids=["before", "after", "tensors"])
+@pytest.mark.parametrize("block", CODE, ids=["before", "after", "tensors", "registered"])
 def test_code_blocks_run(block: str, names: dict[str, Any]) -> None:
     exec(compile(block, "README.md", "exec"), names)
     if "student" in names:
         gradients = [parameter.grad for parameter in names["student"].parameters()]
         assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    elif "register_divergence" in block:
+        assert names["config"].divergence == "hellinger"
+        for known in (divergences.DIVERGENCES, registered._functions):
+            del known["hellinger"]
+        distill_config.registered_names.remove("hellinger")
     else:
         assert names["student_weight"].grad.abs().sum() > 0
 
@@ -58,10 +65,11 @@ def test_code_blocks_run(block: str, names: dict[str, Any]) -> None:
 def test_commands_name_files_that_exist_and_overrides_that_are_accepted(repo_root: Path) -> None:
     lines = [shlex.split(line, comments=True) for line in README.splitlines() if line.startswith("    ")]
     configs = [words for words in lines if any(word.endswith(".yaml") for word in words)]
-    assert len(configs) == 3
+    assert len(configs) == 4
     for words in configs:
         at = next(index for index, word in enumerate(words) if word.endswith(".yaml"))
-        load_config(repo_root / words[at], words[at + 1 :])
+        options = next((index for index, word in enumerate(words) if word.startswith("--") and index > at), None)
+        load_config(repo_root / words[at], words[at + 1 : options])
     scripts = [word for words in lines for word in words if re.fullmatch(r"launch/\w+\.(py|sh)", word)]
     assert len(scripts) == 4
     assert all((repo_root / script).is_file() for script in scripts)
