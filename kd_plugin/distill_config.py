@@ -5,11 +5,20 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
 from pydantic.functional_validators import field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-__all__ = ["BUILT_IN", "DistillConfig", "Section", "TermConfig", "registered_names"]
+__all__ = ["BUILT_IN", "DistillConfig", "Section", "SettingsError", "TermConfig", "registered_names"]
 
 BUILT_IN = (
     "forward_kl",
@@ -46,7 +55,42 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Section(BaseModel):
+class _OneLine(type(BaseModel)):
+    """Settings given in Python are refused in one line, as those of a file are."""
+
+    def __call__(cls, *arguments: Any, **settings: Any) -> Any:
+        try:
+            return super().__call__(*arguments, **settings)
+        except ValidationError as error:
+            raise SettingsError(f"{cls.__name__}: {'; '.join(_faults(cls, error))}") from None
+
+
+def _faults(section: type[BaseModel], error: ValidationError) -> list[str]:
+    """One phrase for each key at fault; the alternatives of a key that takes several kinds are joined."""
+    wanted: dict[str, list[str]] = {}
+    given: dict[str, Any] = {}
+    phrases: dict[str, str] = {}
+    for detail in error.errors():
+        # pydantic names the alternatives of a union as if they were keys: literal['auto'], constrained-int
+        path = [str(part) for part in detail["loc"] if isinstance(part, int) or part.isidentifier()]
+        key, message = ".".join(path), detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            fields = section if len(path) == 1 else TermConfig
+            near = difflib.get_close_matches(path[-1], fields.model_fields, 1)
+            phrases[key] = f"{key}: unknown setting" + (f"; did you mean {near[0]!r}?" if near else "")
+        elif message.startswith("Input should be "):
+            wanted.setdefault(key, []).append(message.removeprefix("Input should be "))
+            given[key] = detail["input"]
+        else:
+            phrases[key] = f"{key}: {message}" if key else message
+    return [*phrases.values(), *(f"{key}: wants {' or '.join(w)} (got {given[key]!r})" for key, w in wanted.items())]
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be; one line."""
+
+
+class Section(BaseModel, metaclass=_OneLine):
     """Base of every section: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

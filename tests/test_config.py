@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from kd_plugin import config as settings
 from kd_plugin.config import (
@@ -17,6 +16,7 @@ from kd_plugin.config import (
     TeacherConfig,
     TrainConfig,
 )
+from kd_plugin.distill_config import SettingsError
 
 SECTIONS = [DataConfig, DistillConfig, LogConfig, StudentConfig, TeacherConfig, TrainConfig]
 
@@ -36,13 +36,13 @@ def test_defaults_are_valid_when_given_explicitly(section: type[settings.Section
 
 
 def test_sections_are_frozen() -> None:
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(ValueError, match="frozen"):
         DistillConfig().temperature = 2.0  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_unknown_keys_are_refused(section: type[settings.Section]) -> None:
-    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
         section.model_validate({"no_such_key": 1})
 
 
@@ -73,7 +73,7 @@ def test_unknown_keys_are_refused(section: type[settings.Section]) -> None:
     ],
 )
 def test_values_out_of_range_are_refused(section: type[settings.Section], values: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(ValueError) as caught:
         section.model_validate(values)
     assert [detail["loc"][0] for detail in caught.value.errors()][:1] == list(values or {"model": None})[:1]
 
@@ -89,7 +89,7 @@ def test_values_out_of_range_are_refused(section: type[settings.Section], values
     ],
 )
 def test_true_is_not_taken_for_the_number_one(section: type[settings.Section], key: str) -> None:
-    with pytest.raises(ValidationError, match="true/false"):
+    with pytest.raises(ValueError, match="true/false"):
         section.model_validate({key: True})
 
 
@@ -99,7 +99,7 @@ def test_switches_take_true_and_false() -> None:
 
 
 def test_an_objective_without_weight_is_refused() -> None:
-    with pytest.raises(ValidationError, match="nothing would be trained"):
+    with pytest.raises(ValueError, match="nothing would be trained"):
         DistillConfig(soft_weight=0, hard_weight=0)
 
 
@@ -112,7 +112,7 @@ def test_an_objective_without_weight_is_refused() -> None:
     ],
 )
 def test_a_student_has_one_origin(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ValueError, match=message):
         StudentConfig.model_validate(values)
 
 
@@ -122,5 +122,23 @@ def test_a_fresh_student_may_name_the_model_whose_configuration_it_takes() -> No
 
 
 def test_an_empty_list_of_terms_is_refused() -> None:
-    with pytest.raises(ValidationError, match="terms is an empty list: name a divergence as in"):
+    with pytest.raises(ValueError, match="terms is an empty list: name a divergence as in"):
         DistillConfig(terms=())
+
+
+@pytest.mark.parametrize(
+    ("settings_given", "message"),
+    [
+        ({"temprature": 1.0}, "DistillConfig: temprature: unknown setting; did you mean 'temperature'?"),
+        ({"temperature": 0.0}, "DistillConfig: temperature: wants greater than 0 (got 0.0)"),
+        ({"chunk_size": 0}, "DistillConfig: chunk_size: wants 'auto' or greater than 0 (got 0)"),
+        (
+            {"terms": [{"name": "tvd", "wieght": 1.0}]},
+            "DistillConfig: terms.0.wieght: unknown setting; did you mean 'weight'?",
+        ),
+    ],
+)
+def test_settings_given_in_python_are_refused_in_one_line(settings_given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        DistillConfig(**settings_given)
+    assert str(caught.value) == message

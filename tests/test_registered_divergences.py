@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -183,7 +182,7 @@ def test_what_cannot_work_is_refused_before_anything_is_registered(case: str) ->
 
 def test_a_name_that_nobody_registered_is_refused_with_the_known_ones() -> None:
     kd.register_divergence("hellinger", squared_hellinger)
-    with pytest.raises(ValidationError, match="did you mean 'hellinger'"):
+    with pytest.raises(ValueError, match="did you mean 'hellinger'"):
         config_of("helinger")
-    with pytest.raises(ValidationError, match=r"known: forward_kl, .*uld, hellinger"):
+    with pytest.raises(ValueError, match=r"known: forward_kl, .*uld, hellinger"):
         config_of("zzz")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 import kd_plugin as kd
 from tests.oracle import gradients, make_problem, relative_error
@@ -113,7 +112,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "infinite weight": ({"terms": [{"name": "tvd", "weight": float("inf")}]}, "finite number"),
     "weight NaN": ({"terms": [{"name": "tvd", "weight": float("nan")}]}, "finite number|greater than or equal"),
     "unknown": ({"terms": [{"name": "twd"}]}, "no such divergence; did you mean 'tvd'"),
-    "misspelt key": ({"terms": [{"name": "tvd", "wieght": 1}]}, "Extra inputs are not permitted"),
+    "misspelt key": ({"terms": [{"name": "tvd", "wieght": 1}]}, "unknown setting"),
     "no name": ({"terms": [{"weight": 1}]}, "Field required"),
     "beside divergence": (
         {"terms": [{"name": "tvd"}], "divergence": "jsd"},
@@ -135,5 +134,5 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_objectives_that_make_no_sense_are_refused(case: str) -> None:
     settings, message = BAD[case]
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ValueError, match=message):
         kd.DistillConfig(**settings)
