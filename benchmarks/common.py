@@ -16,6 +16,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
+MOST_LOAD = 0.5  # above it, others take a noticeable part of the cores
 
 Row = Mapping[str, Any]
 
@@ -29,6 +30,8 @@ class Options:
     threads: int
     device: str
     out: Path
+    load: float = 0.0
+    """Processes of everybody that wanted a core in the minute before the start."""
 
     @property
     def published(self) -> bool:
@@ -50,20 +53,20 @@ def options(description: str, argv: Sequence[str] | None = None) -> Options:
     out = given.out or (RESULTS / "quick" if given.quick else RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(given.threads)
-    return Options(given.quick, given.minutes, given.threads, given.device, out)
+    return Options(given.quick, given.minutes, given.threads, given.device, out, os.getloadavg()[0])
 
 
-def machine(options: Options) -> str:
+def machine(run: Options) -> str:
     """One line: processor, memory, threads, load, versions."""
     import torch
 
     versions = [f"{name} {_version(name)}" for name in ("torch", "liger-kernel", "trl")]
-    parts = [_processor(options), f"{options.threads} threads", f"Python {platform.python_version()}", *versions]
-    if options.device == "cpu":
-        load = os.getloadavg()[0]
-        parts.insert(2, f"load of all jobs {load:.1f} on {os.cpu_count()} cores")
-        parts.append(f"{torch.backends.cpu.get_cpu_capability()}")
-    return ", ".join(parts)
+    parts = [_processor(run), f"{run.threads} threads", f"Python {platform.python_version()}", *versions]
+    if run.device == "cpu":
+        parts.append(torch.backends.cpu.get_cpu_capability())
+        parts.append(f"load before the start {run.load:.1f} on {os.cpu_count()} cores")
+    busy = run.device == "cpu" and run.load > MOST_LOAD
+    return ", ".join(parts) + (". **The machine was busy: do not trust the times**" if busy else "")
 
 
 def _version(package: str) -> str:

@@ -138,12 +138,12 @@ def shares() -> list[Row]:
 def _plot(run: Options, rows: Sequence[Row], limit: float, errors_found: Sequence[Row]) -> None:
     with figure(run, "hinton_limit", panels=2, size=(5.0, 3.6)) as (left, right):
         temperatures = [row["T"] for row in rows]
-        left.semilogx(temperatures, [row["T^2 KL"] for row in rows], "o-", label="T² KL(p‖q)")
+        left.semilogx(temperatures, [row["T^2 KL"] for row in rows], "o-", label="T^2 KL(p||q)")
         left.axhline(limit, color="grey", linestyle="--", label=f"centred logit matching: {limit:.6f}")
         left.set(xlabel="temperature T", ylabel="loss, mean of 8 rows", title="Value")
         for key, label in (
             ("gradient's distance to the limit's", "KL to logit matching (relative)"),
-            ("distance of CE's gradient to KL's", "soft CE to KL (absolute)"),
+            ("distance of CE's gradient to KL's", "soft CE to KL (absolute, 0 drawn as 1e-18)"),
         ):
             right.loglog(temperatures, [max(row[key], 1e-18) for row in rows], "o-", label=label)
         right.set(xlabel="temperature T", ylabel="distance of gradients", title="Gradient")
@@ -160,7 +160,7 @@ def _plot(run: Options, rows: Sequence[Row], limit: float, errors_found: Sequenc
         axis.axhline(100 * LIMIT, color="black", linestyle="--", linewidth=0.8)
         axis.set_xticks(range(len(settings)), [f"{name}\nstd {std}" for name, std in settings], fontsize=8)
         axis.set(yscale="log", ylabel="error of dW in %")
-        axis.legend(fontsize=7, ncols=2)
+        axis.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def judge(found: Sequence[Row], chunks: Sequence[Row], hinton_rows: Sequence[Row]) -> list[Target]:

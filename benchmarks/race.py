@@ -81,15 +81,22 @@ class Worker:
 
 
 def race(
-    groups: Sequence[Sequence[Entry]], *, threads: int, seconds: float, rounds: int = 5, profile: Sequence[str] = ()
+    groups: Sequence[Sequence[Entry]],
+    *,
+    threads: int,
+    seconds: float,
+    fewest: int = 3,
+    most: int = 7,
+    profile: Sequence[str] = (),
 ) -> Outcome:
     """Time every entry once per round.
 
     Args:
         groups: entries of one group share a process (variants of one contestant); give rivals a group each.
         threads: CPU threads of each process.
-        seconds: no further round is begun that would end after about this long; the first always runs.
-        rounds: at most.
+        seconds: no further round is begun that would end after about this long, warm-up included.
+        fewest: rounds that are run whatever the clock says; a median of one is none.
+        most: rounds after which it ends.
         profile: labels to profile once after the last round.
     """
     outcome, workers = Outcome(), []
@@ -97,12 +104,12 @@ def race(
     try:
         for group in groups:
             workers += _started(group, threads, outcome)
-        for _ in range(rounds):
+        for count in range(1, most + 1):
             round_begin = time.perf_counter()
             for worker in workers:
                 _time_each(worker, outcome)
             now = time.perf_counter()
-            if now - begin + (now - round_begin) > seconds:
+            if count >= fewest and now - begin + (now - round_begin) > seconds:
                 break
         for worker in workers:
             for label in set(profile) & set(worker.labels):
