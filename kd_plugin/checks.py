@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -28,6 +30,21 @@ def whole_weight(name: str, weight: Tensor) -> None:
         )
     if not weight.is_floating_point():
         raise ValueError(f"{name} is {weight.dtype}; wanted a float weight: keep the head out of quantisation")
+    half_precision(name, weight.dtype, weight.device)
+
+
+def half_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse bfloat16 on a GPU that only emulates it: slowly, and without the products that the loss needs."""
+    if dtype == torch.bfloat16 and device.type == "cuda" and not _has_bfloat16(device):
+        raise ValueError(
+            f"{name} is bfloat16, which {torch.cuda.get_device_name(device)} ({device}) does not have: "
+            "use float32, or float16 with a loss scaler"
+        )
+
+
+@functools.cache
+def _has_bfloat16(device: torch.device) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _pair(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

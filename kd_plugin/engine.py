@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kd_plugin import checks
 from kd_plugin.config import RunConfig, TrainConfig
 
 __all__ = [
@@ -56,6 +57,11 @@ class Placement:
     rank: int
     world_size: int
     owns_group: bool
+
+    def check_precision(self, config: RunConfig) -> None:
+        """Raise ValueError for a model in a precision that this device lacks."""
+        for role in ("teacher", "student"):
+            checks.half_precision(f"{role}.dtype", DTYPES[getattr(config, role).dtype], self.device)
 
     def close(self) -> None:
         """End the process group if this run started it."""

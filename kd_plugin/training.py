@@ -117,6 +117,7 @@ def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
     accumulation = accumulation_steps(config.train, seq_len=config.data.seq_len, world_size=place.world_size)
     if problems := early_problems(config, mode=mode, world_size=place.world_size, accumulation=accumulation):
         raise SetupError("\n".join(problems))
+    place.check_precision(config)
     _announce(config, place, mode, accumulation)
     start_from = _resume_from(config)
     start = time.perf_counter()
@@ -164,10 +165,9 @@ def _session(
     plugin = attach(material.student, material.teacher, config.distill)
     if train.activation_checkpointing:
         # Renamed in Transformers 5.2x; both take the arguments of torch.utils.checkpoint.
-        old_name = "gradient_checkpointing_enable"
-        new_name = "activation_checkpointing_enable"
-        student = material.student
-        getattr(student, new_name if hasattr(student, new_name) else old_name)({"use_reentrant": False})
+        old_name, new_name = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+        name = new_name if hasattr(material.student, new_name) else old_name
+        getattr(material.student, name)({"use_reentrant": False})
     engine = _engine(config, place, mode, accumulation, material)
     plugin.teacher = engine.teacher
     for note in engine.applied_notes:
