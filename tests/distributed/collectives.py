@@ -31,7 +31,9 @@ class CollectiveLog(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
-            sent = tensors[1] if len(tensors) > 1 else args[0][0]
+            sent = tensors[1] if len(tensors) > 1 else args[0]
+            while not isinstance(sent, Tensor):  # some take a list of tensors, or of lists
+                sent = sent[0]
             self.calls.append(Collective(self.phase, func._opname, self._name(sent), sent.numel()))
         return func(*args, **(kwargs or {}))
 
