@@ -88,9 +88,10 @@ def _serve(pipe: Connection, name: str, case: Case, threads: int) -> None:
 
     torch.set_num_threads(threads)
     try:
-        pipe.send(peak_bytes(name, case))
+        answer: Any = peak_bytes(name, case)
     except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
+        answer = f"{type(error).__name__}: {error}".splitlines()[0]
+    pipe.send(answer)
 
 
 def measure(entry: Entry, threads: int, seconds: float) -> tuple[int, float] | str:
@@ -123,8 +124,12 @@ class Plan:
         self.points = [e._replace(case=replace(e.case, rows=n)) for n in rows for e in self.entries]
 
     def rows(self) -> list[Row]:
-        """Measure every point that fits memory and time."""
-        return [self._row(entry) for entry in self.points]
+        """Measure every point that fits memory and time; the CSV grows with them, for runs that are cut short."""
+        table: list[Row] = []
+        for entry in self.points:
+            table.append(self._row(entry))
+            write_csv(self.run, "loss_memory", table)
+        return table
 
     def _row(self, entry: Entry) -> Row:
         case, ours = entry.case, entry.contestant == "kd_plugin"
@@ -192,7 +197,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run.quick:
         base, rows, budgets = replace(base, vocab=16384, width=16), (256, 1024), (32.0,)
     table = Plan(run, base, rows, budgets).rows()
-    write_csv(run, "loss_memory", table)
     _plot(run, table)
     parts = [
         f"fp32, V={base.vocab}, D={base.width}; GiB above inputs and gradients.",

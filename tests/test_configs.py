@@ -28,9 +28,7 @@ def test_every_recipe_is_valid_and_resolves_to_itself(path: Path, tmp_path: Path
 def test_every_recipe_opens_with_its_schema_and_its_launch_command(path: Path) -> None:
     first, *rest = path.read_text(encoding="utf-8").splitlines()
     assert first == "# yaml-language-server: $schema=schema.json"
-    (command,) = (
-        shlex.split(line.lstrip("# ")) for line in rest if line.startswith("#") and "launch/" in line
-    )
+    (command,) = (shlex.split(line.lstrip("# ")) for line in rest if line.startswith("#") and "launch/" in line)
     assert command[0] in ("torchrun", "deepspeed")
     script, config = command[-2:]
     assert (FOLDER.parent / script).is_file()

@@ -83,9 +83,7 @@ def test_text_file_is_one_document_with_an_end(tmp_path: Path) -> None:
     assert shown(read(tmp_path / "x.txt", make_tokenizer(bos=True))[0]) == "<BOS> A B C D <EOS>"
 
 
-def test_end_is_not_doubled_and_its_absence_is_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_end_is_not_doubled_and_its_absence_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "x.txt").write_text("a b <eos>")
     assert shown(read(tmp_path / "x.txt")[0]) == "A B <EOS>"
     (tmp_path / "x.txt").write_text("a b")
@@ -93,9 +91,7 @@ def test_end_is_not_doubled_and_its_absence_is_reported(
     assert "no end token" in caplog.text
 
 
-def test_directory_and_glob_read_files_in_order_of_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_directory_and_glob_read_files_in_order_of_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "b.txt").write_text("b")
     (tmp_path / "deep" / "c.txt").write_text("c")
@@ -270,9 +266,7 @@ def test_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None
 
 def test_refusals_of_templates_are_passed_on(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", {"messages": CONVERSATION})
-    with pytest.raises(
-        DataError, match=r"x\.jsonl:1: the chat template refuses the conversation: no systems"
-    ):
+    with pytest.raises(DataError, match=r"x\.jsonl:1: the chat template refuses the conversation: no systems"):
         read(source, make_tokenizer("{{ raise_exception('no systems') }}"))
     with pytest.raises(DataError, match="'messages' need a chat template, which this tokenizer lacks"):
         read(source, make_tokenizer())
@@ -343,9 +337,7 @@ def test_untrained_tokens_are_no_targets() -> None:
 
 
 def test_too_little_text_is_refused() -> None:
-    with pytest.raises(
-        DataError, match=r"2 document\(s\) with 7 tokens fill no sequence of data.seq_len 8; lower"
-    ):
+    with pytest.raises(DataError, match=r"2 document\(s\) with 7 tokens fill no sequence of data.seq_len 8; lower"):
         PackedDataset(make_documents(3, 4), 8)
 
 
@@ -380,10 +372,7 @@ def test_each_epoch_sees_everything_once_in_its_own_order() -> None:
     order = np.concatenate([indices_for_step(10, step, 4, seed=3) for step in range(5)])
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
     assert order[:10].tolist() != order[10:].tolist()
-    assert (
-        order.tolist()
-        != np.concatenate([indices_for_step(10, step, 4, seed=4) for step in range(5)]).tolist()
-    )
+    assert order.tolist() != np.concatenate([indices_for_step(10, step, 4, seed=4) for step in range(5)]).tolist()
     # Any step can be asked for, in any order.
     assert indices_for_step(10, 3, 4, seed=3).tolist() == order[12:16].tolist()
 
@@ -423,12 +412,7 @@ def test_evaluation_reads_the_same_text_on_any_number_of_ranks(world_size: int) 
         for rank in range(world_size)
     ]
     assert len({len(share) for share in shares}) == 1
-    counted = [
-        row
-        for share in shares
-        for batch in share
-        for row in batch.input_ids[batch.labels[:, 1] >= 0].tolist()
-    ]
+    counted = [row for share in shares for batch in share for row in batch.input_ids[batch.labels[:, 1] >= 0].tolist()]
     assert sorted(counted) == sorted(dataset[index]["input_ids"].tolist() for index in (0, 2, 4, 6, 8))
     everything = eval_batches(dataset, num_sequences=99, micro_batch_size=2)
     valid = sum(int((dataset[index]["labels"][1:] != IGNORED).sum()) for index in range(len(dataset)))

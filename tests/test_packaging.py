@@ -98,9 +98,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = kd.nope
 
 
-@pytest.mark.parametrize(
-    "script", ["launch/setup_venv.sh", "launch/quickstart.sh", "launch/test.sh", ".ci/run"]
-)
+@pytest.mark.parametrize("script", ["launch/setup_venv.sh", "launch/quickstart.sh", "launch/test.sh", ".ci/run"])
 def test_scripts_are_executable_and_parse(repo_root: Path, script: str) -> None:
     assert os.access(repo_root / script, os.X_OK)
     subprocess.run(["bash", "-n", repo_root / script], check=True, timeout=10)
