@@ -1,11 +1,11 @@
 """What crosses the wire for the heads of sharded models: weights, the teacher's logits, or statistics.
 
 Bytes received per rank and micro-batch, with f = (W - 1) / W, n rows per rank, e bytes per weight and hidden
-state, r bytes per reduced gradient, widths D (student) and E (teacher), vocabulary V, k numbers per row:
+state, r bytes per reduced gradient, widths D (student) and E (teacher), vocabulary V, m softmaxes, k sums per row:
 
     weight   f V (e (D + E) + r D)                           gather both heads, reduce-scatter a gradient
     logits   f V (e + r) D + (W - 1) n e E + 4 f n V         the student's head; teacher hidden states, logits
-    stats    (W - 1) n (e (D + E) + 4 D + 8 k + 32 W)        hidden states, their gradient, numbers per row
+    stats    (W - 1) n (e (D + E) + 4 D + 8 m W + 8 k + 20)  hidden states, their gradient, numbers per row
 
 `weight` does not depend on the rows, `stats` not on the vocabulary; `logits` wins in between only where the
 teacher is much wider than its share of the vocabulary.
@@ -32,7 +32,6 @@ from kd_plugin.vocab_parallel import VocabShard, cut
 logger = logging.getLogger(__name__)
 
 _REDUCE_BYTES = 4  # gradients are reduced in fp32 (parallel.fsdp)
-_NUMBERS_PER_ROW = 16  # k: maxima, sums of exponentials, the terms' and metrics' sums; its share is below 1 %
 
 
 def weight_bytes(
@@ -63,9 +62,23 @@ def logits_bytes(
     return student + (ranks - 1) * rows * item_bytes * teacher_width + 4 * share * rows * vocab_size
 
 
-def stats_bytes(ranks: int, rows: int, student_width: int, teacher_width: int, item_bytes: int) -> float:
-    """Received per rank and micro-batch by `exchange: stats`."""
-    numbers = 8 * _NUMBERS_PER_ROW + 32 * ranks  # every rank sees every rank's maxima and sums of exponentials
+def stats_bytes(
+    ranks: int,
+    rows: int,
+    student_width: int,
+    teacher_width: int,
+    item_bytes: int,
+    *,
+    softmaxes: int = 2,
+    sums: int = 6,
+) -> float:
+    """Received per rank and micro-batch by `exchange: stats`.
+
+    `softmaxes` counts the temperatures of both models, `sums` the numbers added per row: by default those of a KL
+    and the metrics at temperature 1.
+    """
+    # maxima and sums of exponentials from every rank; sums, all-reduced; label, its logit and the row's weight
+    numbers = 8 * softmaxes * ranks + 8 * sums + 20
     return (ranks - 1) * rows * (item_bytes * (student_width + teacher_width) + 4 * student_width + numbers)
 
 
