@@ -19,6 +19,12 @@ threads=$((cores / ranks > 0 ? cores / ranks : 1))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 echo "+ export OMP_NUM_THREADS=$OMP_NUM_THREADS"
 
+if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    # glibc returns large blocks to the kernel and faults their pages in anew each step; let it keep them
+    export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_MAX_=0
+    echo "+ export MALLOC_MMAP_THRESHOLD_=$MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_=$MALLOC_TRIM_THRESHOLD_ MALLOC_MMAP_MAX_=0"
+fi
+
 config=configs/smollm2_135m_to_8l_fsdp2.yaml
 run kd-plugin validate "$config" "$@" # a mistake is told here, without the launcher's traceback
 run torchrun --standalone --nproc-per-node "$ranks" launch/train_fsdp.py "$config" "$@"
