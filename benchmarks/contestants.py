@@ -4,7 +4,8 @@ The objective is `soft_weight * T^2 * divergence + hard_weight * cross-entropy`,
 
 - kd_plugin: `kd_plugin.distill_loss`.
 - GEMMs only: the floor. The four matrix products (student and teacher logits in fp32, gradient of the hidden
-  states, gradient of the weight in fp32) of the valid rows, into buffers, in kd_plugin's chunks; no loss at all.
+  states, gradient of the weight in fp32) of the valid rows by `torch.mm`, into buffers, in kd_plugin's chunks; no
+  loss at all. kd_plugin may fall below it where it calls a faster library than `torch.mm` does.
 - compiled naive: `torch.compile` of the dense loss on whole logits.
 - Liger: `LigerFusedLinearJSDLoss`; its beta = 0 is KL(teacher||student), 1 is KL(student||teacher), and between
   them beta is the teacher's share of the mixture. It does not multiply by T^2, so its soft weight does.
@@ -23,7 +24,6 @@ from torch import Tensor
 
 import kd_plugin as kd
 from kd_plugin.chunks import rows_per_chunk
-from kd_plugin.matmul import Operand, accumulate_outer, mm_into
 
 IGNORE_INDEX = -100
 _BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
@@ -176,7 +176,7 @@ def kd_plugin(case: Case, tensors: Tensors) -> Step:
 
 
 def gemms(case: Case, tensors: Tensors) -> Step:
-    """The floor. Uses kd_plugin's products, which are plain `torch.mm(out=...)` in fp32."""
+    """The floor: `torch.mm`; on a CPU in fp32 where the result must be, as it has no `out_dtype`."""
     _, weight, _, teacher_weight, _ = (t.detach() for t in tensors)
     keep = tensors.targets != IGNORE_INDEX
     hidden, teacher_hidden = tensors.hidden.detach()[keep], tensors.teacher_hidden[keep]
@@ -185,17 +185,20 @@ def gemms(case: Case, tensors: Tensors) -> Step:
     student, teacher = (torch.empty(chunk, case.vocab, dtype=wide, device=case.device) for _ in range(2))
     narrow = student if hidden.dtype == wide else student.to(hidden.dtype)
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=wide)
+    mixed = {"out_dtype": wide} if hidden.is_cuda and hidden.dtype != wide else {}
 
     def step() -> None:
-        heads = Operand("student", weight, wide), Operand("teacher", teacher_weight, wide)
+        upcast = [t if mixed else t.to(wide) for t in (hidden, teacher_hidden, weight, teacher_weight)]
         for start in range(0, case.valid, chunk):
             rows = slice(start, min(start + chunk, case.valid))
-            n = rows.stop - start
-            mm_into(student[:n], hidden[rows], heads[0])
-            mm_into(teacher[:n], teacher_hidden[rows], heads[1])
+            x, y, (w, v) = upcast[0][rows], upcast[1][rows], upcast[2:]
+            s, t = student[: len(x)], teacher[: len(x)]
+            torch.mm(x, w.t(), out=s, **mixed)
+            torch.mm(y, v.t(), out=t, **mixed)
             if case.train:
-                torch.mm(narrow[:n], weight, out=grad_hidden[rows])
-                accumulate_outer(grad_weight, student[:n], narrow[:n], hidden[rows], first=start == 0)
+                torch.mm(narrow[: len(x)], weight, out=grad_hidden[rows])
+                gradient = narrow[: len(x)] if mixed else s
+                torch.addmm(grad_weight, gradient.t(), x, beta=int(start > 0), out=grad_weight, **mixed)
 
     return step
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin import row_kernels
-from kd_plugin.matmul import Operand, accumulate_outer, add_bias, mm_into
+from kd_plugin.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
 from kd_plugin.objective import Objective
 from kd_plugin.plan import ChunkPlan, agreed_plan, local_plan
 from kd_plugin.row_kernels import IDENTITY, NUM_LOSSES, LogitTransform, RowSpec
@@ -233,7 +233,7 @@ def _run(
             grad_bias[:vocab_size] += gradient.sum(0)
         narrow = loop.narrow(gradient, weight.dtype)
         if grad_hidden is not None:
-            grad_hidden[rows] = torch.mm(narrow, weight[:vocab_size]).to(hidden.dtype)
+            grad_hidden[rows] = hidden_gradient(narrow, weight[:vocab_size]).to(hidden.dtype)
         if grad_weight is not None:
             narrow = narrow if weight.dtype == hidden.dtype else gradient.to(hidden.dtype)
             accumulate_outer(grad_weight[:vocab_size], gradient, narrow, chunk_hidden, first=index == 0)

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from kd_plugin import row_kernels
 from kd_plugin.chunks import Problem, wide_dtype
-from kd_plugin.matmul import Operand, accumulate_outer, add_bias, mm_into
+from kd_plugin.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
 from kd_plugin.plan import agreed_plan, all_gather, reduce_scatter
 from kd_plugin.row_kernels import RowSpec, shards
 from kd_plugin.teachers import HeadTeacher
@@ -180,7 +180,7 @@ class VocabParallelDistill(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
             if grad_hidden is not None:
-                partial = torch.mm(gradient.to(hidden.dtype), loop.weight).to(loop.dtype)
+                partial = hidden_gradient(gradient.to(hidden.dtype), loop.weight).to(loop.dtype)
                 rows, count = loop.plan.of(index)
                 grad_hidden[rows] = reduce_scatter(partial, shard.group)[:count].to(hidden.dtype)
         problem.workspace_bytes = loop.held_bytes(grad_hidden, grad_weight, grad_bias)

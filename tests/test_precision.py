@@ -14,6 +14,7 @@ from torch import Tensor
 import kd_plugin as kd
 from kd_plugin import checks, training
 from kd_plugin.engine import Placement
+from kd_plugin.matmul import Operand, accumulate_outer, fastest_fp32, hidden_gradient, mm_into
 from kd_plugin.workspace import release_workspace
 from tests import oracle
 from tests.oracle import Problem, gradients, make_problem, relative_error
@@ -245,3 +246,32 @@ def test_a_run_is_refused_before_a_model_is_loaded(
     place = Placement(volta, rank=0, world_size=1, owns_group=False)
     with pytest.raises(ValueError, match=f"{role}.dtype is bfloat16, which Tesla V100"):
         training._train(config, place, "single")
+
+
+@pytest.mark.parametrize(("rows", "width", "vocab"), [(1, 64, 1001), (2, 7, 11), (17, 33, 1001), (255, 576, 4999)])
+def test_fp32_products_have_fp32_precision(rows, width, vocab):
+    """Whichever library multiplies: rounding operands to bf16 would be off by 4e-3, to TF32 by 5e-4."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden, weight = (torch.randn(n, width, generator=generator) for n in (rows, vocab))
+    logits = torch.empty(rows, vocab)
+    mm_into(logits, hidden, Operand("test", weight, torch.float32))
+    total = torch.ones(vocab, width)
+    accumulate_outer(total, logits, logits, hidden, first=False)
+    pairs = [
+        (logits, hidden.double() @ weight.double().T),
+        (hidden_gradient(logits, weight), logits.double() @ weight.double()),
+        (total, 1 + logits.double().T @ hidden.double()),
+    ]
+    for found, wanted in pairs:
+        assert (found - wanted).norm() <= 2e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("chosen", ["none", "ieee", "bf16"])
+def test_the_users_matmul_precision_survives(chosen, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", chosen)
+    with fastest_fp32():
+        pass
+    assert torch.backends.mkldnn.matmul.fp32_precision == chosen
+    with pytest.raises(ZeroDivisionError), fastest_fp32():
+        _ = 1 / 0
+    assert torch.backends.mkldnn.matmul.fp32_precision == chosen
