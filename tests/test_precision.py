@@ -267,11 +267,13 @@ def test_fp32_products_have_fp32_precision(rows, width, vocab):
 
 
 @pytest.mark.parametrize("chosen", ["none", "ieee", "bf16"])
-def test_the_users_matmul_precision_survives(chosen, monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", chosen)
+def test_the_users_matmul_precision_survives(chosen, request):
+    settings = torch.backends.mkldnn.matmul
+    request.addfinalizer(functools.partial(setattr, settings, "fp32_precision", settings.fp32_precision))
+    settings.fp32_precision = chosen
     with fastest_fp32():
         pass
-    assert torch.backends.mkldnn.matmul.fp32_precision == chosen
+    assert settings.fp32_precision == chosen
     with pytest.raises(ZeroDivisionError), fastest_fp32():
         _ = 1 / 0
-    assert torch.backends.mkldnn.matmul.fp32_precision == chosen
+    assert settings.fp32_precision == chosen
