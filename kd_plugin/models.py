@@ -158,8 +158,10 @@ def _unpacked(source: ResolvedSource, name: str, build: Callable[[], Any]) -> Re
     """The GGUF file as an ordinary folder `name` in the cache, made by `build` the first time.
 
     Reading a GGUF file takes half a minute where the same weights as safetensors take a second. The folder is
-    keyed by the file's content and the library's version, and appears under its name only when complete.
+    keyed by the file's content and the library's version, and appears under its name only when complete. One
+    rank unpacks, the others of its machine wait for it.
     """
+    from filelock import FileLock
     from huggingface_hub import constants
 
     digest = hashlib.sha256()
@@ -169,19 +171,31 @@ def _unpacked(source: ResolvedSource, name: str, build: Callable[[], Any]) -> Re
     key = f"{digest.hexdigest()[:24]}-{_transformers().__version__}"
     folder = Path(constants.HF_HOME) / "kd_plugin" / key / name
     if not folder.is_dir():
-        made = build()
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as unfinished:
-                made.save_pretrained(Path(unfinished) / name)
-                (Path(unfinished) / name).rename(folder)
+            with FileLock(folder.with_name(f".{name}.lock")):
+                if not folder.is_dir():
+                    _save_whole(build(), folder)
+                    logger.info("unpacked %s, kept in %s", source.gguf_file, folder)
         except OSError as error:
-            # Another rank was first, and its folder is as good; or there is no room, and each load is slow.
-            if not folder.is_dir():
-                logger.warning("cannot keep the unpacked %s in %s: %s", source.gguf_file, folder, error)
-                return source
-        logger.info("unpacked %s, kept in %s", source.gguf_file, folder)
+            logger.warning("cannot keep the unpacked %s in %s: %s", source.gguf_file, folder, error)
+            return source
     return ResolvedSource(str(folder), None)
+
+
+def _save_whole(made: PreTrainedModel | PreTrainedTokenizerBase, folder: Path) -> None:
+    """What `save_pretrained` writes, on whatever rank: a model's own does nothing but on rank 0."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+        inside = Path(unfinished) / folder.name
+        if isinstance(made, torch.nn.Module):
+            from safetensors.torch import save_model
+
+            made.config.save_pretrained(inside)
+            made.generation_config.save_pretrained(inside)
+            save_model(made, str(inside / "model.safetensors"), metadata={"format": "pt"})
+        else:
+            made.save_pretrained(inside)
+        inside.rename(folder)
 
 
 def _refuse_pickle(source: ResolvedSource, where: str) -> None:
