@@ -75,6 +75,7 @@ def loss_inputs(
     config: DistillConfig,
 ) -> None:
     """Shapes and kinds of everything `distill_loss` takes."""
+    distill_config(config)
     _pair("student", student_hidden, student_weight, student_bias)
     if config.soft_weight:
         if teacher_hidden is None or teacher_weight is None:
@@ -82,12 +83,7 @@ def loss_inputs(
                 f"soft_weight is {config.soft_weight:g} but there is no teacher: pass teacher_hidden and "
                 "teacher_weight, or set soft_weight=0"
             )
-        _pair("teacher", teacher_hidden, teacher_weight, teacher_bias)
-        if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
-            raise ValueError(
-                f"student_hidden {tuple(student_hidden.shape)} and teacher_hidden {tuple(teacher_hidden.shape)} "
-                "differ in rows: both models must see the same tokens"
-            )
+        teacher_pair(teacher_hidden, teacher_weight, teacher_bias, student_hidden)
     loss_targets(targets, student_hidden.shape[:-1], config)
 
 
@@ -171,7 +167,7 @@ def teacher_pair(
     _pair("teacher", teacher_hidden, teacher_weight, teacher_bias)
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
-            f"hidden_states {tuple(student_hidden.shape)} and teacher_hidden {tuple(teacher_hidden.shape)} "
+            f"student_hidden {tuple(student_hidden.shape)} and teacher_hidden {tuple(teacher_hidden.shape)} "
             "differ in rows: both models must see the same tokens"
         )
 

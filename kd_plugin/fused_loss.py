@@ -184,6 +184,26 @@ def normalised(sums: LossSums, num_items: int | float | Tensor | None) -> Distil
     return DistillOutput(sums.loss_sum / items, means[0], means[1], num_valid, metrics)
 
 
+def checked_teacher(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    targets: Tensor | None,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    config: DistillConfig,
+) -> HeadTeacher | None:
+    """The teacher of a loss on hidden states, once all of its arguments fit; None if it needs none."""
+    checks.loss_inputs(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, targets, student_bias, teacher_bias, config
+    )
+    if not config.soft_weight:
+        return None
+    assert teacher_hidden is not None and teacher_weight is not None
+    return HeadTeacher(teacher_hidden, teacher_weight, teacher_bias)
+
+
 def distill_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -216,20 +236,10 @@ def distill_loss(
         ValueError: shapes that do not fit, targets outside the shared vocabulary, DTensors, or weights that
             ZeRO-3 has partitioned away; the message says what to do instead.
     """
-    checks.loss_inputs(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        targets,
-        student_bias,
-        teacher_bias,
-        config,
+    teacher = checked_teacher(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, targets, student_bias, teacher_bias, config
     )
     checks.token_weights(token_weights, student_hidden)
-    teacher = None
-    if config.soft_weight and teacher_hidden is not None and teacher_weight is not None:
-        teacher = HeadTeacher(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias)
     sums = loss_sums(
         student_hidden, student_weight, student_bias, teacher, targets, config, token_weights=token_weights
     )

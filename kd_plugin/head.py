@@ -186,7 +186,7 @@ def _from_tuple(teacher: Sequence[Tensor], hidden_states: Tensor) -> HeadTeacher
         raise ValueError(f"teacher has {len(teacher)} parts; wanted (teacher_hidden, teacher_weight[, teacher_bias])")
     hidden, weight, bias = (*teacher, None)[:3]
     checks.teacher_pair(hidden, weight, bias, hidden_states)
-    return HeadTeacher(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    return HeadTeacher(hidden, weight, bias)
 
 
 def teacher_head_forward(
@@ -198,4 +198,4 @@ def teacher_head_forward(
     if logits_bias is not None:
         extra = logits_bias.to(device=head.weight.device, dtype=head.weight.dtype)
         bias = extra if bias is None else bias + extra
-    return HeadTeacher(hidden_states.reshape(-1, hidden_states.shape[-1]), head.weight, bias, transform)
+    return HeadTeacher(hidden_states, head.weight, bias, transform)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_plugin import checks, chunks
+from kd_plugin import chunks
 from kd_plugin.config import DistillConfig
-from kd_plugin.fused_loss import make_problem
-from kd_plugin.teachers import HeadTeacher
+from kd_plugin.fused_loss import checked_teacher, make_problem
 
 
 class TokenLosses(NamedTuple):
@@ -80,13 +79,9 @@ def distill_loss_per_token(
     Arguments and errors as `distill_loss`. Backward recomputes the logits (one more product per model), because
     only then is each token's factor known; `distill_loss(token_weights=...)` is cheaper where it is known before.
     """
-    checks.distill_config(config)
-    checks.loss_inputs(
+    teacher = checked_teacher(
         student_hidden, student_weight, teacher_hidden, teacher_weight, targets, student_bias, teacher_bias, config
     )
-    teacher = None
-    if config.soft_weight and teacher_hidden is not None and teacher_weight is not None:
-        teacher = HeadTeacher(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias)
     flat = student_hidden.reshape(-1, student_hidden.shape[-1])
     labels = None if targets is None else targets.reshape(-1)
     problem = make_problem(flat, student_weight.shape[0], teacher, labels, config)

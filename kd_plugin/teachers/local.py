@@ -37,7 +37,7 @@ class HeadTeacher:
     """Teacher hidden states times the teacher's own head, multiplied chunk by chunk.
 
     Args:
-        hidden: `[N, E]`, flattened.
+        hidden: `[..., E]`; kept as `[N, E]`.
         weight: `[V', E]`, whole.
         bias: `[V']` or None.
         transform: what the teacher does to its raw logits.
@@ -50,7 +50,8 @@ class HeadTeacher:
         bias: Tensor | None = None,
         transform: LogitTransform | None = None,
     ) -> None:
-        self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), bias
+        self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])
+        self.weight, self.bias = weight.detach(), bias
         self.transform = transform or LogitTransform()
         self.vocab_size = weight.shape[0]
         self.group = None
