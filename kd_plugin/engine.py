@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kd_plugin import checks
+from kd_plugin.collectives import all_reduce
 from kd_plugin.config import RunConfig, TrainConfig
 
 __all__ = [
@@ -141,7 +142,8 @@ def reduce_numbers(values: Mapping[str, float], *, op: str = "sum") -> dict[str,
     if dist.get_world_size() == 1:
         return dict(values)
     packed = torch.tensor(list(values.values()), dtype=torch.float64)
-    dist.all_reduce(packed, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    operation = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+    all_reduce(packed, None, f"the numbers {', '.join(values)}", op=operation)
     return dict(zip(values, packed.tolist(), strict=True))
 
 

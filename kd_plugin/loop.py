@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kd_plugin import checkpoint
+from kd_plugin.collectives import of_others
 from kd_plugin.config import DistillConfig, RunConfig
 from kd_plugin.console import progress, step_line
 from kd_plugin.data import Batch, TrainBatches
@@ -67,7 +68,8 @@ def run_steps(session: Session, first: int, before: dict[str, float]) -> dict[st
     started = window_start = time.perf_counter()
     window, result = 0, before
     for step in progress(first, train.max_steps, rank=session.place.rank):
-        gradient_norm = _train_step(session, step)
+        with of_others(f"in step {step}"):
+            gradient_norm = _train_step(session, step)
         window += 1
         last = step == train.max_steps
         evaluated = last or (train.eval_every > 0 and step % train.eval_every == 0)

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kd_plugin.collectives import all_reduce
+
 GIB = 2**30
 
 
@@ -32,7 +34,7 @@ class MetricSums:
         total = self._total if self._total is not None else torch.zeros(len(self.names), device=device).double()
         self._total = None
         if num_ranks(group) > 1:
-            dist.all_reduce(total, group=group)
+            all_reduce(total, group, "metrics")
         return dict(zip(self.names, total.tolist(), strict=True))
 
 

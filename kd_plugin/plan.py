@@ -6,12 +6,14 @@ chunks that do not belong together. So the number of chunks is settled before th
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from kd_plugin.collectives import all_gather, host_device, located
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class ChunkPlan:
         stop = min(start + self.chunk, self.num_rows)
         return (slice(start, stop) if self.rows is None else self.rows[start:stop]), stop - start
 
+    def at(self, index: int) -> AbstractContextManager[None]:
+        """For the collectives of chunk `index`: a failed one says this plan."""
+        return located(
+            lambda: f"chunk {index + 1}/{self.num_chunks} of {self.chunk} rows, {self.num_rows} valid rows here"
+        )
+
     def padded(self, tensor: Tensor, index: int) -> Tensor:
         """The rows of chunk `index` out of `[N, ...]`, filled up with zeros to `[chunk, ...]`."""
         rows, count = self.of(index)
@@ -47,23 +55,8 @@ def local_plan(rows: Tensor | None, num_rows: int, chunk_size: int) -> ChunkPlan
 
 def agreed_plan(rows: Tensor | None, num_rows: int, chunk_size: int, group: Any, device: torch.device) -> ChunkPlan:
     """The same number of chunks, of the same length, on every rank of `group`. One all-gather."""
-    counts = all_gather(torch.tensor([num_rows], device=device), group)
-    most = int(counts.max())
+    own = torch.tensor([num_rows], device=host_device(group, device))
+    with located(lambda: f"{num_rows} valid rows here"):
+        most = int(all_gather(own, group, "counts of valid rows").max())
     chunk = min(chunk_size, max(most, 1))
     return ChunkPlan(rows, num_rows, chunk, -(-most // chunk))
-
-
-def all_gather(tensor: Tensor, group: Any, *, wait: bool = True) -> Any:
-    """`[n, ...]` of every rank -> `[W * n, ...]`; with `wait=False` also the handle to wait for."""
-    out = tensor.new_empty(dist.get_world_size(group) * tensor.shape[0], *tensor.shape[1:])
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-    handle = gather(out, tensor.contiguous(), group=group, async_op=not wait)
-    return out if wait else (out, handle)
-
-
-def reduce_scatter(tensor: Tensor, group: Any) -> Tensor:
-    """Sum of `[W * n, ...]` over ranks -> this rank's `[n, ...]`."""
-    out = tensor.new_empty(tensor.shape[0] // dist.get_world_size(group), *tensor.shape[1:])
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
-    scatter(out, tensor, group=group)
-    return out

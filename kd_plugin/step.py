@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from kd_plugin import checks
+from kd_plugin.collectives import all_reduce
 from kd_plugin.metrics import num_ranks
 
 
@@ -40,7 +40,7 @@ def per_item(loss_sum: Tensor, num_valid: Tensor, num_items: int | Tensor | None
         return loss_sum / (items.to(loss_sum.device) if isinstance(items, Tensor) else items)
     valid, ranks = num_valid.clone(), num_ranks(group)
     if ranks > 1:
-        dist.all_reduce(valid, group=group)
+        all_reduce(valid, group, "numbers of valid tokens (pass num_items_in_batch, and it is not needed)")
     return loss_sum * ranks / valid.clamp_min(1)
 
 

@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from kd_plugin import row_kernels
 from kd_plugin.chunks import Problem, wide_dtype
+from kd_plugin.collectives import all_gather, all_reduce, reduce_scatter
 from kd_plugin.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
-from kd_plugin.plan import agreed_plan, all_gather, reduce_scatter
+from kd_plugin.plan import agreed_plan
 from kd_plugin.row_kernels import RowSpec, shards
 from kd_plugin.teachers import HeadTeacher
 from kd_plugin.workspace import buffer
@@ -76,26 +77,26 @@ class _Loop:
             teacher.prepare(None, shard.size, self.dtype, rounded=problem.rounded_logits)
         self.plan = agreed_plan(problem.rows, problem.num_rows, problem.chunk_size, shard.group, hidden.device)
 
-    def gathered(self, tensor: Tensor, index: int) -> Tensor:
+    def gathered(self, tensor: Tensor, index: int, what: str) -> Tensor:
         """Chunk `index` of every rank's `[N, ...]`, in rank order: `[W * C, ...]`."""
-        return all_gather(self.plan.padded(tensor, index), self.shard.group)
+        return all_gather(self.plan.padded(tensor, index), self.shard.group, what)
 
     def row_weights(self, index: int) -> Tensor:
         """`[W * C, 1]`: each row's token weight; 0 for padding."""
         weights = self.problem.token_weights
         ones = self.hidden.new_ones(self.hidden.shape[0], dtype=self.dtype) if weights is None else weights
-        return self.gathered(ones.to(self.dtype)[:, None], index)
+        return self.gathered(ones.to(self.dtype)[:, None], index, "the rows' weights")
 
     def chunk_logits(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gathered hidden states `[W * C, D]` and both models' logits `[W * C, V_r]` of this rank's columns."""
-        hidden = self.gathered(self.hidden, index)
+        hidden = self.gathered(self.hidden, index, "the student's hidden states")
         rows, columns = hidden.shape[0], self.shard.size
         student = buffer("student", rows, columns, self.dtype, hidden.device)
         mm_into(student, hidden, self.operand)
         add_bias(student, self.bias)
         if self.teacher is None:
             return hidden, student, None
-        others = self.gathered(self.teacher.hidden, index)
+        others = self.gathered(self.teacher.hidden, index, "the teacher's hidden states")
         teacher = buffer("teacher", rows, columns, self.dtype, hidden.device)
         self.teacher.multiply_into(teacher, others)
         return hidden, student, teacher
@@ -105,12 +106,12 @@ class _Loop:
         if not self.spec.objective.hard_weight:
             return None
         assert self.problem.targets is not None
-        targets = self.gathered(self.problem.targets, index)
+        targets = self.gathered(self.problem.targets, index, "labels")
         here = (targets >= self.shard.start) & (targets < self.shard.stop)
         columns = torch.where(here, targets - self.shard.start, 0)[:, None]
         own = logits.gather(1, columns) if self.shard.size else logits.new_zeros(logits.shape[0], 1)
         own = torch.where(here[:, None], own, 0.0)
-        dist.all_reduce(own, group=self.shard.group)
+        all_reduce(own, self.shard.group, "the labels' logits")
         return columns, here[:, None], own
 
     def held_bytes(self, *gradients: Tensor | None) -> int:
@@ -127,10 +128,10 @@ class _Loop:
         weights = self.row_weights(index)
         vocab_size = shard.vocab_size
         moments = shards.moments(kernel, spec, vocab_size, student, teacher)
-        moments = shards.merge(all_gather(moments[None], shard.group))
+        moments = shards.merge(all_gather(moments[None], shard.group, "the softmaxes' statistics"))
         sums = shards.sums(kernel, spec, vocab_size, student, teacher, moments)
         if sums.shape[1]:
-            dist.all_reduce(sums, group=shard.group)
+            all_reduce(sums, shard.group, "the divergence's sums")
         own_logits = None if labels is None else labels[2]
         statistics = shards.finish(kernel, spec, vocab_size, student, teacher, own_logits, weights, moments, sums)
         if labels is not None and spec.with_gradient and shard.size:
@@ -171,7 +172,8 @@ class VocabParallelDistill(torch.autograd.Function):
         grad_weight = weight.new_zeros(weight.shape, dtype=loop.dtype) if need_weight else None
         grad_bias = weight.new_zeros(weight.shape[0], dtype=loop.dtype) if need_bias else None
         for index in range(loop.plan.num_chunks):
-            gathered, gradient, statistics = loop.run(index)
+            with loop.plan.at(index):
+                gathered, gradient, statistics = loop.run(index)
             total += statistics.sum(0)
             if not loop.spec.with_gradient:
                 continue
@@ -182,7 +184,9 @@ class VocabParallelDistill(torch.autograd.Function):
             if grad_hidden is not None:
                 partial = hidden_gradient(gradient.to(hidden.dtype), loop.weight).to(loop.dtype)
                 rows, count = loop.plan.of(index)
-                grad_hidden[rows] = reduce_scatter(partial, shard.group)[:count].to(hidden.dtype)
+                with loop.plan.at(index):
+                    own_rows = reduce_scatter(partial, shard.group, "the hidden states' gradient")
+                grad_hidden[rows] = own_rows[:count].to(hidden.dtype)
         problem.workspace_bytes = loop.held_bytes(grad_hidden, grad_weight, grad_bias)
         problem.dense_bytes = problem.num_rows * shard.vocab_size * 2 * loop.dtype.itemsize
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)

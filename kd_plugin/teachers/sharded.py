@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kd_plugin.plan import ChunkPlan, all_gather
+from kd_plugin.collectives import all_gather, all_gather_object, all_to_all
+from kd_plugin.plan import ChunkPlan
 from kd_plugin.row_kernels import LogitTransform
 from kd_plugin.teachers.local import HeadTeacher
 
@@ -52,7 +53,8 @@ class ShardedHeadTeacher:
     def logits_into(self, out: Tensor, index: int) -> None:
         """See `TeacherSource`. Returns with the next chunk under way."""
         received, sent, handle = self._arriving
-        handle.wait()
+        with self._plan.at(index):
+            handle.wait()
         del sent
         self._send(index + 1)
         start = 0
@@ -64,7 +66,8 @@ class ShardedHeadTeacher:
         """Ask for all ranks' hidden states of chunk `index`."""
         self._gathering = None
         if index < self._plan.num_chunks:
-            self._gathering = all_gather(self._plan.padded(self.head.hidden, index), self.group, wait=False)
+            hidden = self._plan.padded(self.head.hidden, index)
+            self._gathering = all_gather(hidden, self.group, "the teacher's hidden states", wait=False)
 
     def _send(self, index: int) -> None:
         """Multiply chunk `index` with this rank's rows, send the logits off, and ask for the chunk after it."""
@@ -72,7 +75,8 @@ class ShardedHeadTeacher:
         if index >= self._plan.num_chunks:
             return
         hidden, handle = self._gathering
-        handle.wait()
+        with self._plan.at(index):
+            handle.wait()
         self._gather(index + 1)
         chunk, columns = self._plan.chunk, self._columns[self._rank]
         logits = hidden.new_empty(hidden.shape[0], columns, dtype=self._dtype)
@@ -80,7 +84,7 @@ class ShardedHeadTeacher:
         sizes = [chunk * count for count in self._columns]
         flat = logits.new_empty(sum(sizes))
         own = [chunk * columns] * len(sizes)
-        handle = dist.all_to_all_single(flat, logits.view(-1), sizes, own, group=self.group, async_op=True)
+        handle = all_to_all(flat, logits.view(-1), sizes, own, self.group, "the teacher's logits")
         pieces = [part.view(chunk, count) for part, count in zip(flat.split(sizes), self._columns, strict=True)]
         self._arriving = (pieces, logits, handle)
 
@@ -95,10 +99,8 @@ class ShardedLogits:
 
     def __init__(self, local_slice: Tensor, group: Any = None) -> None:
         self.local, self.group = local_slice.detach(), group if group is not None else dist.group.WORLD
-        widths: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(widths, local_slice.shape[1], group=group)
-        self._widths: list[int] = widths
-        self.vocab_size = sum(widths)
+        self._widths: list[int] = all_gather_object(local_slice.shape[1], group, "the widths of the slices of logits")
+        self.vocab_size = sum(self._widths)
         self.transform = LogitTransform()
 
     def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
@@ -111,7 +113,8 @@ class ShardedLogits:
         widest = max(self._widths)
         if own.shape[1] < widest:
             own = torch.cat([own, own.new_zeros(own.shape[0], widest - own.shape[1])], dim=1)
-        everyone = all_gather(own, self.group).view(len(self._widths), -1, widest)
+        with self._plan.at(index):
+            everyone = all_gather(own, self.group, "the teacher's logits").view(len(self._widths), -1, widest)
         start = 0
         for piece, width in zip(everyone, self._widths, strict=True):
             columns = max(0, min(width, self._vocab_size - start))

@@ -1,0 +1,132 @@
+"""Collectives that say which one they were when they fail.
+
+A rank that waits in vain for the others gets from gloo a line about sockets and milliseconds. Here it also learns
+what it waited for, where in its own work it was, and what usually causes this. Nothing is formatted before a
+failure. Over NCCL a failed collective ends the process without an exception; the counts that all ranks compare
+before the first chunk therefore travel over gloo where a group has it (see `host_device`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_CAUSE = (
+    "Most likely another rank failed (then its own message comes first), ended its epoch early or did not call the "
+    "student in this step: run the same number of steps on every rank (drop_last=True), or let a rank without data go "
+    "on with a batch whose labels are all ignore_index"
+)
+
+
+_UNANSWERED = re.compile(r"gloo.*(Timed out|Connection|Read error|Write error|EOF)", re.DOTALL)
+
+
+class CollectiveError(RuntimeError):
+    """The other ranks did not answer: which collective of the loss it was, and where this rank was in its work."""
+
+    def __init__(self, reason: str, *where: str) -> None:
+        self.reason, self.where = reason, where
+        super().__init__(f"{', '.join(where)}: {reason}. {_CAUSE}")
+
+
+def _failed(error: RuntimeError, what: str) -> CollectiveError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return CollectiveError(reason[0].rstrip("."), f"rank {dist.get_rank()} of {dist.get_world_size()}, {what}")
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Turn a failure of the collective inside into a `CollectiveError` that calls it `what`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise _failed(error, what) from error
+
+
+@contextmanager
+def of_others(where: str) -> Iterator[None]:
+    """The same for collectives that a wrapper calls inside, known by the words of gloo and NCCL only."""
+    try:
+        yield
+    except CollectiveError:
+        raise
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or _UNANSWERED.search(str(error)):
+            raise _failed(error, f"a collective of the student's or the teacher's wrapper {where}") from error
+        raise
+
+
+@contextmanager
+def located(where: Callable[[], str]) -> Iterator[None]:
+    """Add to the `CollectiveError` of a collective inside where this rank was; called on failure only."""
+    try:
+        yield
+    except CollectiveError as error:
+        raise CollectiveError(error.reason, *error.where, where()) from error.__cause__
+
+
+class Pending:
+    """A collective under way."""
+
+    def __init__(self, handle: Any, what: str) -> None:
+        self._handle, self._what = handle, what
+
+    def wait(self) -> None:
+        """Until it is done (on the host; on a GPU, until its stream may go on)."""
+        with named(self._what):
+            self._handle.wait()
+
+
+def all_gather(tensor: Tensor, group: Any, what: str, *, wait: bool = True) -> Any:
+    """`[n, ...]` of every rank -> `[W * n, ...]`; with `wait=False` also the `Pending` to wait for."""
+    out = tensor.new_empty(dist.get_world_size(group) * tensor.shape[0], *tensor.shape[1:])
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    what = f"all-gather of {what}"
+    with named(what):
+        handle = gather(out, tensor.contiguous(), group=group, async_op=not wait)
+    return out if wait else (out, Pending(handle, what))
+
+
+def reduce_scatter(tensor: Tensor, group: Any, what: str) -> Tensor:
+    """Sum of `[W * n, ...]` over ranks -> this rank's `[n, ...]`."""
+    out = tensor.new_empty(tensor.shape[0] // dist.get_world_size(group), *tensor.shape[1:])
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
+    with named(f"reduce-scatter of {what}"):
+        scatter(out, tensor, group=group)
+    return out
+
+
+def all_reduce(tensor: Tensor, group: Any, what: str, *, op: Any = dist.ReduceOp.SUM) -> None:
+    """Sum over ranks (or `op`), in place."""
+    with named(f"all-reduce of {what}"):
+        dist.all_reduce(tensor, op=op, group=group)
+
+
+def all_to_all(out: Tensor, tensor: Tensor, received: Sequence[int], sent: Sequence[int], group: Any, what: str) -> Any:
+    """Piece r of flat `tensor` (`sent[r]` elements) to rank r, its pieces into `out` -> the `Pending` to wait for."""
+    what = f"all-to-all of {what}"
+    with named(what):
+        handle = dist.all_to_all_single(out, tensor, list(received), list(sent), group=group, async_op=True)
+    return Pending(handle, what)
+
+
+def all_gather_object(value: Any, group: Any, what: str) -> list[Any]:
+    """The picklable `value` of every rank, in rank order; waits for the device."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    with named(f"all-gather of {what}"):
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def host_device(group: Any, device: torch.device) -> torch.device:
+    """Where numbers of the host are best compared: the CPU if `group` reaches it, else `device`."""
+    reached = dist.get_backend_config(group).split(",")
+    return torch.device("cpu") if any(part.startswith("cpu:") for part in reached) else device

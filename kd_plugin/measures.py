@@ -1,0 +1,50 @@
+"""What an attached student has measured since it was last asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kd_plugin import row_kernels
+from kd_plugin.config import DistillConfig
+from kd_plugin.fused_loss import LossSums
+from kd_plugin.metrics import GIB, MetricSums, Stopwatch
+from kd_plugin.objective import make_objective
+
+
+class Measures:
+    """Sums over valid rows, kept on the device; wall times; the most memory that a loss has held."""
+
+    def __init__(self) -> None:
+        self.watch = Stopwatch()
+        self._sums = MetricSums((*row_kernels.STATISTICS, "valid_tokens"))
+        self._peak_loss_bytes = 0
+        self._dense_bytes = 0
+
+    def add(self, sums: LossSums) -> None:
+        """One forward."""
+        valid = sums.num_valid.to(sums.statistics)
+        self._sums.add(torch.cat([sums.statistics, valid[None]]))
+        self._peak_loss_bytes = max(self._peak_loss_bytes, sums.workspace_bytes)
+        self._dense_bytes = max(self._dense_bytes, sums.dense_bytes)
+
+    def take(self, config: DistillConfig, device: torch.device, group: Any, chunk_size: int) -> dict[str, float]:
+        """See `Plugin.metrics`, for the objective of `config`. One collective."""
+        sums = self._sums.take(device, group)
+        valid = sums.pop("valid_tokens")
+        means = {name: value / max(valid, 1.0) for name, value in sums.items()}
+        kept = ("soft_loss", "hard_loss", *make_objective(config).measured)
+        means = {name: means[name] for name in kept}
+        loss = config.soft_weight * means["soft_loss"] + config.hard_weight * means["hard_loss"]
+        times = {f"{name}_ms": elapsed for name, elapsed in self.watch.take().items()}
+        return {
+            "loss": loss,
+            **means,
+            "valid_tokens": valid,
+            "temperature": config.temperature,
+            "chunk_size": float(chunk_size),
+            "loss_peak_gib": self._peak_loss_bytes / GIB,
+            "logits_avoided_gib": self._dense_bytes / GIB,
+            **times,
+        }
