@@ -73,7 +73,10 @@ class TeacherConfig(ModelSource):
     """Hub id, local directory, or `package:NAME` for the folder of an installed Python package."""
 
     sharding: Literal["shard", "replicate"] = "shard"
-    """`shard`: FSDP2 or ZeRO-3 over all ranks; `replicate`: whole on each rank."""
+    """`shard`: FSDP2 over `train.shard_size` ranks, or ZeRO-3 over all; `replicate`: whole on each rank."""
+
+    offload: bool = False
+    """Keep its parameters in host memory; each layer is copied to the GPU when it runs."""
 
 
 class StudentConfig(ModelSource):
@@ -138,6 +141,10 @@ class TrainConfig(Section):
     parallel: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
     """How the student is distributed; `auto`: `fsdp` (FSDP2) when there are several ranks, else
     `single`. launch/train_deepspeed.py sets `deepspeed`."""
+
+    shard_size: PositiveInt | None = None
+    """Consecutive ranks that one copy of student and teacher is sharded over (HSDP), e.g. the GPUs of a node;
+    the copies exchange gradients only. Divides the number of ranks; null shards over all of them."""
 
     max_steps: PositiveInt = 100
     """Optimizer steps."""

@@ -46,6 +46,7 @@ def early_problems(
         *_source_problems(config),
         *_data_problems(config.data),
         *_output_problems(Path(config.log.output_dir)),
+        *_layout_problems(config, mode, world_size),
         *_deepspeed_problems(config, mode, world_size, accumulation),
     ]
 
@@ -92,10 +93,35 @@ def _output_problems(folder: Path) -> list[str]:
     return []
 
 
+def _layout_problems(config: RunConfig, mode: str | None, world_size: int | None) -> list[str]:
+    size, sharding = config.train.shard_size, config.teacher.sharding
+    if _wants_deepspeed(config, mode):
+        problems = []
+        if size is not None:
+            problems.append(
+                f"train.shard_size is {size}, which is FSDP's: remove it, and set "
+                "deepspeed.zero_optimization.zero_hpz_partition_size to gather within groups of ranks"
+            )
+        if config.teacher.offload and sharding == "replicate":
+            problems.append(
+                "teacher.offload is true, which is ZeRO-3's work under deepspeed, but teacher.sharding is replicate: "
+                "set teacher.sharding to shard, or teacher.offload to false"
+            )
+        return problems
+    if size is None or mode == "single" or world_size is None or world_size % size == 0:
+        return []
+    divisors = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+    return [f"train.shard_size is {size}, wanted a divisor of the {world_size} ranks: set it to {divisors} or null"]
+
+
+def _wants_deepspeed(config: RunConfig, mode: str | None) -> bool:
+    return mode == "deepspeed" or (mode is None and config.train.parallel == "deepspeed")
+
+
 def _deepspeed_problems(
     config: RunConfig, mode: str | None, world_size: int | None, accumulation: int | None
 ) -> list[str]:
-    wanted = mode == "deepspeed" or (mode is None and config.train.parallel == "deepspeed")
+    wanted = _wants_deepspeed(config, mode)
     problems = []
     if wanted and importlib.util.find_spec("deepspeed") is None:
         problems.append(
@@ -188,6 +214,9 @@ def _idle_layout(config: RunConfig, mode: str | None) -> Idle:
     if mode == "single":
         yield from _each_changed(config.distill, ["exchange"], "one process exchanges nothing")
         yield from _each_changed(config.teacher, ["sharding"], "one process shards nothing")
+        yield from _each_changed(config.train, ["shard_size"], "one process shards nothing")
+    if mode == "ddp" and config.teacher.sharding == "replicate":
+        yield from _each_changed(config.train, ["shard_size"], "train.parallel ddp and teacher.sharding replicate")
 
 
 def _each_changed(section: BaseModel, keys: list[str], why: str) -> Idle:

@@ -57,9 +57,10 @@ class DeepSpeedEngine:
 
     def _place_teacher(self, deepspeed: Any, teacher: nn.Module, config: RunConfig) -> nn.Module:
         teacher.requires_grad_(False).eval()
-        if config.teacher.sharding == "replicate" or self.place.world_size == 1:
+        whole = config.teacher.sharding == "replicate" or self.place.world_size == 1
+        if whole and not config.teacher.offload:
             return teacher.to(self.place.device)
-        block = zero.teacher_config(self.config, precision=config.teacher.dtype)
+        block = zero.teacher_config(self.config, precision=config.teacher.dtype, offload=config.teacher.offload)
         engine = _initialize(deepspeed, teacher, config=block)
         engine.eval()
         return engine

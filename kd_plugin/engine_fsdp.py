@@ -1,8 +1,9 @@
-"""The FSDP2 adapter: sharded ranks, replicated ranks (DDP's layout), or one process.
+"""The FSDP2 adapter: sharded ranks, groups of sharded ranks (HSDP), replicated ranks (DDP's layout), one process.
 
 Notable decisions:
 - gradients are reduced after every micro-batch. Deferring it would save traffic, but keeps a whole fp32
-  gradient on every rank until the step; replicas hold one anyway, so they defer their all-reduce;
+  gradient on every rank until the step; what replicas hold is reduced within their group already, so they
+  defer their all-reduce (but for the head's under `exchange: stats`, which FSDP does not reduce);
 - fused AdamW, because the unfused one issues thousands of tiny DTensor operations;
 - fp16 uses torch's GradScaler: DTensor reduces its overflow flag over the ranks.
 """
@@ -22,10 +23,11 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from kd_plugin.config import RunConfig
+from kd_plugin.config import RunConfig, TeacherConfig
 from kd_plugin.engine import DTYPES, Placement, parameter_groups
 from kd_plugin.parallel import fsdp
 
@@ -41,11 +43,15 @@ class FsdpEngine:
         train, fp16 = config.train, config.student.dtype == "float16"
         self.module, self.teacher, self.place = student, teacher, place
         self.applied_notes: list[str] = []
-        self._replicate = mode == "ddp"
         self._max_grad_norm = train.max_grad_norm
-        mesh = fsdp.make_mesh(place.device.type, place.world_size, replicate=self._replicate)
+        self._shard_size = place.world_size if train.shard_size is None or mode == "single" else train.shard_size
+        mesh = self._mesh(1 if mode == "ddp" else self._shard_size)
+        self._has_replicas = mesh.ndim == 2
+        if 1 < mesh.shape[-1] < place.world_size:
+            copies = place.world_size // self._shard_size
+            self.applied_notes.append(f"train.shard_size {self._shard_size}: {copies} copies of the student")
         fsdp.shard_student(student, mesh, dtype=DTYPES[config.student.dtype])
-        self._place_teacher(config)
+        self._place_teacher(config.teacher)
         self.student = student
         self.optimizer = torch.optim.AdamW(
             parameter_groups(student, train.weight_decay),
@@ -56,16 +62,23 @@ class FsdpEngine:
         )
         self._scaler = GradScaler(device=place.device.type, enabled=fp16)
 
-    def _place_teacher(self, config: RunConfig) -> None:
-        if config.teacher.sharding == "shard" and self.place.world_size > 1:
-            shards = fsdp.make_mesh(self.place.device.type, self.place.world_size, replicate=False)
-            fsdp.shard_teacher(self.teacher, shards)
+    def _mesh(self, shard_size: int) -> DeviceMesh:
+        world_size = self.place.world_size
+        replicate = shard_size == 1 and world_size > 1
+        return fsdp.make_mesh(self.place.device.type, world_size, replicate=replicate, shard_size=shard_size)
+
+    def _place_teacher(self, config: TeacherConfig) -> None:
+        shard_size = self._shard_size if config.sharding == "shard" else 1
+        if shard_size > 1 or config.offload:
+            fsdp.shard_teacher(self.teacher, self._mesh(shard_size), offload=config.offload)
         else:
             self.teacher.requires_grad_(False).eval().to(self.place.device)
+        if config.offload and self.place.device.type == "cpu":
+            self.applied_notes.append("teacher.offload has no effect: there is no GPU, host memory holds everything")
 
     def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> None:
         """See `Engine`; times world_size, because FSDP averages the gradients over the ranks."""
-        if self._replicate:
+        if self._has_replicas:
             self.student.set_requires_all_reduce(is_last)
         loss = self.student(**inputs, num_items_in_batch=num_items).loss
         self._scaler.scale(loss * self.place.world_size).backward()

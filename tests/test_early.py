@@ -78,6 +78,26 @@ def test_a_block_for_another_layout_is_no_problem_but_idle(tmp_path: Path) -> No
     assert len(early_problems(other)) == 1, "launch/train_deepspeed.py would read it"
 
 
+def test_groups_of_shards_must_divide_the_ranks(tmp_path: Path) -> None:
+    grouped = config(tmp_path, train={"shard_size": 4})
+    assert early_problems(grouped) == [], "the number of ranks is not known yet"
+    assert early_problems(grouped, mode="fsdp", world_size=8, accumulation=1) == []
+    assert early_problems(grouped, mode="single", world_size=1, accumulation=1) == []
+    for mode in ("fsdp", "ddp"):
+        (line,) = early_problems(grouped, mode=mode, world_size=6, accumulation=1)
+        assert line == "train.shard_size is 4, wanted a divisor of the 6 ranks: set it to 1, 2, 3, 6 or null"
+
+
+def test_what_fsdp_does_is_not_asked_of_deepspeed(tmp_path: Path) -> None:
+    both = {"train": {"shard_size": 2, "parallel": "deepspeed"}, "teacher": {"sharding": "replicate", "offload": True}}
+    size, offload = early_problems(config(tmp_path, **both), mode="deepspeed", world_size=4, accumulation=1)
+    assert "set deepspeed.zero_optimization.zero_hpz_partition_size" in size
+    assert "set teacher.sharding to shard" in offload
+    assert len(early_problems(config(tmp_path, **both))) == 2, "train.parallel says it before the launch does"
+    both["teacher"]["sharding"] = "shard"
+    assert len(early_problems(config(tmp_path, **both), mode="deepspeed", world_size=4, accumulation=1)) == 1
+
+
 def test_deepspeed_that_is_not_installed_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -128,6 +148,10 @@ TERMS = [{"name": "forward_kl"}, {"name": "jsd", "beta": 0.3}]
         ({"train": {"schedule": "constant", "min_lr_ratio": 0.5}}, ["train.min_lr_ratio"]),
         ({"log": {"sample_tokens": 3}}, ["log.sample_tokens"]),
         ({"distill": {"exchange": "stats"}, "train": {"parallel": "single"}}, ["distill.exchange"]),
+        ({"train": {"parallel": "single", "shard_size": 2}}, ["train.shard_size"]),
+        ({"train": {"parallel": "ddp", "shard_size": 2}, "teacher": {"sharding": "replicate"}}, ["train.shard_size"]),
+        ({"train": {"parallel": "ddp", "shard_size": 2}}, []),
+        ({"train": {"shard_size": 2}, "teacher": {"offload": True}}, []),
     ],
 )
 def test_a_setting_without_effect_is_named(tmp_path: Path, sections: dict[str, Any], names: list[str]) -> None:

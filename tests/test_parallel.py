@@ -145,6 +145,20 @@ def test_the_teacher_gathers_like_the_student_and_has_no_optimizer() -> None:
     assert teacher["fp16"]["enabled"] and not teacher["bf16"]["enabled"] and "optimizer" not in teacher
 
 
+@pytest.mark.parametrize(
+    ("students", "expected"),
+    [
+        (None, {"device": "cpu", "pin_memory": True}),
+        ({"device": "none"}, {"device": "cpu", "pin_memory": True}),
+        ({"device": "nvme", "nvme_path": "/x"}, {"device": "nvme", "nvme_path": "/x"}),
+    ],
+)
+def test_an_offloaded_teacher_is_offloaded_as_the_student_says(students: Any, expected: dict[str, Any]) -> None:
+    block = {"zero_optimization": {"stage": 3, "offload_param": students}}
+    assert teacher_config(block, precision="float32", offload=True)["zero_optimization"]["offload_param"] == expected
+    assert teacher_config(block, precision="float32")["zero_optimization"]["offload_param"] == students
+
+
 def test_buffers_keep_their_precision_under_deepspeed() -> None:
     model = nn.Linear(2, 2)
     model.register_buffer("inv_freq", torch.tensor([0.1234567, 3.0]))

@@ -12,18 +12,41 @@ Notable decisions:
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-__all__ = ["ShardingError", "decoder_layers", "make_mesh", "shard_student", "shard_teacher"]
+__all__ = [
+    "RowShards",
+    "ShardingError",
+    "decoder_layers",
+    "make_mesh",
+    "row_shards",
+    "shard_student",
+    "shard_teacher",
+    "sharded_over",
+]
 
 
 class ShardingError(ValueError):
     """The model cannot be cut into units."""
+
+
+@dataclass(frozen=True)
+class RowShards:
+    """How FSDP2 or HSDP cuts a weight: into blocks of rows over `group`, in its order."""
+
+    group: Any
+    replicas: Any
+    """The ranks that hold the same rows in other groups; None without HSDP."""
+    ranks: int
+    """Of all groups: FSDP averages gradients over them."""
 
 
 def make_mesh(
@@ -44,6 +67,25 @@ def make_mesh(
     if size == world_size and not replicate:
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (world_size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def row_shards(weight: Tensor) -> RowShards | None:
+    """The cut of `weight` into rows over several ranks; None where it is whole, or cut in another way."""
+    if not isinstance(weight, DTensor):
+        return None
+    mesh, placements = weight.device_mesh, tuple(weight.placements)
+    if mesh.shape[-1] == 1 or placements not in ((Shard(0),), (Replicate(), Shard(0))):
+        return None
+    replicas = mesh.get_group(0) if len(placements) == 2 else None
+    return RowShards(mesh.get_group(len(placements) - 1), replicas, mesh.size())
+
+
+def sharded_over(weight: Tensor, numel: int) -> int | None:
+    """Ranks over which a weight of `numel` elements is cut, 1 where it is whole; None if its wrapper does not say."""
+    if isinstance(weight, DTensor):
+        sizes = [weight.device_mesh.size(i) for i, cut in enumerate(weight.placements) if isinstance(cut, Shard)]
+        return math.prod(sizes)
+    return 1 if weight.numel() == numel and not hasattr(weight, "ds_id") else None
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

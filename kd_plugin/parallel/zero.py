@@ -135,10 +135,15 @@ def _fill(
     return filled, problems
 
 
-def teacher_config(student: Mapping[str, Any], *, precision: str) -> dict[str, Any]:
-    """ZeRO-3 without optimizer for the frozen teacher, gathering as the student's block says."""
+def teacher_config(student: Mapping[str, Any], *, precision: str, offload: bool = False) -> dict[str, Any]:
+    """ZeRO-3 without optimizer for the frozen teacher, gathering as the student's block says.
+
+    `offload` keeps its parameters in host memory, by the student's `offload_param` where that says how.
+    """
     source = student.get("zero_optimization", {})
     zero = {key: copy.deepcopy(source[key]) for key in _GATHERING_OPTIONS if key in source}
+    if offload and (zero.get("offload_param") or {}).get("device", "none") == "none":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; it is used in training only
         "zero_optimization": {**zero, "stage": 3},
