@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin import row_kernels
+from kd_plugin.low_rank import LowRankProduct
 from kd_plugin.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
 from kd_plugin.objective import Objective
 from kd_plugin.plan import ChunkPlan, agreed_plan, local_plan
@@ -120,8 +121,16 @@ def _plan(problem: Problem, device: torch.device) -> ChunkPlan:
 class _Loop:
     """State shared by the chunks of one call."""
 
-    def __init__(self, problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int) -> None:
-        self.problem, self.hidden, self.bias = problem, hidden, bias
+    def __init__(
+        self,
+        problem: Problem,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low_rank: LowRankProduct | None,
+        vocab_size: int,
+    ) -> None:
+        self.problem, self.hidden, self.bias, self.low_rank = problem, hidden, bias, low_rank
         self.vocab_size = vocab_size
         self.dtype = wide_dtype(hidden.dtype)
         self.operand = Operand("student", weight[:vocab_size], self.dtype, rounded=problem.rounded_logits)
@@ -141,6 +150,8 @@ class _Loop:
         logits = self.student[:n]
         mm_into(logits, hidden, self.operand)
         add_bias(logits, None if self.bias is None else self.bias[: self.vocab_size])
+        if self.low_rank is not None:
+            self.low_rank.add_to(logits, rows)
         if problem.teacher is not None:
             assert self.teacher is not None
             problem.teacher.logits_into(self.teacher[:n], index)
@@ -182,13 +193,16 @@ def run(
     need_weight: bool,
     need_bias: bool,
     keep_rows: bool = False,
+    low_rank: LowRankProduct | None = None,
 ) -> Result:
     """All chunks of one call. Skips every product whose result is not needed.
+
+    `low_rank` is one more term of the student's logits, and keeps its own gradients.
 
     Autocast is off inside: which product may be narrow is decided here, not by the kind of operation.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return _run(problem, hidden, weight, bias, (need_hidden, need_weight, need_bias), keep_rows)
+        return _run(problem, hidden, weight, bias, (need_hidden, need_weight, need_bias), keep_rows, low_rank)
 
 
 def _run(
@@ -198,16 +212,17 @@ def _run(
     bias: Tensor | None,
     needed: tuple[bool, bool, bool],
     keep_rows: bool,
+    low_rank: LowRankProduct | None,
 ) -> Result:
     need_hidden, need_weight, need_bias = needed
     teacher = problem.teacher
     vocab_size = shared_vocabulary(problem.objective, weight.shape[0], teacher)
-    loop = _Loop(problem, hidden, weight, bias, vocab_size)
+    loop = _Loop(problem, hidden, weight, bias, low_rank, vocab_size)
     spec = RowSpec(
         problem.objective,
         problem.student_transform,
         IDENTITY if teacher is None else teacher.transform,
-        with_gradient=need_hidden or need_weight or need_bias,
+        with_gradient=any(needed) or (low_rank is not None and low_rank.needs_gradient),
     )
     sums = hidden.new_zeros(len(row_kernels.STATISTICS), dtype=loop.dtype)
     all_valid = problem.rows is None
@@ -231,6 +246,8 @@ def _run(
         gradient = loop.student[:count]
         if grad_bias is not None:
             grad_bias[:vocab_size] += gradient.sum(0)
+        if low_rank is not None:
+            low_rank.take_gradient(gradient, rows)
         narrow = loop.narrow(gradient, weight.dtype)
         if grad_hidden is not None:
             grad_hidden[rows] = hidden_gradient(narrow, weight[:vocab_size]).to(hidden.dtype)
@@ -239,6 +256,7 @@ def _run(
             accumulate_outer(grad_weight[:vocab_size], gradient, narrow, chunk_hidden, first=index == 0)
     held = [loop.student, loop.teacher, grad_hidden, grad_weight, grad_bias]
     problem.workspace_bytes = sum(t.numel() * t.element_size() for t in held if t is not None)
+    problem.workspace_bytes += 0 if low_rank is None else low_rank.held_bytes
     problem.dense_bytes = problem.num_rows * vocab_size * _BYTES_PER_LOGIT // (2 if teacher is None else 1)
     return Result(sums, grad_hidden, grad_weight, grad_bias, per_row)
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from kd_plugin import checks, chunks, row_kernels
 from kd_plugin.config import DistillConfig
+from kd_plugin.low_rank import LowRank, LowRankProduct
 from kd_plugin.objective import make_objective
 from kd_plugin.row_kernels import LogitTransform
 from kd_plugin.teachers import HeadTeacher, TeacherSource
@@ -59,14 +60,28 @@ def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor
 
 
 class FusedDistill(torch.autograd.Function):
-    """(hidden [N, D], weight [V, D], bias [V] or None, problem) -> (loss sum, statistics sums [K])."""
+    """(hidden [N, D], weight [V, D], bias [V] or None, problem) -> (loss sum, statistics sums [K]).
+
+    A low-rank term follows as (factor [N, r], up [V, r]).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: chunks.Problem
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        problem: chunks.Problem,
+        factor: Tensor | None = None,
+        up: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """All the work; gradients wait in `ctx`."""
-        need_hidden, need_weight, need_bias = (need and problem.with_gradient for need in ctx.needs_input_grad[:3])
+        needed = [need and problem.with_gradient for need in ctx.needs_input_grad]
+        need_hidden, need_weight, need_bias = needed[:3]
+        low_rank = None
+        if factor is not None and up is not None:
+            dtype = chunks.wide_dtype(hidden.dtype)
+            low_rank = LowRankProduct(factor, up, dtype, need_factor=needed[4], need_up=needed[5])
         result = chunks.run(
             problem,
             hidden,
@@ -75,9 +90,13 @@ class FusedDistill(torch.autograd.Function):
             need_hidden=need_hidden,
             need_weight=need_weight,
             need_bias=need_bias,
+            low_rank=low_rank,
         )
-        ctx.save_for_backward(result.grad_hidden, result.grad_weight, result.grad_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        gradients = [result.grad_hidden, result.grad_weight, result.grad_bias]
+        if low_rank is not None:
+            gradients += [low_rank.grad_factor, low_rank.grad_up]
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, factor, up)]
         ctx.mark_non_differentiable(result.sums)
         objective = problem.objective
         loss_sum = objective.soft_weight * result.sums[0] + objective.hard_weight * result.sums[1]
@@ -87,8 +106,9 @@ class FusedDistill(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         """The waiting gradients times `grad_loss`."""
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (*(scaled(gradient, grad_loss, dtype) for gradient, dtype in pairs), None)
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=False)  # without a low-rank term there are three gradients
+        hidden, weight, bias, *low_rank = (scaled(gradient, grad_loss, dtype) for gradient, dtype in pairs)
+        return hidden, weight, bias, None, *low_rank
 
 
 def make_problem(
@@ -148,6 +168,7 @@ def loss_sums(
     transform: LogitTransform | None = None,
     token_weights: Tensor | None = None,  # [...]
     rows: Tensor | None = None,  # [n] flat indices of the valid rows, counted on the host
+    low_rank: LowRank | None = None,
 ) -> LossSums:
     """Sums over the valid rows, before any normalisation; what the head and `distill_loss` share."""
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -161,7 +182,11 @@ def loss_sums(
         token_weights=None if token_weights is None else token_weights.reshape(-1),
         rows=rows,
     )
-    loss_sum, statistics = FusedDistill.apply(flat, weight, bias, problem)
+    if low_rank is None:
+        loss_sum, statistics = FusedDistill.apply(flat, weight, bias, problem)
+    else:
+        bias = bias if low_rank.bias is None else low_rank.bias if bias is None else bias + low_rank.bias
+        loss_sum, statistics = FusedDistill.apply(flat, weight, bias, problem, low_rank.factor, low_rank.up)
     return packed(loss_sum, statistics, problem)
 
 

@@ -1,0 +1,66 @@
+"""A low-rank term of the student's logits: `logits = hidden @ weight.T + factor @ up.T`, as a LoRA adapter adds it.
+
+Notable decisions:
+- `up @ down`, which is as large as the head, is never formed: the term is one thin product per chunk, and its
+  gradients are two more;
+- these products run in the precision of the logits whatever the adapter's is: they are r / D of the work, and peft
+  keeps adapters in fp32 beside half-precision models.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kd_plugin.matmul import fastest_fp32
+
+
+class LowRank(NamedTuple):
+    """What an adapter adds to the head's logits; several adapters stand side by side along r."""
+
+    factor: Tensor  # [N, r] scaled; how it comes from the hidden states is autograd's business
+    up: Tensor  # [V, r]
+    bias: Tensor | None = None  # [V]
+
+
+class LowRankProduct:
+    """The term inside the loop over chunks, with its gradients (in the dtype of the logits).
+
+    Args:
+        factor: `[N, r]`.
+        up: `[V, r]`; where the logits have fewer columns, its first rows count.
+        dtype: of the logits.
+        need_factor: whether `grad_factor` `[N, r]` is wanted, otherwise None.
+        need_up: whether `grad_up` `[V, r]` is wanted, otherwise None.
+    """
+
+    def __init__(self, factor: Tensor, up: Tensor, dtype: torch.dtype, *, need_factor: bool, need_up: bool) -> None:
+        self.factor, self.up = factor.to(dtype), up.to(dtype)
+        self.grad_factor = factor.new_zeros(factor.shape, dtype=dtype) if need_factor else None
+        self.grad_up = up.new_zeros(up.shape, dtype=dtype) if need_up else None
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the gradient of the logits is wanted here."""
+        return self.grad_factor is not None or self.grad_up is not None
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the gradients."""
+        return sum(t.numel() * t.element_size() for t in (self.grad_factor, self.grad_up) if t is not None)
+
+    def add_to(self, logits: Tensor, rows: Tensor | slice) -> None:
+        """`logits[n, V] += factor[rows] @ up.T`."""
+        with fastest_fp32():
+            logits.addmm_(self.factor[rows], self.up[: logits.shape[1]].t())
+
+    def take_gradient(self, gradient: Tensor, rows: Tensor | slice) -> None:
+        """Both gradients of one chunk, given that of its logits `[n, V]`."""
+        size = gradient.shape[1]
+        with fastest_fp32():
+            if self.grad_factor is not None:
+                self.grad_factor[rows] = torch.mm(gradient, self.up[:size])
+            if self.grad_up is not None:
+                self.grad_up[:size].addmm_(gradient.t(), self.factor[rows])
