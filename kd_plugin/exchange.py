@@ -19,13 +19,13 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Linear
 
 from kd_plugin.config import DistillConfig
 from kd_plugin.head import HeadCall
 from kd_plugin.metrics import num_ranks
 from kd_plugin.objective import make_objective
+from kd_plugin.parallel.fsdp import RowShards, row_shards, sharded_over
 from kd_plugin.teachers import HeadTeacher, ShardedHeadTeacher
 from kd_plugin.vocab_parallel import VocabShard, cut
 
@@ -82,9 +82,27 @@ def stats_bytes(
     return (ranks - 1) * rows * (item_bytes * (student_width + teacher_width) + 4 * student_width + numbers)
 
 
-def is_row_shard(weight: Tensor) -> bool:
-    """Whether this is FSDP2's cut of a head: whole rows, over one axis of ranks."""
-    return isinstance(weight, DTensor) and tuple(weight.placements) == (Shard(0),)
+def volumes(
+    ranks: int,
+    teacher_ranks: int,
+    rows: int,
+    vocab_size: int,
+    student_width: int,
+    teacher_width: int,
+    item_bytes: int,
+) -> dict[str, float]:
+    """What `auto` compares under FSDP2, in bytes received per rank and micro-batch.
+
+    `teacher_ranks` cut the teacher's head as far as `weight` alone would gather it: 1 for a head that is whole on
+    each rank, or tied to an embedding that is gathered anyway.
+    """
+    student = weight_bytes(ranks, vocab_size, student_width, 0, item_bytes, _REDUCE_BYTES)
+    sizes = (student_width, teacher_width, item_bytes)
+    return {
+        "weight": student + (teacher_ranks - 1) / teacher_ranks * vocab_size * item_bytes * teacher_width,
+        "logits": logits_bytes(ranks, rows, vocab_size, *sizes, _REDUCE_BYTES),
+        "stats": stats_bytes(ranks, rows, *sizes),
+    }
 
 
 class Consumer:
@@ -111,13 +129,18 @@ class Exchange:
         """`weight`, `logits` or `stats`, settled by the first forward."""
         self.teacher_size: int | None = None
         self.teacher_width: int | None = None
-        """Of the teacher's head, whole; set by `attach`."""
+        """Of the teacher's head, whole; set by `attach`, as what follows."""
+        self.teacher_head: Linear | None = None
+        self.teacher_tied = False
+        """Whether the teacher's wrapper gathers its head with the embedding, whatever the loss needs."""
+        self._rows: RowShards | None = None
         self._checked = False
         self._shard: VocabShard | None = None
         self._teacher_rows: HeadTeacher | None = None
 
     def check(self, head: Linear) -> None:
         """Before anything of the step: all ranks must be about to compute the same. Collective in the first call."""
+        self._look_at(head.weight)
         if self._checked or num_ranks(self.group) == 1:
             return
         _agree(
@@ -134,6 +157,21 @@ class Exchange:
         )
         self._checked = True
 
+    def _look_at(self, weight: Tensor) -> None:
+        """Learn over which ranks the student's head is cut, before a tied or grouped one is gathered for the step.
+
+        Under HSDP they are one of several groups. The exchange stays within it: what the groups have to tell each
+        other is the gradient.
+        """
+        rows = row_shards(weight)
+        if rows is not None and rows != self._rows:
+            self._rows, self.mode, self._shard, self._teacher_rows = rows, None, None, None
+
+    @property
+    def _shard_group(self) -> Any:
+        """The ranks that exchange."""
+        return self.group if self._rows is None else self._rows.group
+
     def cuts_teacher(self, hidden: Tensor, weight: Tensor, student_size: int) -> bool:
         """Whether each rank keeps only rows of the teacher's head (modes `logits` and `stats`).
 
@@ -147,7 +185,7 @@ class Exchange:
             return False
         if self._shard is None:
             shared = student_size if self.teacher_size is None else min(student_size, self.teacher_size)
-            self._shard = cut(student_size, shared, self.group)
+            self._shard = cut(student_size, shared, self._shard_group)
         return True
 
     def consumer(self, call: HeadCall) -> Consumer:
@@ -178,28 +216,34 @@ class Exchange:
     def _settle(self, hidden: Tensor, weight: Tensor, student_size: int) -> str:
         if self.config.exchange != "auto":
             return self.config.exchange
-        if not is_row_shard(weight) or self.teacher_width is None or make_objective(self.config).by_rank:
+        if row_shards(weight) is None or self.teacher_width is None or make_objective(self.config).by_rank:
             return "weight"  # the wrapper gathers the student's head anyway, or there is none to gather
         return self._cheapest(hidden.numel() // hidden.shape[-1], hidden, student_size)
 
     def _cheapest(self, rows: int, hidden: Tensor, vocab_size: int) -> str:
         """The mode with the fewest bytes, printed once with its arithmetic."""
-        ranks, width, item = num_ranks(self.group), hidden.shape[-1], hidden.element_size()
+        ranks, width, item = num_ranks(self._shard_group), hidden.shape[-1], hidden.element_size()
         rows = max(_everyone(self.group, rows))
         assert self.teacher_width is not None
-        volumes = {
-            "weight": weight_bytes(ranks, vocab_size, width, self.teacher_width, item, _REDUCE_BYTES),
-            "logits": logits_bytes(ranks, rows, vocab_size, width, self.teacher_width, item, _REDUCE_BYTES),
-            "stats": stats_bytes(ranks, rows, width, self.teacher_width, item),
-        }
-        mode = min(volumes, key=lambda name: volumes[name])
+        teacher_ranks = self._teacher_ranks()
+        found = volumes(ranks, teacher_ranks, rows, vocab_size, width, self.teacher_width, item)
+        mode = min(found, key=lambda name: found[name])
         if dist.get_rank(self.group) == 0:
-            listed = ", ".join(f"{name} {volume / 1e6:.4g} MB" for name, volume in volumes.items())
+            listed = ", ".join(f"{name} {volume / 1e6:.4g} MB" for name, volume in found.items())
+            kept = "" if teacher_ranks > 1 else ", the teacher's head is there anyway"
             logger.info(
-                "distill.exchange: auto -> %s (per rank and micro-batch: %s; W %d, rows %d, V %d, D %d, E %d)",
-                *(mode, listed, ranks, rows, vocab_size, width, self.teacher_width),
+                "distill.exchange: auto -> %s (per rank and micro-batch: %s; W %d, rows %d, V %d, D %d, E %d%s)",
+                *(mode, listed, ranks, rows, vocab_size, width, self.teacher_width, kept),
             )
         return mode
+
+    def _teacher_ranks(self) -> int:
+        """Ranks that cut the teacher's head, where `weight` would have it gathered."""
+        if self.teacher_tied or self.teacher_head is None:
+            return 1
+        head = self.teacher_head
+        found = sharded_over(head.weight, head.out_features * head.in_features)
+        return num_ranks(self.group) if found is None else found
 
 
 def _everyone(group: Any, value: Any) -> list[Any]:

@@ -7,13 +7,18 @@ forward runs and reduces its gradient exactly once after it. So the loss runs th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kd_plugin import checks
+from kd_plugin.collectives import all_reduce
 from kd_plugin.config import DistillConfig
 from kd_plugin.fused_loss import DistillOutput, LossSums, loss_sums, make_problem, normalised, packed
+from kd_plugin.parallel.fsdp import row_shards
 from kd_plugin.row_kernels import LogitTransform
 from kd_plugin.teachers import HeadTeacher, TeacherSource
 from kd_plugin.vocab_parallel import VocabParallelDistill, VocabShard
@@ -40,9 +45,20 @@ class HeadCall:
         """Filled in by the head; `sums.loss_sum` is what the head returns."""
 
 
-def _local(parameter: Tensor) -> Tensor:
-    """This rank's rows of an FSDP2 parameter; their gradient comes back as it is, without a reduction."""
-    return parameter.to_local(grad_placements=parameter.placements) if isinstance(parameter, DTensor) else parameter
+def _local(parameter: Tensor, replicas: Any) -> Tensor:
+    """This rank's rows of an FSDP2 parameter; their gradient is summed over `replicas`, and not reduced besides."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    rows = parameter.to_local(grad_placements=parameter.placements)
+    if replicas is not None and rows.requires_grad:
+        rows.register_hook(partial(_sum_over, replicas))
+    return rows
+
+
+def _sum_over(replicas: Any, gradient: Tensor) -> Tensor:
+    total = gradient.clone(memory_format=torch.contiguous_format)
+    all_reduce(total, replicas, "the gradient of the head's rows")
+    return total
 
 
 class DistillHead(nn.Linear):
@@ -116,13 +132,14 @@ class DistillHead(nn.Linear):
     def on_shards(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
         """The loss on the rows of the weight that FSDP2 left here. Not through `__call__`, which would gather them."""
         assert call.shard is not None
-        rows = slice(0, call.shard.size)
-        weight, bias = (None if p is None else _local(p)[rows] for p in (self.weight, self.bias))
+        cut, rows = row_shards(self.weight), slice(0, call.shard.size)
+        assert cut is not None
+        weight, bias = (None if p is None else _local(p, cut.replicas)[rows] for p in (self.weight, self.bias))
         if self._logits_bias is not None:
             extra = self._logits_bias[0][call.shard.start : call.shard.stop].to(weight)
             bias = extra if bias is None else bias + extra
         # FSDP averages every other gradient over the ranks; this one already is the sum over all their rows
-        return self._vocab_parallel(hidden_states, weight, bias, call, 1 / call.shard.world_size)
+        return self._vocab_parallel(hidden_states, weight, bias, call, 1 / cut.ranks)
 
     def _vocab_parallel(
         self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, weight_scale: float

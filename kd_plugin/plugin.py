@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from kd_plugin import causal_lm, checks, row_kernels
 from kd_plugin.chunks import rows_per_chunk
 from kd_plugin.config import DistillConfig
-from kd_plugin.exchange import Consumer, Exchange, is_row_shard
+from kd_plugin.exchange import Consumer, Exchange
 from kd_plugin.head import DistillHead, HeadCall, teacher_head_forward
 from kd_plugin.metrics import GIB, MetricSums, Stopwatch
 from kd_plugin.objective import make_objective
+from kd_plugin.parallel.fsdp import row_shards
 from kd_plugin.replaced import ReplacedForward, is_replaced
 from kd_plugin.step import model_output, per_item, row_targets
 from kd_plugin.teachers import HeadTeacher
@@ -123,6 +124,7 @@ class Plugin:
         head_forward = head.forward
         tied = causal_lm.is_tied(model, head)  # its wrapper gathers both together, and waits for both to have run
         self.exchange.teacher_size, self.exchange.teacher_width = head.out_features, head.in_features
+        self.exchange.teacher_head, self.exchange.teacher_tied = head, tied
 
         def forward(*args: Any, kd_consumer: Consumer | None = None, **kwargs: Any) -> Any:
             if kd_consumer is None:
@@ -223,7 +225,7 @@ class Plugin:
     def _student_head(self, hidden: Tensor, call: HeadCall) -> Tensor:
         head = causal_lm.unwrap(self._slot.module)
         with self._watch.region("loss", hidden.device):
-            if call.shard is not None and is_row_shard(head.weight):
+            if call.shard is not None and row_shards(head.weight) is not None:
                 return head.on_shards(hidden, call)  # past the hooks that would gather the weight
             return self._slot.module(hidden, call)
 
