@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Linear
 
+from kd_plugin.collectives import all_gather_object
 from kd_plugin.config import DistillConfig
 from kd_plugin.head import HeadCall
 from kd_plugin.metrics import num_ranks
@@ -223,7 +224,7 @@ class Exchange:
     def _cheapest(self, rows: int, hidden: Tensor, vocab_size: int) -> str:
         """The mode with the fewest bytes, printed once with its arithmetic."""
         ranks, width, item = num_ranks(self._shard_group), hidden.shape[-1], hidden.element_size()
-        rows = max(_everyone(self.group, rows))
+        rows = max(all_gather_object(rows, self.group, "numbers of rows (once, in the first step)"))
         assert self.teacher_width is not None
         teacher_ranks = self._teacher_ranks()
         found = volumes(ranks, teacher_ranks, rows, vocab_size, width, self.teacher_width, item)
@@ -246,15 +247,9 @@ class Exchange:
         return num_ranks(self.group) if found is None else found
 
 
-def _everyone(group: Any, value: Any) -> list[Any]:
-    values: list[Any] = [None] * num_ranks(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
 def _agree(group: Any, found: dict[str, Any]) -> None:
     """All ranks must say the same, else every rank raises. One collective of objects."""
-    everyone = _everyone(group, found)
+    everyone = all_gather_object(found, group, "settings of the loss (once, in the first step)")
     for name in found:
         values = [other[name] for other in everyone]
         if any(value != values[0] for value in values):
