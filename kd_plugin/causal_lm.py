@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kd_plugin import checks
 from kd_plugin.row_kernels import LogitTransform
 
 logger = logging.getLogger(__name__)
@@ -28,10 +27,14 @@ _SATURATING = 1e8
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The Hugging Face model inside DDP, FSDP1 or a DeepSpeed engine."""
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
-        model = model.module
-    return model
+    """The Hugging Face model inside DDP, FSDP1, a DeepSpeed engine or torch.compile's wrapper."""
+    while True:
+        if "_orig_mod" in getattr(model, "_modules", {}):
+            model = model._orig_mod
+        elif hasattr(model, "module") and isinstance(model.module, nn.Module):
+            model = model.module
+        else:
+            return model
 
 
 class HeadSlot(NamedTuple):
@@ -51,20 +54,27 @@ class HeadSlot(NamedTuple):
 
 
 def find_head(model: nn.Module, side: str) -> HeadSlot:
-    """The output head. Raises `ValueError` for a model without a linear one."""
+    """The output head, whatever wraps it. Raises `ValueError` for a model without one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or not hasattr(model, "config"):
         raise ValueError(
             f"the {side} ({type(model).__name__}) has no output head: wanted a causal language model or "
             "encoder-decoder such as AutoModelForCausalLM loads, not its backbone alone"
         )
-    inner = unwrap(head)
-    checks.linear_head(f"the {side}'s head", inner, may_be_sharded=side == "teacher")
     for parent in model.modules():
         for name, child in parent._modules.items():
             if child is head:
                 return HeadSlot(parent, name)
     raise ValueError(f"the {side}'s head is not among its modules ({type(model).__name__}): unwrap the model first")
+
+
+def still_there(slot: HeadSlot, head: nn.Module, side: str) -> None:
+    """Raise `ValueError` if the head that was attached is no longer in its place, nor inside what is."""
+    if slot.module is not head and all(module is not head for module in slot.module.modules()):
+        raise ValueError(
+            f"the {side}'s head was replaced after attach(), as resize_token_embeddings and set_output_embeddings do: "
+            "call plugin.detach() and attach() again; better, change the head first"
+        )
 
 
 def is_tied(model: nn.Module, head: nn.Module) -> bool:

@@ -156,7 +156,8 @@ def linear_head(name: str, head: object, *, may_be_sharded: bool = False) -> Non
         pass
     elif isinstance(weight, DTensor) or (hasattr(weight, "ds_id") and weight.numel() == 0):
         raise ValueError(f"{name} is sharded already: call attach() before fully_shard or deepspeed.initialize")
-    if not weight.is_floating_point():
+    packed = not may_be_sharded and weight.numel() != head.in_features * head.out_features  # in a float dtype
+    if packed or not weight.is_floating_point():
         raise ValueError(f"{name} is a {kind} with {weight.dtype} weights: keep the head out of quantisation")
 
 

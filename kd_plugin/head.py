@@ -18,6 +18,7 @@ from kd_plugin import checks
 from kd_plugin.collectives import all_reduce
 from kd_plugin.config import DistillConfig
 from kd_plugin.fused_loss import DistillOutput, LossSums, loss_sums, make_problem, normalised, packed
+from kd_plugin.low_rank import LowRank
 from kd_plugin.parallel.fsdp import row_shards
 from kd_plugin.row_kernels import LogitTransform
 from kd_plugin.teachers import HeadTeacher, TeacherSource
@@ -41,6 +42,8 @@ class HeadCall:
         self.teacher, self.targets, self.rows, self.token_weights = teacher, targets, rows, token_weights
         self.shard: VocabShard | None = None
         """Set when the vocabulary is cut over the ranks; the teacher then holds its columns only."""
+        self.low_rank: LowRank | None = None
+        """What an adapter around the head adds to its logits."""
         self.sums: LossSums | None = None
         """Filled in by the head; `sums.loss_sum` is what the head returns."""
 
@@ -91,6 +94,7 @@ class DistillHead(nn.Linear):
             )
         self.__dict__.update(lm_head.__dict__)
         self.__dict__.pop("forward", None)  # accelerate leaves the original there when it removes a hook
+        self.out_features, self.in_features = lm_head.weight.shape  # peft's copy of a tied head has them swapped
         self.distill_config = config
         self.transform = transform or LogitTransform()
         self._logits_bias = None if logits_bias is None else (logits_bias,)  # a tuple: not registered as a buffer
@@ -167,7 +171,7 @@ class DistillHead(nn.Linear):
             bias = self._whole_bias()
             bias = None if bias is None else bias[rows]
             return self._vocab_parallel(hidden_states, self.weight[rows], bias, call, 1.0)
-        call.sums = self._sums(hidden_states, call.targets, call.teacher, call.token_weights, call.rows)
+        call.sums = self._sums(hidden_states, call.targets, call.teacher, call.token_weights, call.rows, call.low_rank)
         return call.sums.loss_sum
 
     def _sums(
@@ -177,6 +181,7 @@ class DistillHead(nn.Linear):
         teacher: TeacherSource | None,
         token_weights: Tensor | None,
         rows: Tensor | None,
+        low_rank: LowRank | None = None,
     ) -> LossSums:
         checks.whole_weight("lm_head.weight", self.weight)
         return loss_sums(
@@ -189,6 +194,7 @@ class DistillHead(nn.Linear):
             transform=self.transform,
             token_weights=token_weights,
             rows=rows,
+            low_rank=low_rank,
         )
 
     def _whole_bias(self) -> Tensor | None:

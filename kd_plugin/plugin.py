@@ -11,6 +11,7 @@ that is where every wrapper (DDP, FSDP1, FSDP2, ZeRO-3) guarantees a whole weigh
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_plugin import causal_lm, checks, row_kernels
+from kd_plugin import causal_lm, checks, lora, row_kernels
 from kd_plugin.chunks import rows_per_chunk
 from kd_plugin.config import DistillConfig
 from kd_plugin.exchange import Consumer, Exchange
@@ -98,18 +99,11 @@ class Plugin:
     def _attach_student(self) -> None:
         model = causal_lm.unwrap(self.student)
         self._slot = slot = causal_lm.find_head(model, "student")
+        lora.check_head(slot)
         transform, logits_bias = causal_lm.logit_transform(model, slot, "student")
-        original = slot.module
-        head = DistillHead(original, self.config, transform=transform, logits_bias=logits_bias)
-
-        def restore_head() -> None:
-            original.train(head.training)
-            slot.put(original)
-
-        slot.put(head)
-        self._undo.append(restore_head)
+        make = functools.partial(DistillHead, config=self.config, transform=transform, logits_bias=logits_bias)
+        self._undo += lora.replace_head(slot, make)
         self._student_forward = model.forward
-
         self._undo.append(ReplacedForward(model, self._distill_forward).restore)
 
     def _attach_teacher(self) -> None:
@@ -119,6 +113,7 @@ class Plugin:
             )
         self._freeze(model)
         slot = causal_lm.find_head(model, "teacher")
+        checks.linear_head("the teacher's head", causal_lm.unwrap(slot.module), may_be_sharded=True)
         transform, logits_bias = causal_lm.logit_transform(model, slot, "teacher")
         model_forward, head = model.forward, causal_lm.unwrap(slot.module)
         head_forward = head.forward
@@ -280,8 +275,6 @@ def attach(
         raise ValueError("the teacher is missing: attach(student, teacher, config)")
     checks.distill_config(config)
     model = causal_lm.unwrap(student)
-    if isinstance(getattr(model, "get_output_embeddings", lambda: None)(), DistillHead):
-        raise ValueError("this student has a teacher attached already: call plugin.detach() first")
     if config.soft_weight and teacher is None:
         raise ValueError(f"soft_weight is {config.soft_weight:g} but teacher is None: pass one, or set soft_weight=0")
     if teacher is not None and causal_lm.unwrap(teacher) is model:
