@@ -116,15 +116,20 @@ def check_positions(model: PreTrainedModel, seq_len: int, *, role: str) -> None:
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Transformers' bars for loading and downloading: none in the body unless `shown`."""
+    """Transformers' bars for loading, unpacking and downloading: none in the body unless `shown`."""
     bars = _transformers().utils.logging
     if shown or not bars.is_progress_bar_enabled():
         yield
         return
+    from transformers import modeling_gguf_pytorch_utils as gguf_files
+
+    tqdm = gguf_files.tqdm  # bars of its own, which the switch does not reach
     bars.disable_progress_bar()
+    gguf_files.tqdm = partial(tqdm, disable=True)
     try:
         yield
     finally:
+        gguf_files.tqdm = tqdm
         bars.enable_progress_bar()
 
 

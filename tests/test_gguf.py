@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kd_plugin import models
 from kd_plugin.config import StudentConfig, TeacherConfig
-from kd_plugin.models import build_student, check_vocabulary, load_teacher, load_tokenizer, resolve_source
+from kd_plugin.models import (
+    build_student,
+    check_vocabulary,
+    load_teacher,
+    load_tokenizer,
+    progress_bars,
+    resolve_source,
+)
 from tests.small_models import from_teacher, make_teacher, tokens
 
 transformers = pytest.importorskip("transformers")
@@ -96,6 +104,19 @@ def test_any_rank_can_be_the_one_that_unpacks(cache: Path, tmp_path: Path) -> No
     assert loaded.config.name_or_path == str(unpacked)
     assert loaded.generation_config.eos_token_id == original.generation_config.eos_token_id
     torch.testing.assert_close(loaded(tokens()).logits, original(tokens()).logits, rtol=1e-6, atol=1e-6)
+
+
+def test_unpacking_shows_no_bar_where_none_is_wanted(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = TeacherConfig(model=str(tmp_path / "tiny.gguf"), dtype="float32")
+    write_gguf(make_teacher("llama"), tmp_path / "tiny.gguf")
+    with progress_bars(False):
+        load_teacher(config)
+    assert "it/s" not in capfd.readouterr().err
+    shutil.rmtree(cache)
+    load_teacher(config)
+    assert "it/s" in capfd.readouterr().err
 
 
 def test_ranks_at_once_unpack_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
