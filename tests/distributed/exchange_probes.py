@@ -5,6 +5,7 @@ Only the heads are sharded here, so that everything seen is theirs. Every probe 
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.distributed.collectives import CollectiveLog, local_shard
 
 VOCAB_SIZE, STUDENT_WIDTH, TEACHER_WIDTH, CHUNK = 1021, 16, 24, 8  # of the memory probe
 TRAFFIC_ROWS, TRAFFIC_VOCAB, TRAFFIC_WIDTH = 2048, 49152, 576
+AUTO_ROWS = 120  # more than pay for `stats` where the teacher's head need not be gathered
 LOGITS_ROWS, LOGITS_VOCAB, LOGITS_WIDTH = 256, 4096, 64
 
 
@@ -124,6 +126,71 @@ def traffic(rank: int) -> dict[str, float]:
             _step(student, input_ids)
         found[exchange] = log.received
     return found
+
+
+class Groups(TorchDispatchMode):
+    """The ranks of every collective, by phase."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "forward"
+        self.found: dict[str, set[tuple[int, ...]]] = {"forward": set(), "backward": set()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            groups = [arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())]
+            (group,) = map(dist.ProcessGroup.unbox, groups)
+            self.found[self.phase].add(tuple(dist.get_process_group_ranks(group)))
+        return func(*args, **(kwargs or {}))
+
+
+def groups(rank: int) -> dict[str, set[tuple[int, ...]]]:
+    """Who takes part in the collectives of a step after the first, in `stats` mode: two copies of two shards."""
+    models = [make_model("llama", width, 37, seed=i) for i, width in enumerate((STUDENT_WIDTH, TEACHER_WIDTH))]
+    kd.attach(*models, _config("stats"))
+    mesh = fsdp.make_mesh("cpu", 4, shard_size=2)
+    fsdp.shard_student(models[0], mesh, dtype=torch.float32)
+    fsdp.shard_teacher(models[1], mesh)
+    input_ids = torch.full((1, 9), 3)
+    _step(models[0], input_ids)
+    with Groups() as log:
+        loss = models[0](input_ids, shift_labels=input_ids, num_items_in_batch=36).loss
+        log.phase = "backward"
+        loss.backward()
+    return log.found
+
+
+def automatic(rank: int) -> dict[str, list[str]]:
+    """By layout: the mode that `auto` takes on this rank, and what rank 0 says about it."""
+    found = {}
+    for name in ("sharded", "replicated", "tied", "groups"):
+        widths = enumerate((STUDENT_WIDTH, TEACHER_WIDTH))
+        student, teacher = (make_model("llama", width, VOCAB_SIZE, seed=i) for i, width in widths)
+        if name == "tied":
+            teacher.get_output_embeddings().weight = teacher.get_input_embeddings().weight
+        plugin = kd.attach(student, teacher, _config("auto"))
+        mesh = fsdp.make_mesh("cpu", 4, shard_size=2 if name == "groups" else 4)
+        fsdp.shard_student(student, mesh, dtype=torch.float32)
+        if name != "replicated":
+            fsdp.shard_teacher(teacher, mesh)
+        log, handler = logging.getLogger("kd_plugin.exchange"), Messages()
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        _step(student, torch.full((2, AUTO_ROWS // 2), 3))
+        log.removeHandler(handler)
+        found[name] = [str(plugin.exchange.mode), *handler.found]
+    return found
+
+
+class Messages(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
 
 
 def mismatch(rank: int) -> dict[str, tuple[str, float]]:

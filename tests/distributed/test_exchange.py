@@ -70,6 +70,9 @@ LAUNCHES: dict[str, list[Case]] = {
         *square("hsdp", ranks=4),
         *square("alone", ranks=4),
         *(Case(wrapper, True, "logits", ranks=4) for wrapper in ("hsdp", "alone")),
+        Case("hsdp", False, "logits", ranks=4),
+        *(Case("hsdp", False, "stats", "tvd", ranks=4, teacher_vocab_size=size) for size in (31, 41)),
+        *(Case("hsdp", False, mode, ranks=4, batch="split", accumulation=4) for mode in MODES),
         *(Case(wrapper, False, "stats", ranks=4) for wrapper in ("fsdp1", "root", "zero3")),
         *(Case(w, False, m, ranks=4, vocab_size=9, teacher_vocab_size=9) for w in ("alone", "zero3") for m in MODES),
         Case("alone", False, "stats", ranks=4, vocab_size=9, teacher_vocab_size=7),
@@ -77,7 +80,10 @@ LAUNCHES: dict[str, list[Case]] = {
         *splits("alone", 4),
     ],
 }
-PROBES = {"torch": ["head_collectives", "memory", "mismatch"], "four": ["memory", "traffic", "mismatch"]}
+PROBES = {
+    "torch": ["head_collectives", "memory", "mismatch"],
+    "four": ["memory", "traffic", "groups", "automatic", "mismatch"],
+}
 LAUNCHED = [case for cases in LAUNCHES.values() for case in cases]
 FLOAT32 = [case for case in LAUNCHED if case.dtype == "float32"]
 
@@ -206,6 +212,33 @@ def test_bytes_on_the_wire_are_those_of_the_formulas(result_of: Callable[..., An
     for counted in result_of(probe=("four", "traffic")):
         assert counted == pytest.approx(expected, rel=0.05)
         assert 4 * counted["stats"] < counted["weight"]
+
+
+def test_copies_of_sharded_models_exchange_within_their_group(result_of: Callable[..., Any]) -> None:
+    found = result_of(probe=("four", "groups"))
+    for rank, sizes in enumerate(found):
+        group = (0, 1) if rank < 2 else (2, 3)
+        copies = (rank % 2, rank % 2 + 2)
+        assert sizes["forward"] == {group}
+        assert sizes["backward"] == {group, copies}, "the gradient of its rows goes to the other copy"
+
+
+def test_auto_counts_what_weight_really_gathers(result_of: Callable[..., Any]) -> None:
+    sizes = (probes.AUTO_ROWS, probes.VOCAB_SIZE, probes.STUDENT_WIDTH, probes.TEACHER_WIDTH, 4)
+    expected = {
+        "sharded": ("stats", exchange.volumes(4, 4, *sizes), "W 4, "),
+        "replicated": ("weight", exchange.volumes(4, 1, *sizes), "the teacher's head is there anyway"),
+        "tied": ("weight", exchange.volumes(4, 1, *sizes), "the teacher's head is there anyway"),
+        "groups": ("stats", exchange.volumes(2, 2, *sizes), "W 2, "),
+    }
+    everyone = result_of(probe=("four", "automatic"))
+    for name, (mode, volumes, words) in expected.items():
+        assert [found[name][0] for found in everyone] == [mode] * 4
+        (message,) = everyone[0][name][1:]
+        assert words in message
+        assert all(f"{exchange_mode} {size / 1e6:.4g} MB" in message for exchange_mode, size in volumes.items())
+    saved = expected["sharded"][1]["weight"] - expected["replicated"][1]["weight"]
+    assert saved == pytest.approx(3 / 4 * probes.VOCAB_SIZE * probes.TEACHER_WIDTH * 4)
 
 
 def test_shard_groups_must_divide_the_ranks() -> None:

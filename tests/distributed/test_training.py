@@ -48,6 +48,7 @@ RUNS = [
         run(f"{name}_replicated", name, train={"export": False}, teacher={"sharding": "replicate"})
         for name in ("fsdp", "zero3")
     ),
+    run("zero3_offloaded", "zero3", train={"export": False}, teacher={"offload": True}),
     *(
         entry
         for name in ("fsdp", "ddp", "zero2", "zero3")
@@ -128,7 +129,10 @@ def test_two_ranks_export_what_one_process_exports(results: dict[str, Any], sing
         assert (found[key] - value).abs().max() < 1e-5, key
 
 
-@pytest.mark.parametrize("name", ["fsdp_1x4", "zero3_1x4", "zero2_4x1", "fsdp_replicated", "zero3_replicated"])
+OTHERWISE = ["fsdp_1x4", "zero3_1x4", "zero2_4x1", "fsdp_replicated", "zero3_replicated", "zero3_offloaded"]
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
 def test_micro_batches_and_the_teachers_layout_change_nothing(
     results: dict[str, Any], single: TrainResult, name: str
 ) -> None:
