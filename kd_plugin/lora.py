@@ -23,16 +23,22 @@ from kd_plugin.head import DistillHead, HeadCall
 from kd_plugin.low_rank import LowRank
 from kd_plugin.replaced import ReplacedForward, is_replaced
 
-__all__ = ["check_head", "replace_head"]
+__all__ = ["check_student", "replace_head"]
 
 
-def check_head(slot: HeadSlot) -> None:
-    """Refuse a student's head that the loss cannot take over.
+def check_student(model: Any, slot: HeadSlot) -> None:
+    """Refuse a student that the loss cannot take over.
 
     Raises:
-        ValueError: a head that is not linear, quantised, sharded already, attached already, or adapted in another
-            way than by LoRA.
+        ValueError: prompt tuning; a head that is not linear, quantised, sharded already, attached already, or
+            adapted in another way than by LoRA.
     """
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"the student is adapted by {config.peft_type.value}, whose virtual tokens have no labels and are unknown "
+            "to the teacher; wanted LoRA: peft.get_peft_model(student, peft.LoraConfig(...))"
+        )
     for layer in _linear_layers(slot)[0]:
         checks.linear_head("the student's head", layer.module)
         if isinstance(layer.module, DistillHead):
@@ -43,7 +49,7 @@ def replace_head(slot: HeadSlot, distilling: Callable[[nn.Linear], DistillHead])
     """Make the student's head compute the loss when it is called with a `HeadCall`.
 
     Args:
-        slot: where the model has its head, peft's wrapper around it included; `check_head` accepts it.
+        slot: where the model has its head, peft's wrapper around it included; `check_student` accepts it.
         distilling: turns a linear layer into the head that takes its place.
 
     Returns:

@@ -99,7 +99,7 @@ class Plugin:
     def _attach_student(self) -> None:
         model = causal_lm.unwrap(self.student)
         self._slot = slot = causal_lm.find_head(model, "student")
-        lora.check_head(slot)
+        lora.check_student(model, slot)
         transform, logits_bias = causal_lm.logit_transform(model, slot, "student")
         make = functools.partial(DistillHead, config=self.config, transform=transform, logits_bias=logits_bias)
         self._undo += lora.replace_head(slot, make)
@@ -279,6 +279,8 @@ def attach(
         raise ValueError(f"soft_weight is {config.soft_weight:g} but teacher is None: pass one, or set soft_weight=0")
     if teacher is not None and causal_lm.unwrap(teacher) is model:
         raise ValueError("student and teacher are one model: pass copy.deepcopy(student) as the teacher")
+    if teacher is not None and causal_lm.unwrap(teacher) in set(model.modules()):  # as a peft model's base is
+        raise ValueError("the teacher is a part of the student and would train with it: load the teacher by itself")
     if tokenizers is not None:
         check_tokenizers(*tokenizers)
     plugin = Plugin(student, teacher, config, group)

@@ -1,0 +1,92 @@
+"""LoRA students under every wrapper train like one dense process that sees all the tokens."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed import lora_worker
+from tests.distributed.launch import launch
+from tests.distributed.lora_cases import Case, make_models, train_densely
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+TORCH = [
+    Case("ddp", tied=False, exchange="weight"),
+    Case("ddp", tied=True, exchange="logits", adapter="two"),
+    Case("alone", tied=False, exchange="weight"),
+    Case("alone", tied=False, exchange="logits", adapter="two"),
+    Case("alone", tied=False, exchange="weight", adapter="only_head"),
+    Case("alone", tied=False, exchange="weight", adapter="inside"),
+    Case("alone", tied=False, exchange="weight", adapter="saved"),
+    Case("alone", tied=True, exchange="weight"),
+    Case("root", tied=False, exchange="weight"),
+    Case("fsdp1", tied=False, exchange="weight"),
+]
+DEEPSPEED = [
+    Case("zero2", tied=False, exchange="weight"),
+    Case("zero2", tied=True, exchange="weight", adapter="two"),
+    Case("zero3", tied=False, exchange="weight"),
+    Case("zero3", tied=False, exchange="logits", adapter="two"),
+    Case("zero3", tied=False, exchange="weight", adapter="only_head"),
+    Case("zero3", tied=False, exchange="weight", adapter="saved"),
+    Case("zero3", tied=True, exchange="weight"),
+]
+LAUNCHES = {"torch": TORCH, "deepspeed": DEEPSPEED}
+
+
+@functools.cache
+def truth(case: Case) -> dict[str, Tensor]:
+    """The dense training of `case`, once for all cases that differ only in how they are wrapped."""
+    return train_densely(case)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """Start a launch when its first test asks for it: -> (folder of results, what was printed if it failed)."""
+
+    @functools.cache
+    def start(name: str) -> tuple[Path, str]:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "cases.json").write_text(json.dumps(LAUNCHES[name], default=asdict))
+        try:
+            done = launch(Path(lora_worker.__file__), str(folder), ranks=2, timeout_s=200)
+        except subprocess.TimeoutExpired as error:
+            return folder, str(error)
+        return folder, done.stdout[-3000:] + done.stderr[-6000:] if done.returncode else ""
+
+    return start
+
+
+@pytest.mark.parametrize("case", [*TORCH, *DEEPSPEED], ids=lambda case: case.name)
+def test_ranks_train_adapters_like_one_dense_process(launched: Callable[[str], tuple[Path, str]], case: Case) -> None:
+    """Parameters within 1e-5, after having moved a hundred times that far; frozen ones do not move."""
+    if case in DEEPSPEED:
+        pytest.importorskip("deepspeed")
+    folder, failure = launched("deepspeed" if case in DEEPSPEED else "torch")
+    path = folder / f"{case.name}.pt"
+    assert path.exists(), f"the worker ended before this case: {failure}"
+    found, wanted = torch.load(path), truth(replace(case, wrapper="single", exchange="weight"))
+    start = dict(make_models(case)[0].named_parameters())
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name] - value).abs().max() < 1e-5, name
+        assert start[name].requires_grad or torch.equal(found[name], start[name]), name
+    moved = [name for name, value in wanted.items() if (start[name] - value).abs().max() > 1e-3]
+    assert all(any(part in name for name in moved) for part in moving_parts(case))
+
+
+def moving_parts(case: Case) -> list[str]:
+    """Names of layers that this training must have changed."""
+    if case.adapter == "saved":
+        return ["lm_head.modules_to_save.default.weight", "q_proj.lora_A"]
+    layer = "down_proj" if case.adapter == "inside" else "lm_head"
+    return [f"{layer}.lora_A.default", f"{layer}.lora_B.default"]
