@@ -41,6 +41,7 @@ __all__ = [
     "load_teacher",
     "load_tokenizer",
     "progress_bars",
+    "read_config",
     "resolve_source",
 ]
 
@@ -84,7 +85,7 @@ def build_student(config: StudentConfig, teacher: PreTrainedModel, *, seed: int)
     if config.from_teacher:
         student = student_from_layers(teacher, config.from_teacher.layers, partial(_empty, teacher, config))
     elif config.from_config is not None:
-        base = _load_config(config) if config.model else teacher.config
+        base = read_config(config) if config.model else teacher.config
         new = config_with(base, config.from_config, where="student.from_config")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -226,7 +227,12 @@ def _load(auto: Any, source: ResolvedSource, config: ModelSource, where: str, **
         raise ModelError(f"{where}: {source.path_or_id!r} cannot be loaded: {reason}") from error
 
 
-def _load_config(config: ModelSource) -> PreTrainedConfig:
+def read_config(config: ModelSource) -> PreTrainedConfig:
+    """The configuration of `config.model`, without its weights.
+
+    Raises:
+        ModelError: not found, or not loadable.
+    """
     return _load(_transformers().AutoConfig, resolve_source(config), config, f"{section_name(config)}.model")
 
 

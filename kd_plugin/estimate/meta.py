@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kd_plugin.config import ModelSource, RunConfig
-from kd_plugin.models import ModelError, resolve_source
+from kd_plugin.models import read_config
 from kd_plugin.parallel.fsdp import decoder_layers
 from kd_plugin.students import config_with, freeze, student_from_layers
 
@@ -108,7 +108,7 @@ def load_sizes(config: RunConfig) -> tuple[ModelSizes, ModelSizes]:
     Raises:
         ModelError, StudentError, ShardingError: not found, or not to be made as configured.
     """
-    teacher = _on_meta(config.teacher, _read_config(config.teacher, "teacher.model"))
+    teacher = _on_meta(config.teacher, read_config(config.teacher))
     student = _student(config, teacher)
     batch = (config.train.micro_batch_size, config.data.seq_len)
     dtypes = (getattr(torch, source.dtype) for source in (config.student, config.teacher))
@@ -121,28 +121,12 @@ def _student(config: RunConfig, teacher: PreTrainedModel) -> PreTrainedModel:
         make_empty = partial(_on_meta, source, like=teacher)
         student = student_from_layers(teacher, source.from_teacher.layers, make_empty)
     else:
-        base = _read_config(source, "student.model") if source.model else teacher.config
+        base = read_config(source) if source.model else teacher.config
         if source.from_config is not None:
             base = config_with(base, source.from_config, where="student.from_config")
         student = _on_meta(source, base)
     freeze(student, source.freeze)
     return student
-
-
-def _read_config(source: ModelSource, where: str) -> PreTrainedConfig:
-    import transformers
-
-    found = resolve_source(source)
-    options = {"gguf_file": found.gguf_file} if found.gguf_file else {}
-    if source.revision:
-        options["revision"] = source.revision
-    try:
-        return transformers.AutoConfig.from_pretrained(
-            found.path_or_id, trust_remote_code=source.trust_remote_code, **options
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{where}: the configuration of {found.path_or_id!r} cannot be read: {reason}") from error
 
 
 def _on_meta(source: ModelSource, config: PreTrainedConfig, like: PreTrainedModel | None = None) -> PreTrainedModel:
