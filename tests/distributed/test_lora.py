@@ -27,6 +27,7 @@ TORCH = [
     Case("alone", tied=False, exchange="weight", adapter="only_head"),
     Case("alone", tied=False, exchange="weight", adapter="inside"),
     Case("alone", tied=False, exchange="weight", adapter="saved"),
+    Case("alone", tied=False, exchange="weight", adapter="embedding"),
     Case("alone", tied=True, exchange="weight"),
     Case("root", tied=False, exchange="weight"),
     Case("fsdp1", tied=False, exchange="weight"),
@@ -88,5 +89,7 @@ def moving_parts(case: Case) -> list[str]:
     """Names of layers that this training must have changed."""
     if case.adapter == "saved":
         return ["lm_head.modules_to_save.default.weight", "q_proj.lora_A"]
+    if case.adapter == "embedding":
+        return ["embed_tokens.lora_embedding_A", "embed_tokens.lora_embedding_B", "lm_head.lora_B"]
     layer = "down_proj" if case.adapter == "inside" else "lm_head"
     return [f"{layer}.lora_A.default", f"{layer}.lora_B.default"]
