@@ -108,6 +108,7 @@ def _no_rows(hidden_states: Tensor) -> Tensor:
     return hidden_states.new_empty(*hidden_states.shape[:-2], 0, 1)
 
 
+@torch.compiler.disable(recursive=False)
 def run_backbone(slot: HeadSlot, forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Hidden states `[B, S, D]` that `forward(**inputs)` feeds its head, which itself does not run.
 
@@ -128,6 +129,7 @@ def _accepts(forward: Callable[..., Any], name: str) -> bool:
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
+@torch.compiler.disable(recursive=False)
 def _run_with_stand_in(
     slot: HeadSlot, forward: Callable[..., Any], inputs: dict[str, Any], reply: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Any]:

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_plugin import causal_lm, checks, lora, row_kernels
+from kd_plugin import causal_lm, checks, lora
+from kd_plugin.bypass import BypassWatch
 from kd_plugin.chunks import rows_per_chunk
+from kd_plugin.collectives import located, of_others
 from kd_plugin.config import DistillConfig
 from kd_plugin.exchange import Consumer, Exchange
 from kd_plugin.head import DistillHead, HeadCall, teacher_head_forward
-from kd_plugin.metrics import GIB, MetricSums, Stopwatch
+from kd_plugin.measures import Measures
 from kd_plugin.objective import make_objective
 from kd_plugin.parallel.fsdp import row_shards
 from kd_plugin.replaced import ReplacedForward, is_replaced
@@ -47,10 +49,7 @@ class Plugin:
         """The teacher as it is to be called; set it to the wrapper made after `attach`."""
         self.exchange = Exchange(config, group)
         self._undo: list[Callable[[], None]] = []
-        self._sums = MetricSums((*row_kernels.STATISTICS, "valid_tokens"))
-        self._watch = Stopwatch()
-        self._peak_loss_bytes = 0
-        self._dense_bytes = 0
+        self._measures = Measures()
 
     def metrics(self) -> dict[str, float]:
         """Means per valid token since the last call, over all ranks. One collective: call it on every rank.
@@ -59,24 +58,7 @@ class Plugin:
         acceptance_rate, kl_t1, valid_tokens, temperature, chunk_size, logits_avoided_gib, loss_peak_gib, and
         this rank's wall time in student_ms (backbone), teacher_ms (backbone), loss_ms, summed over forwards.
         """
-        device = self._slot.module.weight.device
-        sums = self._sums.take(device, self.group)
-        valid = sums.pop("valid_tokens")
-        means = {name: value / max(valid, 1.0) for name, value in sums.items()}
-        kept = ("soft_loss", "hard_loss", *make_objective(self.config).measured)
-        means = {name: means[name] for name in kept}
-        loss = self.config.soft_weight * means["soft_loss"] + self.config.hard_weight * means["hard_loss"]
-        times = {f"{name}_ms": elapsed for name, elapsed in self._watch.take().items()}
-        return {
-            "loss": loss,
-            **means,
-            "valid_tokens": valid,
-            "temperature": self.config.temperature,
-            "chunk_size": float(self.chunk_size),
-            "loss_peak_gib": self._peak_loss_bytes / GIB,
-            "logits_avoided_gib": self._dense_bytes / GIB,
-            **times,
-        }
+        return self._measures.take(self.config, self._slot.module.weight.device, self.group, self.chunk_size)
 
     @property
     def chunk_size(self) -> int:
@@ -103,6 +85,9 @@ class Plugin:
         transform, logits_bias = causal_lm.logit_transform(model, slot, "student")
         make = functools.partial(DistillHead, config=self.config, transform=transform, logits_bias=logits_bias)
         self._undo += lora.replace_head(slot, make)
+        self._student_head_module = slot.module
+        self._bypass = BypassWatch(model, self.student)
+        self._undo.append(self._bypass.remove)
         self._student_forward = model.forward
         self._undo.append(ReplacedForward(model, self._distill_forward).restore)
 
@@ -124,8 +109,9 @@ class Plugin:
         def forward(*args: Any, kd_consumer: Consumer | None = None, **kwargs: Any) -> Any:
             if kd_consumer is None:
                 return model_forward(*args, **kwargs)
-            with self._watch.region("teacher", head.weight.device):
+            with self._measures.watch.region("teacher", head.weight.device):
                 hidden, _ = causal_lm.run_backbone(slot, model_forward, kwargs)
+            causal_lm.still_there(slot, head, "teacher")
             if not (kd_consumer.needs_head or tied):
                 return kd_consumer.use_hidden(hidden)
             return slot.module(hidden, kd_consumer)
@@ -155,6 +141,7 @@ class Plugin:
 
     # -- one step -------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable(recursive=False)
     def _distill_forward(
         self,
         *args: Any,
@@ -173,20 +160,38 @@ class Plugin:
         model_config, ignore = causal_lm.unwrap(self.student).config, self.config.ignore_index
         targets = row_targets(inputs, labels, shift_labels, model_config, ignore)
         inputs.pop("logits_to_keep", None)
+        mode, chunk_size = self.exchange.mode or self.config.exchange, self.config.chunk_size
+        with located(lambda: f"{targets.numel()} rows, exchange {mode}, chunk_size {chunk_size}"):
+            with of_others("in its forward"):
+                return self._loss(inputs, targets, loss_rows, token_weights, num_items_in_batch)
+
+    @torch.compiler.disable(recursive=False)
+    def _loss(
+        self,
+        inputs: dict[str, Any],
+        targets: Tensor,  # [B, S] by row
+        loss_rows: Tensor | None,
+        token_weights: Tensor | None,
+        num_items: int | Tensor | None,
+    ) -> Any:
+        self._bypass.check()
+        causal_lm.still_there(self._slot, self._student_head_module, "student")
         self.exchange.check(causal_lm.unwrap(self._slot.module))
         device = targets.device
-        with self._watch.region("student", device):
+        with self._measures.watch.region("student", device):
             hidden, auxiliary_loss = causal_lm.run_backbone(self._slot, self._student_forward, inputs)
         checks.loss_targets(targets, hidden.shape[:-1], self.config)
         checks.token_weights(token_weights, hidden)
         weights = None if token_weights is None else token_weights.reshape(-1)
         call = HeadCall(None, targets.reshape(-1), loss_rows, weights)
         loss_sum = self._through_heads(hidden, call, inputs)
-        self._record(call)
         assert call.sums is not None
-        loss = per_item(loss_sum, call.sums.num_valid, num_items_in_batch, self.group)
-        return model_output(loss if auxiliary_loss is None else loss + auxiliary_loss.to(loss), model_config)
+        self._measures.add(call.sums)
+        loss = per_item(loss_sum, call.sums.num_valid, num_items, self.group)
+        loss = loss if auxiliary_loss is None else loss + auxiliary_loss.to(loss)
+        return model_output(loss, causal_lm.unwrap(self.student).config)
 
+    @torch.compiler.disable
     def _through_heads(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
         """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
         if inputs.get("inputs_embeds") is not None and self.config.soft_weight:
@@ -219,7 +224,7 @@ class Plugin:
 
     def _student_head(self, hidden: Tensor, call: HeadCall) -> Tensor:
         head = causal_lm.unwrap(self._slot.module)
-        with self._watch.region("loss", hidden.device):
+        with self._measures.watch.region("loss", hidden.device):
             if call.shard is not None and row_shards(head.weight) is not None:
                 return head.on_shards(hidden, call)  # past the hooks that would gather the weight
             return self._slot.module(hidden, call)
@@ -228,13 +233,6 @@ class Plugin:
         shared = {name: value for name, value in inputs.items() if name not in _NOT_FOR_TEACHER}
         with torch.no_grad():
             self.teacher(**shared, kd_consumer=consumer)
-
-    def _record(self, call: HeadCall) -> None:
-        assert call.sums is not None
-        valid = call.sums.num_valid.to(call.sums.statistics)
-        self._sums.add(torch.cat([call.sums.statistics, valid[None]]))
-        self._peak_loss_bytes = max(self._peak_loss_bytes, call.sums.workspace_bytes)
-        self._dense_bytes = max(self._dense_bytes, call.sums.dense_bytes)
 
 
 def attach(
