@@ -24,7 +24,7 @@ _CAUSE = (
 )
 
 
-_UNANSWERED = re.compile(r"gloo.*(Timed out|Connection|Read error|Write error|EOF)", re.DOTALL)
+_UNANSWERED = re.compile(r"Timed out waiting|timeout caused pair closure|by peer|Socket Timeout|NCCL")
 
 
 class CollectiveError(RuntimeError):
@@ -95,13 +95,15 @@ def all_gather(tensor: Tensor, group: Any, what: str, *, wait: bool = True) -> A
     return out if wait else (out, Pending(handle, what))
 
 
-def reduce_scatter(tensor: Tensor, group: Any, what: str) -> Tensor:
-    """Sum of `[W * n, ...]` over ranks -> this rank's `[n, ...]`."""
+def reduce_scatter(tensor: Tensor, group: Any, what: str, *, wait: bool = True) -> Any:
+    """Sum of `[W * n, ...]` over ranks -> this rank's `[n, ...]`; with `wait=False` also the `Pending`, until which
+    `tensor` must stay as it is."""
     out = tensor.new_empty(tensor.shape[0] // dist.get_world_size(group), *tensor.shape[1:])
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
-    with named(f"reduce-scatter of {what}"):
-        scatter(out, tensor, group=group)
-    return out
+    what = f"reduce-scatter of {what}"
+    with named(what):
+        handle = scatter(out, tensor, group=group, async_op=not wait)
+    return out if wait else (out, Pending(handle, what))
 
 
 def all_reduce(tensor: Tensor, group: Any, what: str, *, op: Any = dist.ReduceOp.SUM) -> None:
