@@ -29,7 +29,8 @@ class Case:
     vocab_size: int = 37
     teacher_vocab_size: int = 37
     batch: str = "steps"
-    """steps (3 steps, lengths by rank), split (one step on the same 16 sequences), ragged (one step, `RAGGED`)"""
+    """steps (3 steps, lengths by rank), split (one step on the same 16 sequences), ragged (one step, `RAGGED`), early
+    (3 steps, of which only the first rank has labels after the first, and nobody in the last)"""
     accumulation: int = 1
     chunk_size: int = 5
     loss: str = "attached"
@@ -50,11 +51,11 @@ class Case:
 
     @property
     def steps(self) -> int:
-        return STEPS if self.batch == "steps" else 1
+        return STEPS if self.batch in ("steps", "early") else 1
 
     @property
     def learning_rate(self) -> float:
-        return 0.1 if self.batch == "steps" else 1.0  # 1: what a step takes away is the gradient itself
+        return 0.1 if self.steps > 1 else 1.0  # 1: what a step takes away is the gradient itself
 
     @property
     def config(self) -> kd.DistillConfig:
@@ -81,6 +82,10 @@ def make_batch(case: Case, step: int, micro: int, rank: int) -> tuple[Tensor, Te
     """(input_ids, labels) `[B, S]`."""
     if case.batch == "steps":
         input_ids, labels = attach_cases.make_batch(step + 21 * case.seed, micro, rank)
+    elif case.batch == "early":
+        input_ids, labels = attach_cases.make_batch(0, micro, rank)
+        if step == STEPS - 1 or (step and rank):
+            input_ids, labels = input_ids[:1, :2], torch.full((1, 2), -100)
     elif case.batch == "split":
         input_ids, labels = _sequences()
         number = case.ranks * case.accumulation

@@ -56,6 +56,7 @@ LAUNCHES: dict[str, list[Case]] = {
         *(Case("alone", False, mode, teacher_vocab_size=size) for mode in MODES for size in (31, 41)),
         *(Case("alone", tied, mode, teacher="offload") for tied, mode in ((False, "weight"), (True, "stats"))),
         *splits("alone", 2),
+        *(Case(wrapper, False, mode, batch="early") for wrapper in ("ddp", "alone") for mode in (*MODES, "logits")),
         *(Case(wrapper, wrapper == "ddp", "logits") for wrapper in ("ddp", "fsdp1", "alone", "grouped", "root")),
         *flat(half("alone")),
         *flat(half("fsdp1")),
@@ -63,6 +64,7 @@ LAUNCHES: dict[str, list[Case]] = {
     "deepspeed": [
         *(case for wrapper in ("zero1", "zero2", "zero3") for case in square(wrapper)),
         *splits("zero3", 2),
+        *(Case("zero3", False, mode, batch="early") for mode in (*MODES, "logits")),
         *(Case("zero3", tied, "logits") for tied in (True, False)),
         *flat(half("zero3")),
     ],
