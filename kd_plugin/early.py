@@ -22,7 +22,7 @@ from kd_plugin.data_sources import check_source, is_hub_dataset, refuse_unused
 from kd_plugin.parallel import zero
 from kd_plugin.sources import is_local, resolve_source, resolve_tokenizer, section_name
 
-__all__ = ["SetupError", "early_problems", "idle_settings"]
+__all__ = ["SetupError", "early_problems", "idle_settings", "layout_problems"]
 
 Idle = Iterator[tuple[str, str]]
 
@@ -46,7 +46,7 @@ def early_problems(
         *_source_problems(config),
         *_data_problems(config.data),
         *_output_problems(Path(config.log.output_dir)),
-        *_layout_problems(config, mode, world_size),
+        *layout_problems(config, mode, world_size),
         *_deepspeed_problems(config, mode, world_size, accumulation),
     ]
 
@@ -93,7 +93,8 @@ def _output_problems(folder: Path) -> list[str]:
     return []
 
 
-def _layout_problems(config: RunConfig, mode: str | None, world_size: int | None) -> list[str]:
+def layout_problems(config: RunConfig, mode: str | None, world_size: int | None) -> list[str]:
+    """One line for each setting that cannot lay the models out as it says; arguments as of `early_problems`."""
     size, sharding = config.train.shard_size, config.teacher.sharding
     if _wants_deepspeed(config, mode):
         problems = []

@@ -10,11 +10,14 @@ import torch
 from typer.testing import CliRunner, Result
 
 from kd_plugin.cli import app
-from kd_plugin.config import RunConfig
+from kd_plugin.config import DistillConfig, RunConfig
 from kd_plugin.config_file import to_yaml
 from kd_plugin.estimate import Estimate, EstimateError, estimate
 from kd_plugin.estimate.memory import memory
+from kd_plugin.estimate.report import notes_of
+from kd_plugin.estimate.wire import settled
 from kd_plugin.exchange import logits_bytes, stats_bytes, weight_bytes
+from kd_plugin.row_kernels import block_rows
 from tests.tiny import make_folder, run_config
 
 QWEN = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
@@ -170,9 +173,97 @@ def test_a_frozen_head_has_no_gradient(folder: Path) -> None:
     assert found.exchanges["weight"].num_bytes == pytest.approx(0.5 * 64 * 32 * 4 * 2)
 
 
+def test_groups_of_shards_hold_more_and_gather_less(folder: Path) -> None:
+    def at(shard_size: int | None, **more: object) -> Estimate:
+        train = {"parallel": "fsdp", "tokens_per_step": None, "gradient_accumulation_steps": 3}
+        return estimate(run_config(folder, train={**train, "shard_size": shard_size}, **more), world_size=8)
+
+    flat, grouped = at(None), at(2)
+    assert lines(grouped)["student gradients"] == pytest.approx(4 * lines(flat)["student gradients"])
+    assert lines(grouped)["teacher"] == pytest.approx(4 * lines(flat)["teacher"])
+    ratio = {name: volume.num_bytes / flat.exchanges[name].num_bytes for name, volume in grouped.exchanges.items()}
+    assert ratio["weight"] == pytest.approx((1 / 2) / (7 / 8))
+    assert ratio["stats"] < 1 / 7, "1 other rank, not 7"
+    trained = flat.setup.student.trainable
+    each = {name: at(2, distill={"exchange": name}) for name in ("weight", "stats")}
+    between = {name: traffic(found)["gradients between copies"] for name, found in each.items()}
+    assert between["weight"] == pytest.approx(2 * 3 / 4 * trained / 2 * 4), "once per step"
+    assert between["stats"] - between["weight"] == pytest.approx(2 * 2 * 3 / 4 * 64 * 32 / 2 * 4), "the head's: thrice"
+    assert "gradients between copies" not in traffic(flat)
+    assert {(choice.mode, choice.shard_ranks) for choice in grouped.choices} == {("ddp", 2), ("fsdp", 2), ("fsdp", 8)}
+    whole = at(1)
+    assert (whole.setup.mode, whole.setup.teacher_sharded) == ("ddp", False)
+
+
+def traffic(found: Estimate) -> dict[str, float]:
+    return {line.name: line.num_bytes for line in found.parameters}
+
+
+@pytest.mark.parametrize("sharding", ["shard", "replicate"])
+def test_an_offloaded_teacher_is_on_the_gpu_layer_by_layer(qwen: Path, sharding: str) -> None:
+    config = qwen_config(qwen, parallel="fsdp")
+    plain, offloaded = (
+        estimate(config.model_copy(update={"teacher": config.teacher.model_copy(update=update)}), world_size=8)
+        for update in ({"sharding": sharding}, {"sharding": sharding, "offload": True})
+    )
+    assert plain.memory.host == () and "teacher" not in lines(offloaded)
+    (host,) = offloaded.memory.host
+    assert host.num_bytes == lines(plain)["teacher"]
+    assert plain.memory.lasting_bytes - offloaded.memory.lasting_bytes == host.num_bytes
+    gathered = {line.name for line in offloaded.memory.phases["teacher forward"]}
+    assert "gathered parameters" in gathered
+    on_cpu = estimate(offloaded.setup.config, world_size=8, device="cpu")
+    assert "teacher" in lines(on_cpu) and on_cpu.memory.host == (), "a CPU has one memory"
+
+
+def test_auto_knows_what_weight_gathers(folder: Path) -> None:
+    """No whole teacher's head, and a gradient in fp32 whatever the models' precision: this moves the break-even."""
+    last = {}
+    for sharding in ("shard", "replicate"):
+        teacher = {"model": str(folder / "teacher"), "sharding": sharding, "dtype": "bfloat16"}
+        student = {"from_teacher": {"layers": 2}, "dtype": "bfloat16"}
+        train = {"parallel": "fsdp", "tokens_per_step": None, "micro_batch_size": 1}
+        config = run_config(folder, train=train, teacher=teacher, student=student)
+        setup = estimate(config, world_size=2).setup
+        lengths = {rows: config.data.model_copy(update={"seq_len": rows}) for rows in range(2, 128)}
+        modes = {
+            rows: settled(replace(setup, config=config.model_copy(update={"data": data})))
+            for rows, data in lengths.items()
+        }
+        last[sharding] = max(rows for rows, mode in modes.items() if mode == "stats")
+    # f V (2 D + 2 E + 4 D) against f V (2 D + 4 D), where D = E
+    assert 16 < last["replicate"] < last["shard"] < 127
+    assert last["shard"] / last["replicate"] == pytest.approx(8 / 6, rel=0.06)
+
+
+def test_chunks_of_uld_count_both_vocabularies(folder: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig.from_pretrained(folder / "teacher", vocab_size=192).save_pretrained(tmp_path / "wide")
+    teacher, student = {"model": str(tmp_path / "wide")}, {"from_teacher": None, "model": str(folder / "teacher")}
+    distill = {"divergence": "uld", "loss_memory_mb": 4 * 16 * (64 + 192) / 2**20, "chunk_size": "auto"}
+    found = estimate(run_config(folder, teacher=teacher, student=student, distill=distill))
+    assert found.setup.chunk == 16
+    (buffers,) = (line for line in found.memory.phases["loss"] if line.name == "chunk buffers")
+    assert buffers.num_bytes == 4 * 16 * (64 + 192)
+    assert "(4 B x (V 64 + V' 192)) = 16 rows" in notes_of(found)[0]
+
+
+def test_the_kernels_scratch_is_of_one_block(qwen: Path) -> None:
+    config = qwen_config(qwen, parallel="fsdp").model_copy(update={"distill": DistillConfig(exchange="stats")})
+    (scratch,) = (
+        line for line in estimate(config, world_size=8, device="cpu").memory.phases["loss"] if line.name == "row kernel"
+    )
+    columns = 151936 // 8
+    assert scratch.num_bytes == 3 * 4 * columns * block_rows(columns, "cpu")
+
+
 def test_the_command_prints_plain_tables(folder: Path) -> None:
     result = command(folder, "--world-size", "4", "--gpu-memory-gib", "80", train={"parallel": "fsdp"})
     assert result.exit_code == 0, result.stderr
+    grouped = command(folder, "--world-size", "4", "train.shard_size=2", "teacher.offload=true", "train.parallel=fsdp")
+    for text in ("hsdp (FSDP2, 2 copies) on 4 x cuda", "in host memory: teacher", "gradients between copies"):
+        assert text in grouped.stdout
     for text in ("memory of the fullest rank", "received per rank", "heads: stats", "sharding: ddp", "unknown, and"):
         assert text in result.stdout
     assert max(map(ord, result.stdout)) < 128
@@ -185,6 +276,7 @@ def test_the_command_prints_plain_tables(folder: Path) -> None:
         (("--rows", "65"), "= 64 tokens: give 1 to 64"),
         (("--gpu-memory-gib", "0"), "--gpu-memory-gib is 0"),
         (("--world-size", "3"), "train.tokens_per_step 256 is no multiple"),
+        (("--world-size", "4", "train.shard_size=3"), "train.shard_size is 3, wanted a divisor of the 4 ranks"),
         (("student.from_teacher.layers=9",), "the teacher has 4 layers"),
         (("teacher.model=/no/such/folder",), "no such directory /no/such/folder"),
     ],

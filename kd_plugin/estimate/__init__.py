@@ -24,6 +24,8 @@ class Choice:
     """One way to spread the models, with the exchange that suits it."""
 
     mode: str
+    shard_ranks: int
+    """Ranks that one copy of a sharded model is cut over."""
     teacher_sharded: bool
     exchange: str
     peak_bytes: float
@@ -91,20 +93,25 @@ def estimate(
 
 
 def _choices(setup: Setup, gpu_memory_gib: float | None) -> tuple[Choice, ...]:
-    if setup.world_size == 1:
-        modes = [setup.mode]
+    world, grouped = setup.world_size, setup.shard_ranks
+    if world == 1:
+        layouts = [(setup.mode, world)]
+    elif setup.is_zero:
+        layouts = [(f"zero{stage}", world) for stage in (1, 2, 3)]
     else:
-        modes = ["zero1", "zero2", "zero3"] if setup.is_zero else ["ddp", "fsdp"]
-    sharded = (False, True) if setup.world_size > 1 and setup.teacher is not None else (False,)
-    found = [_choice(setup, mode, cut, gpu_memory_gib) for mode in modes for cut in sharded]
+        groups = sorted({grouped, world} - {1})
+        layouts = [("ddp", grouped if grouped > 1 else world), *(("fsdp", size) for size in groups)]
+    sharded = (False, True) if world > 1 and setup.teacher is not None else (False,)
+    found = [_choice(setup, layout, cut, gpu_memory_gib) for layout in layouts for cut in sharded]
     return tuple(sorted(found, key=lambda choice: (choice.step_bytes, choice.peak_bytes)))
 
 
-def _choice(setup: Setup, mode: str, teacher_sharded: bool, gpu_memory_gib: float | None) -> Choice:
-    spread = setup.spread(mode=mode, teacher_sharded=teacher_sharded)
-    spread = spread.spread(mode=mode, teacher_sharded=teacher_sharded, exchange=recommended(spread))
+def _choice(setup: Setup, layout: tuple[str, int], teacher_sharded: bool, gpu_memory_gib: float | None) -> Choice:
+    mode, shard_ranks = layout
+    spread = setup.spread(mode=mode, teacher_sharded=teacher_sharded, shard_ranks=shard_ranks)
+    spread = replace(spread, exchange=recommended(spread))
     step = setup.accumulation * exchanges(spread)[spread.exchange].num_bytes
     step += sum(line.num_bytes for line in parameters(spread))
     peak = memory(spread).peak_bytes
     fits = None if gpu_memory_gib is None else peak <= _USABLE * gpu_memory_gib * GIB
-    return Choice(mode, teacher_sharded, spread.exchange, peak, step, fits)
+    return Choice(mode, shard_ranks, teacher_sharded, spread.exchange, peak, step, fits)

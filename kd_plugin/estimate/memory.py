@@ -17,7 +17,6 @@ from kd_plugin.estimate.setup import Line, Setup
 from kd_plugin.row_kernels import block_rows
 
 _FLOAT = 4
-_CPU_BLOCK_BYTES = 8 * 2**20  # both models' logits of the rows that `row_kernels` passes at once on a CPU
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,8 @@ class Memory:
 
     lasting: tuple[Line, ...]
     phases: dict[str, tuple[Line, ...]]
+    host: tuple[Line, ...] = ()
+    """What waits in host memory, and is in no other figure."""
 
     @property
     def lasting_bytes(self) -> float:
@@ -59,7 +60,7 @@ def memory(setup: Setup) -> Memory:
     phases["layers' backward"] = (*held, *_layers_backward(setup))
     if setup.is_zero:
         phases["optimizer step"] = _zero_step(setup)
-    return Memory((*_student_states(setup), *_teacher_states(setup)), phases)
+    return Memory((*_student_states(setup), *_teacher_states(setup)), phases, _host(setup))
 
 
 def heads(setup: Setup) -> tuple[Line, ...]:
@@ -72,7 +73,7 @@ def heads(setup: Setup) -> tuple[Line, ...]:
         lines.append(Line("student head, own rows", size, f"{setup.shard_rows} x {student.width} x {item} B"))
     elif not (in_rows or whole):
         lines.append(_whole_head(setup, "student", student, item, "V", gathered=setup.gathers_student))
-    if teacher is not None and setup.teacher_sharded and setup.exchange == "weight":
+    if teacher is not None and setup.teacher_gathered and setup.exchange == "weight":
         lines.append(_whole_head(setup, "teacher", teacher, setup.teacher_item, "V'", gathered=True))
     return (*lines, *_upcast_heads(setup, in_rows))
 
@@ -104,15 +105,13 @@ def _upcast_heads(setup: Setup, in_rows: bool) -> list[Line]:
 
 def loss(setup: Setup) -> tuple[Line, ...]:
     """What the loss allocates above its inputs (hidden states and heads)."""
-    student, teacher, chunk, ranks = setup.student, setup.teacher, setup.chunk, setup.world_size
+    student, teacher, chunk, ranks = setup.student, setup.teacher, setup.chunk, setup.group_ranks
     by_rows = setup.exchange == "stats" and ranks > 1
-    sides = 1 if teacher is None else 2
-    rows, columns = (ranks * chunk, setup.shard_rows) if by_rows else (max(chunk, 2), setup.shared_vocab)
-    how = f"{sides} x 4 B x {rows} rows x {columns} token ids"
-    how += f" (W {ranks} x C {chunk} rows, V / W ids)" if by_rows else f" (C {chunk}, V {columns})"
-    lines = [Line("chunk buffers", sides * _FLOAT * rows * columns, how)]
+    rows = ranks * chunk if by_rows else max(chunk, 2)
+    lines = [_chunk_buffers(setup, rows, by_rows)]
+    columns = setup.shard_rows if by_rows else setup.shared_vocab
     if setup.device == "cpu" and setup.distill.row_kernel in ("auto", "compile"):
-        block = rows if by_rows else min(rows, block_rows(columns, "cpu"))
+        block = min(rows, block_rows(columns, "cpu"))
         lines.append(Line("row kernel", 3 * _FLOAT * block * columns, f"3 x 4 B x {block} rows x {columns}, compiled"))
     if setup.exchange == "logits" and ranks > 1 and teacher is not None:
         size = 3 * _FLOAT * chunk * setup.shared_vocab
@@ -129,9 +128,22 @@ def loss(setup: Setup) -> tuple[Line, ...]:
     return tuple(lines)
 
 
+def _chunk_buffers(setup: Setup, rows: int, by_rows: bool) -> Line:
+    student, teacher = setup.student, setup.teacher
+    if setup.by_rank and teacher is not None:
+        size = _FLOAT * rows * (student.vocab_size + teacher.vocab_size)
+        return Line(
+            "chunk buffers", size, f"4 B x {rows} rows x (V {student.vocab_size} + V' {teacher.vocab_size}) token ids"
+        )
+    sides, columns = 1 if teacher is None else 2, setup.shard_rows if by_rows else setup.shared_vocab
+    how = f"{sides} x 4 B x {rows} rows x {columns} token ids"
+    how += f" (W {setup.group_ranks} x C {setup.chunk} rows, V / W ids)" if by_rows else f" (C {rows}, V {columns})"
+    return Line("chunk buffers", sides * _FLOAT * rows * columns, how)
+
+
 def _gathered(setup: Setup) -> list[Line]:
     """Hidden states of all ranks, and the gradient that goes back to them."""
-    rows, width, item = setup.world_size * setup.chunk, setup.student.width, setup.student_item
+    rows, width, item = setup.group_ranks * setup.chunk, setup.student.width, setup.student_item
     wide = 0 if setup.teacher is None else setup.teacher.width * setup.teacher_item
     upcast = item if item < _FLOAT else 0  # the product before it is made wide
     size = rows * (width * (item + _FLOAT + upcast) + wide)
@@ -140,7 +152,7 @@ def _gathered(setup: Setup) -> list[Line]:
 
 def shard_numel(setup: Setup, weight: Weight) -> int:
     """Elements of `weight` on the fullest rank."""
-    ranks = setup.world_size
+    ranks = setup.group_ranks
     if setup.mode == "fsdp":
         return -(-weight.rows // ranks) * weight.columns
     if setup.mode == "zero3":
@@ -154,7 +166,7 @@ def _student_states(setup: Setup) -> list[Line]:
     kept = sum(shard_numel(setup, weight) for weight in every)
     if not setup.is_zero:
         learnt = sum(shard_numel(setup, weight) for weight in trained)
-        cut = f"ceil(rows / {setup.world_size}) of each" if setup.mode == "fsdp" else "whole"
+        cut = f"ceil(rows / {setup.group_ranks}) of each" if setup.mode == "fsdp" else "whole"
         return [
             Line("student parameters", _FLOAT * kept, f"{kept:,} x 4 B (fp32 masters), {cut}"),
             Line("student gradients", _FLOAT * learnt, f"{learnt:,} x 4 B, reduced in fp32"),
@@ -184,22 +196,30 @@ def _zero_cut(setup: Setup) -> str:
 
 
 def _teacher_states(setup: Setup) -> list[Line]:
-    teacher, item, ranks = setup.teacher, setup.teacher_item, setup.world_size
+    teacher, item = setup.teacher, setup.teacher_item
     if teacher is None:
         return []
-    if not setup.teacher_sharded:
-        return [Line("teacher", item * teacher.numel, f"{teacher.numel:,} x {item} B, whole on each rank")]
-    weights = [weight for unit in teacher.units for weight in unit.weights]
-    kept = sum(shard_numel(setup.spread(mode=_teacher_mode(setup), teacher_sharded=True), w) for w in weights)
-    lines = [Line("teacher", item * kept, f"{kept:,} x {item} B, cut over {ranks} ranks")]
+    lines = [] if setup.teacher_streamed else [_teacher_parameters(setup, teacher)]
     if setup.exchange != "weight":
         size = setup.shard_rows * teacher.width * item
         lines.append(Line("teacher head, own rows", size, f"{setup.shard_rows} x E {teacher.width} x {item} B, a copy"))
     return lines
 
 
-def _teacher_mode(setup: Setup) -> str:
-    return "zero3" if setup.is_zero else "fsdp"
+def _teacher_parameters(setup: Setup, teacher: ModelSizes) -> Line:
+    item, ranks = setup.teacher_item, setup.teacher_ranks
+    if ranks == 1:
+        return Line("teacher", item * teacher.numel, f"{teacher.numel:,} x {item} B, whole on each rank")
+    spread = setup.spread(mode="zero3" if setup.is_zero else "fsdp", teacher_sharded=True)
+    kept = sum(shard_numel(spread, weight) for unit in teacher.units for weight in unit.weights)
+    return Line("teacher", item * kept, f"{kept:,} x {item} B, cut over {ranks} ranks")
+
+
+def _host(setup: Setup) -> tuple[Line, ...]:
+    if setup.teacher is None or not setup.teacher_streamed:
+        return ()
+    line = _teacher_parameters(setup, setup.teacher)
+    return (line._replace(how=f"{line.how}; copied to the GPU layer by layer in every micro-batch"),)
 
 
 def _activations(setup: Setup) -> list[Line]:
@@ -231,7 +251,7 @@ def _working_copy(model: ModelSizes, item: int) -> Line:
 
 def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
     lines = []
-    if setup.teacher_sharded:
+    if setup.teacher_gathered:
         lines.append(_working_copy(teacher, setup.teacher_item))
     if teacher.activations is not None:
         size = max(teacher.activations.layers)
@@ -240,10 +260,12 @@ def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
 
 
 def _head_gradient(setup: Setup) -> list[Line]:
-    student, item, ranks = setup.student, setup.student_item, setup.world_size
+    student, item, ranks = setup.student, setup.student_item, setup.group_ranks
     if setup.mode in ("single", "ddp", "fsdp"):
         if setup.exchange == "stats" and setup.student_head_in_rows:
             size = -(-student.vocab_size // ranks) * student.width * _FLOAT
+            if setup.copies > 1:
+                return [Line("dW, summed", 3 * size, "the accumulated rows, scaled, and the sum over the copies, fp32")]
             return [Line("dW, scaled", 2 * size, "the accumulated rows and their scaled copy, fp32")]
         size = student.head_numel * (item + _FLOAT) + student.head_numel * _FLOAT / ranks
         return [Line("dW on its way", size, f"V D x ({item} B gradient + 4 B to be reduced + 4 B / W)")]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
-from kd_plugin.chunks import rows_per_chunk
 from kd_plugin.estimate import GIB, Choice, Estimate
 from kd_plugin.estimate.meta import ModelSizes
-from kd_plugin.estimate.setup import Line, Setup
+from kd_plugin.estimate.setup import Line, Setup, chunk_rows
 
 _UNKNOWN = "the CUDA context, NCCL's and cuBLAS's buffers, fragmentation, scratch of compiled kernels, and time"
 _NAMES = {"single": "one process", "ddp": "ddp (replicated)", "fsdp": "fsdp (FSDP2)"}
@@ -84,8 +83,9 @@ def _models(setup: Setup) -> Table:
     rows = [_model("student", setup.student, setup.config.student.dtype)]
     if setup.teacher is not None:
         rows.append(_model("teacher", setup.teacher, setup.config.teacher.dtype))
+    mode = _mode(setup.mode, setup.world_size // setup.shard_ranks)
     title = (
-        f"{_mode(setup.mode)} on {setup.world_size} x {setup.device}, {setup.rows} rows in the loss per rank and "
+        f"{mode} on {setup.world_size} x {setup.device}, {setup.rows} rows in the loss per rank and "
         f"micro-batch, {setup.accumulation} micro-batches per step"
     )
     return Table(title, ("model", "parameters", "head", "what"), rows)
@@ -100,6 +100,7 @@ def _model(side: str, model: ModelSizes, dtype: str) -> tuple[str, ...]:
 def _memory(found: Estimate) -> Table:
     rows = [_line(line) for line in found.memory.lasting]
     rows.append(("held from step to step", _size(found.memory.lasting_bytes), ""))
+    rows += [_line(line._replace(name=f"in host memory: {line.name}")) for line in found.memory.host]
     for name, lines in found.memory.phases.items():
         worst = " (the worst phase)" if name == found.memory.worst_phase else ""
         rows.append((f"+ {name}", _size(found.memory.phase_bytes(name)), f"of which:{worst}"))
@@ -131,7 +132,7 @@ def _wire(found: Estimate) -> Table:
 def _choices(found: Estimate) -> Table:
     rows = [
         (
-            f"{_mode(choice.mode)}, teacher {_teacher(choice)}, {choice.exchange}",
+            f"{_layout(found, choice)}, teacher {_teacher(choice)}, {choice.exchange}",
             _size(choice.peak_bytes),
             _decimal(choice.step_bytes),
             {None: "unknown", True: "yes", False: "no"}[choice.fits],
@@ -144,12 +145,15 @@ def _choices(found: Estimate) -> Table:
 
 def _chunk(setup: Setup) -> str:
     config, vocab = setup.distill, setup.student.vocab_size
-    full = rows_per_chunk("auto", config.loss_memory_mb, vocab)
+    full, row, cost = chunk_rows(setup, "auto"), 8 * vocab, f"8 B x V {vocab}"
+    if setup.by_rank and setup.teacher is not None:
+        teachers = setup.teacher.vocab_size
+        row, cost = 4 * (vocab + teachers), f"4 B x (V {vocab} + V' {teachers})"
     if config.chunk_size != "auto":
         return f"{setup.chunk} rows, as distill.chunk_size says; loss_memory_mb would give {min(full, setup.rows)}"
-    exact = int(config.loss_memory_mb * 2**20) // (8 * vocab)
+    exact = int(config.loss_memory_mb * 2**20) // row
     rounded = f" -> {full} (a multiple of 64)" if full != exact else ""
-    text = f"{config.loss_memory_mb:g} MiB / (8 B x V {vocab}) = {exact}{rounded} rows"
+    text = f"{config.loss_memory_mb:g} MiB / ({cost}) = {exact}{rounded} rows"
     if full >= setup.rows:
         return f"{setup.chunk} rows = one chunk: {text}, and there are only {setup.rows}"
     return f"{text}, {-(-setup.rows // full)} chunks of at most {full}"
@@ -172,17 +176,17 @@ def _sharding(found: Estimate) -> str:
         return f"one rank; {_limit(found)}"
     leanest = min(found.choices, key=lambda choice: choice.peak_bytes)
     if found.gpu_memory_gib is None:
-        text = f"give --gpu-memory-gib to have one chosen; least memory: {_described(leanest)}"
+        text = f"give --gpu-memory-gib to have one chosen; least memory: {_described(found, leanest)}"
         return text
     if found.chosen is None:
-        lacking = f"nothing fits {_limit(found)}; the leanest is {_described(leanest)}"
+        lacking = f"nothing fits {_limit(found)}; the leanest is {_described(found, leanest)}"
         return f"{lacking}: more ranks, activation_checkpointing, a smaller micro_batch_size or seq_len"
-    return f"{_described(found.chosen)}: the least traffic of what fits {found.gpu_memory_gib:g} GiB"
+    return f"{_described(found, found.chosen)}: the least traffic of what fits {found.gpu_memory_gib:g} GiB"
 
 
-def _described(choice: Choice) -> str:
+def _described(found: Estimate, choice: Choice) -> str:
     sizes = f"{_size(choice.peak_bytes)}, {_decimal(choice.step_bytes)} per step"
-    return f"{_mode(choice.mode)}, teacher {_teacher(choice)}, exchange {choice.exchange} ({sizes})"
+    return f"{_layout(found, choice)}, teacher {_teacher(choice)}, exchange {choice.exchange} ({sizes})"
 
 
 def _limit(found: Estimate) -> str:
@@ -196,7 +200,13 @@ def _teacher(choice: Choice) -> str:
     return "shard" if choice.teacher_sharded else "replicate"
 
 
-def _mode(mode: str) -> str:
+def _layout(found: Estimate, choice: Choice) -> str:
+    return _mode(choice.mode, found.setup.world_size // choice.shard_ranks)
+
+
+def _mode(mode: str, copies: int) -> str:
+    if mode == "fsdp" and copies > 1:
+        return f"hsdp (FSDP2, {copies} copies)"
     return _NAMES.get(mode, f"ZeRO-{mode[-1]}")
 
 

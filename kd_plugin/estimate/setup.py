@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from kd_plugin.chunks import rows_per_chunk
 from kd_plugin.config import DistillConfig, RunConfig
+from kd_plugin.early import layout_problems
 from kd_plugin.engine import DTYPES, accumulation_steps, parallel_mode
 from kd_plugin.estimate.meta import ModelSizes
+from kd_plugin.objective import make_objective
 from kd_plugin.parallel.zero import zero_stage
 
 # DeepSpeed's defaults, in elements (deepspeed/runtime/zero/config.py)
@@ -39,6 +41,8 @@ class Setup:
     """single, ddp, fsdp, zero0, zero1, zero2 or zero3."""
     teacher_sharded: bool
     world_size: int
+    shard_ranks: int
+    """Ranks that one copy of a model is cut over by FSDP2; fewer than all of them under HSDP."""
     exchange: str
     rows: int
     """Rows n in the loss, per rank and micro-batch."""
@@ -77,7 +81,39 @@ class Setup:
     @property
     def shard_rows(self) -> int:
         """Most rows of a head on one rank, cut at the student's boundaries."""
-        return min(-(-self.student.vocab_size // self.world_size), self.shared_vocab)
+        return min(-(-self.student.vocab_size // self.group_ranks), self.shared_vocab)
+
+    @property
+    def group_ranks(self) -> int:
+        """Ranks that share one copy of the student, gather its parameters and exchange for the heads."""
+        return self.shard_ranks if self.mode == "fsdp" else self.world_size
+
+    @property
+    def copies(self) -> int:
+        """Groups of ranks that exchange gradients only; 1 without HSDP."""
+        return self.world_size // self.group_ranks
+
+    @property
+    def teacher_ranks(self) -> int:
+        """Ranks that one copy of the teacher is cut over."""
+        if not self.teacher_sharded:
+            return 1
+        return self.world_size if self.is_zero else self.shard_ranks
+
+    @property
+    def teacher_streamed(self) -> bool:
+        """Whether the teacher's parameters wait in host memory; a CPU has no other."""
+        return self.config.teacher.offload and self.device == "cuda"
+
+    @property
+    def teacher_gathered(self) -> bool:
+        """Whether its layers are made whole one by one, from other ranks or from host memory."""
+        return self.teacher_sharded or self.config.teacher.offload
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether the objective sorts the vocabulary (uld): all of both models' token ids count."""
+        return make_objective(self.distill).by_rank
 
     @property
     def is_zero(self) -> bool:
@@ -115,9 +151,12 @@ class Setup:
         """ZeRO-3 leaves parameters of at most so many elements whole."""
         return self.zero_option("stage3_param_persistence_threshold", _PERSISTENCE)
 
-    def spread(self, *, mode: str, teacher_sharded: bool, exchange: str = "weight") -> Setup:
+    def spread(
+        self, *, mode: str, teacher_sharded: bool, exchange: str = "weight", shard_ranks: int | None = None
+    ) -> Setup:
         """The same run spread otherwise."""
-        return replace(self, mode=mode, teacher_sharded=teacher_sharded, exchange=exchange)
+        ranks = self.shard_ranks if shard_ranks is None else shard_ranks
+        return replace(self, mode=mode, teacher_sharded=teacher_sharded, exchange=exchange, shard_ranks=ranks)
 
 
 def make_setup(
@@ -126,7 +165,7 @@ def make_setup(
     """`config` on `world_size` ranks; `rows` defaults to every token of a micro-batch.
 
     Raises:
-        EstimateError: fewer than one rank or row, or more rows than tokens.
+        EstimateError: fewer than one rank or row, more rows than tokens, or groups that do not divide the ranks.
         EngineError: `train` does not fit `world_size`.
     """
     student, teacher = sizes
@@ -140,18 +179,31 @@ def make_setup(
             f"{config.data.seq_len} = {tokens} tokens: give 1 to {tokens}"
         )
     mode = parallel_mode(config, world_size)
-    mode = f"zero{zero_stage(config.deepspeed)}" if mode == "deepspeed" else mode
-    chunk = rows_per_chunk(config.distill.chunk_size, config.distill.loss_memory_mb, student.vocab_size)
-    return Setup(
+    if problems := layout_problems(config, mode, world_size):
+        raise EstimateError("\n".join(problems))
+    shard_ranks = world_size if mode in ("single", "deepspeed") else config.train.shard_size or world_size
+    if mode == "deepspeed":
+        mode = f"zero{zero_stage(config.deepspeed)}"
+    elif mode == "fsdp" and shard_ranks < min(2, world_size):
+        mode = "ddp"  # the same layout
+    setup = Setup(
         student=student,
         teacher=teacher if config.distill.soft_weight else None,
         config=config,
         mode=mode,
-        teacher_sharded=config.teacher.sharding == "shard" and world_size > 1,
+        teacher_sharded=config.teacher.sharding == "shard" and shard_ranks > 1,
         world_size=world_size,
+        shard_ranks=shard_ranks,
         exchange="weight",  # until `wire.settled` has looked at the volumes
         rows=rows,
-        chunk=min(chunk, rows),
+        chunk=rows,
         accumulation=accumulation_steps(config.train, seq_len=config.data.seq_len, world_size=world_size),
         device=device,
     )
+    return replace(setup, chunk=min(chunk_rows(setup, config.distill.chunk_size), rows))
+
+
+def chunk_rows(setup: Setup, chunk_size: int | str) -> int:
+    """Rows of a chunk by `chunk_size`, as the plugin computes them."""
+    teachers = setup.teacher.vocab_size if setup.teacher is not None and setup.by_rank else None
+    return rows_per_chunk(chunk_size, setup.distill.loss_memory_mb, setup.student.vocab_size, teachers)

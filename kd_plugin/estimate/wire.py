@@ -1,7 +1,8 @@
 """Bytes that one rank receives, by what causes them.
 
 All of it counts what a ring moves: f = (W - 1) / W of the whole for a gather or a reduce-scatter, twice that
-for an all-reduce. What stays within a node and what crosses between nodes is not told apart.
+for an all-reduce. Under HSDP, W is the size of a group, and what the copies tell each other has a line of its own.
+What stays within a node and what crosses between nodes is not told apart.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kd_plugin.estimate.setup import Line, Setup
-from kd_plugin.exchange import logits_bytes, stats_bytes, weight_bytes
+from kd_plugin.exchange import logits_bytes, stats_bytes, volumes, weight_bytes
 
 _FLOAT = 4
 
@@ -23,9 +24,8 @@ class Volume(NamedTuple):
 
 def exchanges(setup: Setup) -> dict[str, Volume]:
     """Every exchange that this objective allows -> its bytes per micro-batch, as this wrapper does it."""
-    by_rank = "uld" in (setup.distill.divergence, *(term.name for term in setup.distill.terms or ()))
     found = {"weight": _weight(setup)}
-    if setup.world_size > 1 and not by_rank:
+    if setup.world_size > 1 and not setup.by_rank:
         if setup.teacher is not None:
             found["logits"] = _logits(setup)
         found["stats"] = _stats(setup)
@@ -34,8 +34,8 @@ def exchanges(setup: Setup) -> dict[str, Volume]:
 
 def recommended(setup: Setup) -> str:
     """The exchange with the fewest bytes; `weight`, the simplest, where they are equal."""
-    volumes = exchanges(setup)
-    return min(volumes, key=lambda name: volumes[name].num_bytes)
+    found = exchanges(setup)
+    return min(found, key=lambda name: found[name].num_bytes)
 
 
 def settled(setup: Setup) -> str:
@@ -48,19 +48,16 @@ def settled(setup: Setup) -> str:
     if not setup.student_head_in_rows or teacher is None or len(exchanges(setup)) == 1:
         return "weight"
     sizes = (student.vocab_size, student.width, teacher.width, setup.student_item)
-    volumes = {
-        "weight": weight_bytes(setup.world_size, *sizes),
-        "logits": logits_bytes(setup.world_size, setup.tokens, *sizes),
-        "stats": stats_bytes(setup.world_size, setup.tokens, *sizes[1:]),
-    }
-    return min(volumes, key=lambda name: volumes[name])
+    teacher_ranks = 1 if teacher.tied else setup.teacher_ranks
+    found = volumes(setup.group_ranks, teacher_ranks, setup.tokens, *sizes)
+    return min(found, key=lambda name: found[name])
 
 
 def _student_head(setup: Setup) -> tuple[float, str]:
     """Gathering the student's head and reducing its gradient, where that happens per micro-batch."""
     if not setup.gathers_student:
         return 0.0, f"student's head is whole under {setup.mode}"
-    student, item, ranks = setup.student, setup.student_item, setup.world_size
+    student, item, ranks = setup.student, setup.student_item, setup.group_ranks
     reduced = item if setup.is_zero else _FLOAT
     both = weight_bytes(ranks, student.vocab_size, student.width, 0, item)
     extra = (ranks - 1) / ranks * student.head_numel * (reduced - item)
@@ -73,7 +70,7 @@ def _teacher_head(setup: Setup) -> tuple[float, str]:
     teacher = setup.teacher
     if teacher is None or not setup.teacher_sharded:
         return 0.0, "teacher's head is whole" if teacher else "no teacher"
-    size = weight_bytes(setup.world_size, teacher.vocab_size, 0, teacher.width, setup.teacher_item)
+    size = weight_bytes(setup.teacher_ranks, teacher.vocab_size, 0, teacher.width, setup.teacher_item)
     return size, f"f V' E x {setup.teacher_item}"
 
 
@@ -98,16 +95,16 @@ def _logits(setup: Setup) -> Volume:
     assert teacher is not None
     student, how = _student_head(setup)
     tied, tied_how = _tied_teacher(setup)
-    own = logits_bytes(setup.world_size, setup.rows, setup.shared_vocab, 0, teacher.width, setup.teacher_item)
+    own = logits_bytes(setup.group_ranks, setup.rows, setup.shared_vocab, 0, teacher.width, setup.teacher_item)
     return Volume(student + own + tied, f"{how} + (W - 1) n E x {setup.teacher_item} + f n V x 4{tied_how}")
 
 
 def _stats(setup: Setup) -> Volume:
     student, teacher, item = setup.student, setup.teacher, setup.student_item
-    size = stats_bytes(setup.world_size, setup.rows, student.width, 0, item)
+    size = stats_bytes(setup.group_ranks, setup.rows, student.width, 0, item)
     if teacher is not None:
-        size += (setup.world_size - 1) * setup.rows * teacher.width * setup.teacher_item
-    how = f"(W - 1) n ({item} D + {setup.teacher_item} E + 4 D + 128)"
+        size += (setup.group_ranks - 1) * setup.rows * teacher.width * setup.teacher_item
+    how = f"(W - 1) n ({item} D + {setup.teacher_item} E + 4 D + 16 W + 68)"
     if not setup.student_head_in_rows:
         extra, extra_how = _student_head(setup)
         size, how = size + extra, f"{how} + {extra_how}"
@@ -121,13 +118,27 @@ def parameters(setup: Setup) -> tuple[Line, ...]:
     """Bytes received per optimizer step for everything but the heads' exchange."""
     if setup.world_size == 1:
         return ()
-    lines = list(_student(setup))
-    teacher, share = setup.teacher, (setup.world_size - 1) / setup.world_size
+    lines = [*_student(setup), *_copies(setup)]
+    teacher, share = setup.teacher, (setup.teacher_ranks - 1) / setup.teacher_ranks
     if teacher is not None and setup.teacher_sharded:
         rest = teacher.numel - teacher.head_numel
         size = setup.accumulation * share * rest * setup.teacher_item
         lines.append(Line("teacher gathered", size, f"{_times(setup)}f x {rest:,} x {setup.teacher_item} B"))
     return tuple(lines)
+
+
+def _copies(setup: Setup) -> list[Line]:
+    """HSDP's all-reduce: once per step, but of rows that stay cut in the loss (`stats`) in every micro-batch."""
+    if setup.copies == 1:
+        return []
+    ranks, copies, student = setup.group_ranks, setup.copies, setup.student
+    own = student.trainable / ranks
+    again = 0.0
+    if setup.exchange == "stats" and setup.student_head_in_rows and student.head_trainable:
+        again = (setup.accumulation - 1) * student.head_numel / ranks
+    how = f"2 f' x {student.trainable:,} / {ranks} x 4 B, f' = {copies - 1} / {copies}, once per step"
+    how += f"; the head's part {setup.accumulation} times" if again else ""
+    return [Line("gradients between copies", 2 * (copies - 1) / copies * (own + again) * _FLOAT, how)]
 
 
 def _times(setup: Setup) -> str:
@@ -136,7 +147,7 @@ def _times(setup: Setup) -> str:
 
 def _student(setup: Setup) -> list[Line]:
     student, item, times = setup.student, setup.student_item, setup.accumulation
-    share = (setup.world_size - 1) / setup.world_size
+    share = (setup.group_ranks - 1) / setup.group_ranks
     trained = student.trainable
     if setup.mode == "ddp":
         return [Line("student gradients", 2 * share * trained * _FLOAT, f"2 f x {trained:,} x 4 B, once per step")]

@@ -40,15 +40,16 @@ def make_ids(rank: int) -> Tensor:
     return torch.randint(VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(rank))
 
 
-def make_config(exchange: str, folder: Path = Path("nowhere"), row_kernel: str = "compile") -> RunConfig:
-    """A run on `folder`/student and `folder`/teacher."""
+def make_config(case: str, folder: Path = Path("nowhere"), row_kernel: str = "compile") -> RunConfig:
+    """A run on `folder`/student and `folder`/teacher; `case` is an exchange, or EXCHANGE:SHARD_SIZE."""
+    exchange, _, shard_size = case.partition(":")
     return RunConfig.model_validate(
         {
             "student": {"model": str(folder / "student"), "dtype": "float32"},
             "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
             "distill": {"exchange": exchange, "chunk_size": CHUNK, "row_kernel": row_kernel},
             "data": {"seq_len": LENGTH},
-            "train": {"micro_batch_size": BATCH, "parallel": "fsdp"},
+            "train": {"micro_batch_size": BATCH, "parallel": "fsdp", "shard_size": shard_size or None},
         }
     )
 

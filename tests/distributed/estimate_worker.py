@@ -1,6 +1,6 @@
-"""Measure one training step of tiny models under FSDP2: `estimate_worker.py FOLDER EXCHANGE...`.
+"""Measure one training step of tiny models under FSDP2: `estimate_worker.py FOLDER CASE...`.
 
-Writes FOLDER/measured_<ranks>.json: for each exchange, the bytes that rank 0 received in a step, and the peak of
+Writes FOLDER/measured_<ranks>.json: for each case, the bytes that rank 0 received in a step, and the peak of
 its allocations above what it held before.
 """
 
@@ -34,7 +34,9 @@ class Received(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            share = (dist.get_world_size() - 1) / dist.get_world_size()
+            groups = [arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())]
+            ranks = dist.ProcessGroup.unbox(groups[0]).size()
+            share = (ranks - 1) / ranks
             factor, tensor = {
                 "_allgather_base_": (share, args[0]),
                 "_reduce_scatter_base_": (share, args[1]),
@@ -47,13 +49,13 @@ class Received(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_step(exchange: str, row_kernel: str) -> Callable[[], None]:
+def make_step(case: str, row_kernel: str) -> Callable[[], None]:
     """One step of a sharded student with a sharded teacher, gradients accumulating."""
     ranks = dist.get_world_size()
-    config = make_config(exchange, row_kernel=row_kernel)
+    config = make_config(case, row_kernel=row_kernel)
     student, teacher = make_models()
     kd.attach(student, teacher, config.distill)
-    mesh = fsdp.make_mesh("cpu", ranks, replicate=False)
+    mesh = fsdp.make_mesh("cpu", ranks, shard_size=config.train.shard_size)
     fsdp.shard_student(student, mesh, dtype=torch.float32)
     if ranks > 1:
         fsdp.shard_teacher(teacher, mesh)
@@ -66,18 +68,18 @@ def make_step(exchange: str, row_kernel: str) -> Callable[[], None]:
     return step
 
 
-def main(folder: Path, exchanges: list[str]) -> None:
-    """Measure every exchange."""
+def main(folder: Path, cases: list[str]) -> None:
+    """Measure every case."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     found = {}
-    for exchange in exchanges:
-        step = make_step(exchange, "eager")  # torch.compile refuses to run under a dispatch mode
+    for case in cases:
+        step = make_step(case, "eager")  # torch.compile refuses to run under a dispatch mode
         with Received() as received:
             step()
-        step = make_step(exchange, "compile")
+        step = make_step(case, "compile")
         release_workspace()
         _, peak = allocator_record(step)
-        found[exchange] = {"received": received.by_operation, "peak": peak}
+        found[case] = {"received": received.by_operation, "peak": peak}
     if dist.get_rank() == 0:
         (folder / f"measured_{dist.get_world_size()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -17,6 +17,7 @@ from tests.distributed.launch import launch
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
 CASES = [(1, "weight"), *((ranks, exchange) for ranks in (2, 4) for exchange in ("weight", "logits", "stats"))]
+CASES += [(4, f"{exchange}:2") for exchange in ("weight", "logits", "stats")]  # two copies of two shards
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +29,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @functools.cache
 def measured(folder: Path, ranks: int) -> dict[str, Any]:
-    exchanges = [exchange for count, exchange in CASES if count == ranks]
-    result = launch(Path(estimate_worker.__file__), str(folder), *exchanges, ranks=ranks, timeout_s=300)
+    cases = [case for count, case in CASES if count == ranks]
+    result = launch(Path(estimate_worker.__file__), str(folder), *cases, ranks=ranks, timeout_s=300)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads((folder / f"measured_{ranks}.json").read_text())
 
 
-def estimated(folder: Path, ranks: int, exchange: str) -> Estimate:
+def estimated(folder: Path, ranks: int, case: str) -> Estimate:
     # the last token of a sequence has no label
-    return estimate(make_config(exchange, folder), world_size=ranks, rows=BATCH * (LENGTH - 1), device="cpu")
+    return estimate(make_config(case, folder), world_size=ranks, rows=BATCH * (LENGTH - 1), device="cpu")
 
 
-@pytest.mark.parametrize(("ranks", "exchange"), CASES)
-def test_the_bytes_of_a_step_are_the_estimates(folder: Path, ranks: int, exchange: str) -> None:
-    found = estimated(folder, ranks, exchange)
-    received = sum(measured(folder, ranks)[exchange]["received"].values())
+@pytest.mark.parametrize(("ranks", "case"), CASES)
+def test_the_bytes_of_a_step_are_the_estimates(folder: Path, ranks: int, case: str) -> None:
+    found, exchange = estimated(folder, ranks, case), case.partition(":")[0]
+    received = sum(measured(folder, ranks)[case]["received"].values())
     others = sum(line.num_bytes for line in found.parameters)
     assert found.setup.exchange == exchange
     assert others + found.exchanges[exchange].num_bytes == pytest.approx(received, rel=0.01)
@@ -50,8 +51,8 @@ def test_the_bytes_of_a_step_are_the_estimates(folder: Path, ranks: int, exchang
         assert found.exchanges[exchange].num_bytes == pytest.approx(received - others, rel=0.05)
 
 
-@pytest.mark.parametrize(("ranks", "exchange"), CASES)
-def test_the_peak_of_a_step_is_the_estimates(folder: Path, ranks: int, exchange: str) -> None:
-    found = estimated(folder, ranks, exchange).memory
+@pytest.mark.parametrize(("ranks", "case"), CASES)
+def test_the_peak_of_a_step_is_the_estimates(folder: Path, ranks: int, case: str) -> None:
+    found = estimated(folder, ranks, case).memory
     assert found.worst_phase == "loss"
-    assert found.phase_bytes("loss") == pytest.approx(measured(folder, ranks)[exchange]["peak"], rel=0.15)
+    assert found.phase_bytes("loss") == pytest.approx(measured(folder, ranks)[case]["peak"], rel=0.15)
