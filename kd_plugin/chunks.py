@@ -151,7 +151,7 @@ class _Loop:
         mm_into(logits, hidden, self.operand)
         add_bias(logits, None if self.bias is None else self.bias[: self.vocab_size])
         if self.low_rank is not None:
-            self.low_rank.add_to(logits, rows)
+            self.low_rank.add_to(logits, self.low_rank.factor[rows])
         if problem.teacher is not None:
             assert self.teacher is not None
             problem.teacher.logits_into(self.teacher[:n], index)

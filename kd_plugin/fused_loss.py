@@ -185,8 +185,8 @@ def loss_sums(
     if low_rank is None:
         loss_sum, statistics = FusedDistill.apply(flat, weight, bias, problem)
     else:
-        bias = bias if low_rank.bias is None else low_rank.bias if bias is None else bias + low_rank.bias
-        loss_sum, statistics = FusedDistill.apply(flat, weight, bias, problem, low_rank.factor, low_rank.up)
+        parts = (low_rank.plus(bias), problem, low_rank.factor, low_rank.up)
+        loss_sum, statistics = FusedDistill.apply(flat, weight, *parts)
     return packed(loss_sum, statistics, problem)
 
 

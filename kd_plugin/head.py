@@ -48,7 +48,7 @@ class HeadCall:
         """Filled in by the head; `sums.loss_sum` is what the head returns."""
 
 
-def _local(parameter: Tensor, replicas: Any) -> Tensor:
+def rows_here(parameter: Tensor, replicas: Any) -> Tensor:
     """This rank's rows of an FSDP2 parameter; their gradient is summed over `replicas`, and not reduced besides."""
     if not isinstance(parameter, DTensor):
         return parameter
@@ -56,6 +56,11 @@ def _local(parameter: Tensor, replicas: Any) -> Tensor:
     if replicas is not None and rows.requires_grad:
         rows.register_hook(partial(_sum_over, replicas))
     return rows
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    """The first `count` rows; not a view of all of them, whose backward would copy the gradient."""
+    return rows if rows.shape[0] == count else rows[:count]
 
 
 def _sum_over(replicas: Any, gradient: Tensor) -> Tensor:
@@ -136,17 +141,26 @@ class DistillHead(nn.Linear):
     def on_shards(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
         """The loss on the rows of the weight that FSDP2 left here. Not through `__call__`, which would gather them."""
         assert call.shard is not None
-        cut, rows = row_shards(self.weight), slice(0, call.shard.size)
+        cut = row_shards(self.weight)
         assert cut is not None
-        weight, bias = (None if p is None else _local(p, cut.replicas)[rows] for p in (self.weight, self.bias))
+        weight, bias = (
+            None if p is None else _first(rows_here(p, cut.replicas), call.shard.size) for p in (self.weight, self.bias)
+        )
         if self._logits_bias is not None:
             extra = self._logits_bias[0][call.shard.start : call.shard.stop].to(weight)
             bias = extra if bias is None else bias + extra
         # FSDP averages every other gradient over the ranks; this one already is the sum over all their rows
-        return self._vocab_parallel(hidden_states, weight, bias, call, 1 / cut.ranks)
+        low_rank = None if call.low_rank is None else call.low_rank.rows(0, call.shard.size)
+        return self._vocab_parallel(hidden_states, weight, bias, low_rank, call, 1 / cut.ranks)
 
     def _vocab_parallel(
-        self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, weight_scale: float
+        self,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low_rank: LowRank | None,
+        call: HeadCall,
+        weight_scale: float,
     ) -> Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         problem = make_problem(
@@ -160,7 +174,10 @@ class DistillHead(nn.Linear):
             rows=call.rows,
         )
         problem.teacher = call.teacher
-        loss_sum, sums = VocabParallelDistill.apply(flat, weight, bias, problem, call.shard, weight_scale)
+        extra = ()
+        if low_rank is not None:
+            bias, extra = low_rank.plus(bias), (low_rank.factor, low_rank.up)
+        loss_sum, sums = VocabParallelDistill.apply(flat, weight, bias, problem, call.shard, weight_scale, *extra)
         call.sums = packed(loss_sum, sums, problem)
         return loss_sum
 
@@ -170,7 +187,8 @@ class DistillHead(nn.Linear):
             checks.whole_weight("lm_head.weight", self.weight)
             bias = self._whole_bias()
             bias = None if bias is None else bias[rows]
-            return self._vocab_parallel(hidden_states, self.weight[rows], bias, call, 1.0)
+            low_rank = None if call.low_rank is None else call.low_rank.rows(rows.start, rows.stop)
+            return self._vocab_parallel(hidden_states, self.weight[rows], bias, low_rank, call, 1.0)
         call.sums = self._sums(hidden_states, call.targets, call.teacher, call.token_weights, call.rows, call.low_rank)
         return call.sums.loss_sum
 

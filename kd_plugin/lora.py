@@ -16,14 +16,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
 from kd_plugin import checks
 from kd_plugin.causal_lm import HeadSlot, unwrap
-from kd_plugin.head import DistillHead, HeadCall
+from kd_plugin.head import DistillHead, HeadCall, rows_here
 from kd_plugin.low_rank import LowRank
+from kd_plugin.parallel.fsdp import row_shards
 from kd_plugin.replaced import ReplacedForward, is_replaced
 
-__all__ = ["check_student", "replace_head"]
+__all__ = ["check_student", "on_shards", "replace_head"]
 
 
 def check_student(model: Any, slot: HeadSlot) -> None:
@@ -140,12 +142,10 @@ def _adapted(head: Any) -> Callable[..., Tensor]:
                 raise ValueError(f"adapter {name!r} came after attach(): call plugin.detach(), and attach() again")
 
             def use(factor: Tensor, up: nn.Linear) -> Tensor:
-                bias = None if up.bias is None else up.bias * head.scaling[name]
-                terms.append(LowRank(factor.reshape(-1, factor.shape[-1]), up.weight, bias))
+                terms.append(_term(factor, up.weight, up.bias, head.scaling[name]))
                 return inside(index + 1)
 
-            factor = head.lora_A[name](hidden, head.lora_dropout[name]) * head.scaling[name]
-            return head.lora_B[name](factor, use)
+            return head.lora_B[name](head.lora_A[name](hidden, head.lora_dropout[name]), use)
 
         return inside(0)
 
@@ -175,6 +175,36 @@ def _up(layer: nn.Linear) -> Callable[..., Tensor]:
         return original(factor) if use is None else use(factor, layer)
 
     return forward
+
+
+def _term(factor: Tensor, up: Tensor, bias: Tensor | None, scaling: float) -> LowRank:
+    flat = factor.reshape(-1, factor.shape[-1])
+    return LowRank(flat * scaling, up, None if bias is None else bias * scaling)
+
+
+def on_shards(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
+    """The loss on the rows that FSDP2 left here, of the student's head and of its adapters.
+
+    What is small, lora_A, is gathered here: the modules' own forwards would gather the head with it.
+    """
+    if not hasattr(head, "base_layer"):
+        return head.on_shards(hidden, call)
+    cut, terms = row_shards(head.weight), []
+    assert cut is not None
+    for name in _active_adapters(head):
+        down, up = _whole(head.lora_A[name].weight), head.lora_B[name]
+        factor = F.linear(head.lora_dropout[name](hidden.to(down.dtype)), down)
+        rows = [None if p is None else rows_here(p, cut.replicas) for p in (up.weight, up.bias)]
+        terms.append(_term(factor, *rows, head.scaling[name]))
+    call.low_rank = _side_by_side(terms)
+    return head.base_layer.on_shards(hidden, call)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A small FSDP2 parameter, gathered; its gradient is averaged over the ranks, as FSDP2 would."""
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
 
 
 def _side_by_side(terms: list[LowRank]) -> LowRank | None:

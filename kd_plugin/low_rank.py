@@ -24,6 +24,14 @@ class LowRank(NamedTuple):
     up: Tensor  # [V, r]
     bias: Tensor | None = None  # [V]
 
+    def rows(self, start: int, stop: int) -> LowRank:
+        """The term of the token ids `[start, stop)`."""
+        return LowRank(self.factor, self.up[start:stop], None if self.bias is None else self.bias[start:stop])
+
+    def plus(self, bias: Tensor | None) -> Tensor | None:
+        """This bias and the head's."""
+        return bias if self.bias is None else self.bias if bias is None else self.bias + bias
+
 
 class LowRankProduct:
     """The term inside the loop over chunks, with its gradients (in the dtype of the logits).
@@ -51,16 +59,24 @@ class LowRankProduct:
         """Of the gradients."""
         return sum(t.numel() * t.element_size() for t in (self.grad_factor, self.grad_up) if t is not None)
 
-    def add_to(self, logits: Tensor, rows: Tensor | slice) -> None:
-        """`logits[n, V] += factor[rows] @ up.T`."""
+    def add_to(self, logits: Tensor, factor: Tensor) -> None:
+        """`logits[n, V] += factor[n, r] @ up.T`."""
         with fastest_fp32():
-            logits.addmm_(self.factor[rows], self.up[: logits.shape[1]].t())
+            logits.addmm_(factor, self.up[: logits.shape[1]].t())
+
+    def factor_gradient(self, gradient: Tensor) -> Tensor:
+        """`[n, r]`, given the gradient of the logits `[n, V]`."""
+        with fastest_fp32():
+            return torch.mm(gradient, self.up[: gradient.shape[1]])
+
+    def accumulate_up(self, gradient: Tensor, factor: Tensor) -> None:
+        """Add what these rows give to `grad_up`, if that is wanted."""
+        if self.grad_up is not None:
+            with fastest_fp32():
+                self.grad_up[: gradient.shape[1]].addmm_(gradient.t(), factor)
 
     def take_gradient(self, gradient: Tensor, rows: Tensor | slice) -> None:
-        """Both gradients of one chunk, given that of its logits `[n, V]`."""
-        size = gradient.shape[1]
-        with fastest_fp32():
-            if self.grad_factor is not None:
-                self.grad_factor[rows] = torch.mm(gradient, self.up[:size])
-            if self.grad_up is not None:
-                self.grad_up[:size].addmm_(gradient.t(), self.factor[rows])
+        """Both gradients of one chunk of `factor`, given that of its logits `[n, V]`."""
+        self.accumulate_up(gradient, self.factor[rows])
+        if self.grad_factor is not None:
+            self.grad_factor[rows] = self.factor_gradient(gradient)

@@ -99,6 +99,7 @@ class Plugin:
         self._freeze(model)
         slot = causal_lm.find_head(model, "teacher")
         checks.linear_head("the teacher's head", causal_lm.unwrap(slot.module), may_be_sharded=True)
+        checks.not_tensor_parallel("the teacher's head", causal_lm.unwrap(slot.module), model)
         transform, logits_bias = causal_lm.logit_transform(model, slot, "teacher")
         model_forward, head = model.forward, causal_lm.unwrap(slot.module)
         head_forward = head.forward
@@ -226,7 +227,7 @@ class Plugin:
         head = causal_lm.unwrap(self._slot.module)
         with self._measures.watch.region("loss", hidden.device):
             if call.shard is not None and row_shards(head.weight) is not None:
-                return head.on_shards(hidden, call)  # past the hooks that would gather the weight
+                return lora.on_shards(head, hidden, call)  # past the hooks that would gather the weight
             return self._slot.module(hidden, call)
 
     def _run_teacher(self, inputs: dict[str, Any], consumer: Consumer) -> None:

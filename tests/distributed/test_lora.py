@@ -30,6 +30,12 @@ TORCH = [
     Case("alone", tied=False, exchange="weight", adapter="embedding"),
     Case("alone", tied=True, exchange="weight"),
     Case("root", tied=False, exchange="weight"),
+    Case("ddp", tied=True, exchange="stats", adapter="two"),
+    Case("alone", tied=False, exchange="stats"),
+    Case("alone", tied=False, exchange="stats", adapter="two"),
+    Case("alone", tied=False, exchange="stats", adapter="only_head", divergence="reverse_kl"),
+    Case("alone", tied=False, exchange="stats", adapter="saved"),
+    Case("root", tied=True, exchange="stats"),
     Case("fsdp1", tied=False, exchange="weight"),
 ]
 DEEPSPEED = [
@@ -37,11 +43,16 @@ DEEPSPEED = [
     Case("zero2", tied=True, exchange="weight", adapter="two"),
     Case("zero3", tied=False, exchange="weight"),
     Case("zero3", tied=False, exchange="logits", adapter="two"),
+    Case("zero3", tied=False, exchange="stats", adapter="two"),
     Case("zero3", tied=False, exchange="weight", adapter="only_head"),
     Case("zero3", tied=False, exchange="weight", adapter="saved"),
     Case("zero3", tied=True, exchange="weight"),
 ]
-LAUNCHES = {"torch": TORCH, "deepspeed": DEEPSPEED}
+FOUR = [
+    Case("hsdp", tied=False, exchange="weight", ranks=4),
+    Case("hsdp", tied=False, exchange="stats", ranks=4, adapter="two"),
+]
+LAUNCHES = {"torch": TORCH, "deepspeed": DEEPSPEED, "four": FOUR}
 
 
 @functools.cache
@@ -59,7 +70,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         folder = tmp_path_factory.mktemp(name)
         (folder / "cases.json").write_text(json.dumps(LAUNCHES[name], default=asdict))
         try:
-            done = launch(Path(lora_worker.__file__), str(folder), ranks=2, timeout_s=200)
+            done = launch(Path(lora_worker.__file__), str(folder), ranks=LAUNCHES[name][0].ranks, timeout_s=200)
         except subprocess.TimeoutExpired as error:
             return folder, str(error)
         return folder, done.stdout[-3000:] + done.stderr[-6000:] if done.returncode else ""
@@ -67,12 +78,12 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     return start
 
 
-@pytest.mark.parametrize("case", [*TORCH, *DEEPSPEED], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*TORCH, *DEEPSPEED, *FOUR], ids=lambda case: case.name)
 def test_ranks_train_adapters_like_one_dense_process(launched: Callable[[str], tuple[Path, str]], case: Case) -> None:
     """Parameters within 1e-5, after having moved a hundred times that far; frozen ones do not move."""
     if case in DEEPSPEED:
         pytest.importorskip("deepspeed")
-    folder, failure = launched("deepspeed" if case in DEEPSPEED else "torch")
+    folder, failure = launched(next(name for name, cases in LAUNCHES.items() if case in cases))
     path = folder / f"{case.name}.pt"
     assert path.exists(), f"the worker ended before this case: {failure}"
     found, wanted = torch.load(path), truth(replace(case, wrapper="single", exchange="weight"))
