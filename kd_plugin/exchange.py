@@ -1,11 +1,12 @@
 """What crosses the wire for the heads of sharded models: weights, the teacher's logits, or statistics.
 
 Bytes received per rank and micro-batch, with f = (W - 1) / W, n rows per rank, e bytes per weight and hidden
-state, r bytes per reduced gradient, widths D (student) and E (teacher), vocabulary V, m softmaxes, k sums per row:
+state, r bytes per reduced gradient, widths D (student) and E (teacher), vocabulary V, m numbers per row that every
+rank gathers (two per softmax, and the label's logit), k sums per row that are added over ranks (0 for KLs):
 
     weight   f V (e (D + E) + r D)                           gather both heads, reduce-scatter a gradient
     logits   f V (e + r) D + (W - 1) n e E + 4 f n V         the student's head; teacher hidden states, logits
-    stats    (W - 1) n (e (D + E) + 4 D + 8 m W + 8 k + 20)  hidden states, their gradient, numbers per row
+    stats    (W - 1) n (e (D + E) + 4 D + 4 m W + 8 k + 16)  hidden states, their gradient, numbers per row
 
 `weight` does not depend on the rows, `stats` not on the vocabulary; `logits` wins in between only where the
 teacher is much wider than its share of the vocabulary.
@@ -27,6 +28,7 @@ from kd_plugin.head import HeadCall
 from kd_plugin.metrics import num_ranks
 from kd_plugin.objective import make_objective
 from kd_plugin.parallel.fsdp import RowShards, row_shards, sharded_over
+from kd_plugin.row_kernels import shards
 from kd_plugin.teachers import HeadTeacher, ShardedHeadTeacher
 from kd_plugin.vocab_parallel import VocabShard, cut
 
@@ -70,17 +72,16 @@ def stats_bytes(
     teacher_width: int,
     item_bytes: int,
     *,
-    softmaxes: int = 2,
-    sums: int = 6,
+    numbers: tuple[int, int] = (6, 0),
 ) -> float:
     """Received per rank and micro-batch by `exchange: stats`.
 
-    `softmaxes` counts the temperatures of both models, `sums` the numbers added per row: by default those of a KL
-    and the metrics at temperature 1.
+    `numbers` are m and k, as `shards.exchanged_numbers` counts them; by default those of a KL at temperature 1 with
+    cross-entropy and metrics.
     """
-    # maxima and sums of exponentials from every rank; sums, all-reduced; label, its logit and the row's weight
-    numbers = 8 * softmaxes * ranks + 8 * sums + 20
-    return (ranks - 1) * rows * (item_bytes * (student_width + teacher_width) + 4 * student_width + numbers)
+    gathered, added = numbers
+    per_row = 4 * gathered * ranks + 8 * added + 16  # 16: label, weight, and whether the row is padding
+    return (ranks - 1) * rows * (item_bytes * (student_width + teacher_width) + 4 * student_width + per_row)
 
 
 def volumes(
@@ -91,18 +92,20 @@ def volumes(
     student_width: int,
     teacher_width: int,
     item_bytes: int,
+    *,
+    numbers: tuple[int, int] = (6, 0),
 ) -> dict[str, float]:
     """What `auto` compares under FSDP2, in bytes received per rank and micro-batch.
 
     `teacher_ranks` cut the teacher's head as far as `weight` alone would gather it: 1 for a head that is whole on
-    each rank, or tied to an embedding that is gathered anyway.
+    each rank, or tied to an embedding that is gathered anyway. `numbers`: see `stats_bytes`.
     """
     student = weight_bytes(ranks, vocab_size, student_width, 0, item_bytes, _REDUCE_BYTES)
     sizes = (student_width, teacher_width, item_bytes)
     return {
         "weight": student + (teacher_ranks - 1) / teacher_ranks * vocab_size * item_bytes * teacher_width,
         "logits": logits_bytes(ranks, rows, vocab_size, *sizes, _REDUCE_BYTES),
-        "stats": stats_bytes(ranks, rows, *sizes),
+        "stats": stats_bytes(ranks, rows, *sizes, numbers=numbers),
     }
 
 
@@ -227,7 +230,8 @@ class Exchange:
         rows = max(all_gather_object(rows, self.group, "numbers of rows (once, in the first step)"))
         assert self.teacher_width is not None
         teacher_ranks = self._teacher_ranks()
-        found = volumes(ranks, teacher_ranks, rows, vocab_size, width, self.teacher_width, item)
+        numbers = shards.exchanged_numbers(make_objective(self.config))
+        found = volumes(ranks, teacher_ranks, rows, vocab_size, width, self.teacher_width, item, numbers=numbers)
         mode = min(found, key=lambda name: found[name])
         if dist.get_rank(self.group) == 0:
             listed = ", ".join(f"{name} {volume / 1e6:.4g} MB" for name, volume in found.items())

@@ -66,6 +66,10 @@ class Divergence:
     """False when the definition reads only the logits `s` and `t`."""
     match_by_rank: bool = False
     """True when `p` is to be paired with `q` by rank instead of by token id."""
+    gradient_without_sums: bool = False
+    """The gradient reads no sum and the value is the first: parts of a row must know only of each other's softmax."""
+    chain_rule: bool = False
+    """The value of a row cut in parts is that of the parts' masses plus each part's own, weighted by its mass of q."""
 
 
 def first(op: Any, sums: Sums) -> Any:

@@ -29,6 +29,7 @@ def logit_mse() -> Divergence:
         value=first,
         gradient=lambda op, x, sums: difference(op, x),
         needs_probabilities=False,
+        gradient_without_sums=True,
     )
 
 

@@ -33,6 +33,7 @@ def forward_kl() -> Divergence:
         elements=lambda op, x: (x.p * (x.lp - x.lq) + (x.q - x.p),),
         value=first,
         gradient=lambda op, x, sums: x.q - x.p,
+        gradient_without_sums=True,
     )
 
 
@@ -47,6 +48,7 @@ def soft_ce() -> Divergence:
         elements=lambda op, x: (-x.p * x.lq,),
         value=first,
         gradient=lambda op, x, sums: x.q - x.p,
+        gradient_without_sums=True,
     )
 
 
@@ -61,6 +63,7 @@ def reverse_kl() -> Divergence:
         elements=lambda op, x: (x.q * (x.lq - x.lp) + (x.p - x.q),),
         value=first,
         gradient=lambda op, x, sums: x.q * ((x.lq - x.lp) - sums[0]),
+        chain_rule=True,
     )
 
 

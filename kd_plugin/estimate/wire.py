@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from kd_plugin.estimate.setup import Line, Setup
 from kd_plugin.exchange import logits_bytes, stats_bytes, volumes, weight_bytes
+from kd_plugin.objective import make_objective
+from kd_plugin.row_kernels import shards
 
 _FLOAT = 4
 
@@ -49,7 +51,8 @@ def settled(setup: Setup) -> str:
         return "weight"
     sizes = (student.vocab_size, student.width, teacher.width, setup.student_item)
     teacher_ranks = 1 if teacher.tied else setup.teacher_ranks
-    found = volumes(setup.group_ranks, teacher_ranks, setup.tokens, *sizes)
+    numbers = shards.exchanged_numbers(make_objective(setup.distill))
+    found = volumes(setup.group_ranks, teacher_ranks, setup.tokens, *sizes, numbers=numbers)
     return min(found, key=lambda name: found[name])
 
 
@@ -101,10 +104,11 @@ def _logits(setup: Setup) -> Volume:
 
 def _stats(setup: Setup) -> Volume:
     student, teacher, item = setup.student, setup.teacher, setup.student_item
-    size = stats_bytes(setup.group_ranks, setup.rows, student.width, 0, item)
+    m, k = numbers = shards.exchanged_numbers(make_objective(setup.distill))
+    size = stats_bytes(setup.group_ranks, setup.rows, student.width, 0, item, numbers=numbers)
     if teacher is not None:
         size += (setup.group_ranks - 1) * setup.rows * teacher.width * setup.teacher_item
-    how = f"(W - 1) n ({item} D + {setup.teacher_item} E + 4 D + 16 W + 68)"
+    how = f"(W - 1) n ({item} D + {setup.teacher_item} E + 4 D + 4 x {m} W + 8 x {k} + 16)"
     if not setup.student_head_in_rows:
         extra, extra_how = _student_head(setup)
         size, how = size + extra, f"{how} + {extra_how}"

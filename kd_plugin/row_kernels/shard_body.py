@@ -1,28 +1,35 @@
 """The row pass cut where ranks must talk: each rank holds some columns (token ids) of every row.
 
     moments (local maximum and sum of exponentials)   -> exchanged and merged: the softmax of the whole row
-    sums (local sums of the definitions' elements)    -> added over ranks: the row's losses
-    gradient (local columns, from moments and sums)
+    sums (local sums of the definitions' elements)    -> added over ranks, for gradients that read them
+    finish (local columns of the gradient, local parts of the statistics)
 
 Three pure functions on `[n, V/W]`, so that each compiles to one graph; what travels between them is a few
-numbers per row. Formulas: log-sum-exp merging of partial softmaxes, as in online softmax (arXiv:1805.02867).
+numbers per row. The middle part, and with it the second round of the exchange, is needed by few divergences:
+- a gradient such as `q - p` reads no sum, and values that are sums need not be known row by row: the ranks add
+  up what they have of them, and exchange their totals once, after the last chunk;
+- KL(q||p) obeys the chain rule: it is the KL of the ranks' masses plus each rank's KL of its own softmaxes
+  weighted by its mass, so it travels with the moments. All its terms are >= 0, so nothing cancels.
+
+Formulas: log-sum-exp merging of partial softmaxes, as in online softmax (arXiv:1805.02867).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from kd_plugin.divergences import LOG_FLOOR, Row
-from kd_plugin.objective import Objective
+from kd_plugin.divergences.definition import TINY
+from kd_plugin.objective import Objective, Term
 from kd_plugin.row_kernels.body import RowSpec
-
-_NUM_METRIC_SUMS = 5
 
 
 def student_temperatures(objective: Objective) -> tuple[float, ...]:
     """Temperatures at which the student's softmax is needed, ascending."""
-    found = {term.temperature for term in objective.terms} if objective.needs_teacher else set()
+    found = {term.temperature for term in _terms(objective)}
     if objective.hard_weight or objective.measured:
         found.add(1.0)
     return tuple(sorted(found))
@@ -30,9 +37,35 @@ def student_temperatures(objective: Objective) -> tuple[float, ...]:
 
 def teacher_temperatures(objective: Objective) -> tuple[float, ...]:
     """Likewise, the teacher's."""
-    if not objective.needs_teacher:
-        return ()
-    return tuple(sorted({term.temperature for term in objective.terms} | ({1.0} if objective.measured else set())))
+    return tuple(sorted({term.temperature for term in _terms(objective)} | ({1.0} if objective.measured else set())))
+
+
+def _terms(objective: Objective) -> tuple[Term, ...]:
+    return objective.terms if objective.needs_teacher else ()
+
+
+def _chained(objective: Objective) -> list[Term]:
+    return [term for term in _terms(objective) if term.divergence.chain_rule]
+
+
+def _summed(objective: Objective) -> list[Term]:
+    """Terms whose sums take a round of their own."""
+    about = ((term, term.divergence) for term in _terms(objective))
+    return [term for term, divergence in about if not (divergence.chain_rule or divergence.gradient_without_sums)]
+
+
+def has_sums(objective: Objective) -> bool:
+    """Whether there is a second round."""
+    return bool(_summed(objective))
+
+
+def exchanged_numbers(objective: Objective) -> tuple[int, int]:
+    """Per row: numbers that every rank gathers from all (with the label's logit), and sums added over ranks."""
+    one = torch.zeros(1, 1)
+    row = Row(one, one, one, one, one, one, 1)
+    softmaxes = len(student_temperatures(objective)) + len(teacher_temperatures(objective))
+    others = bool(objective.measured) + bool(objective.hard_weight) + len(_chained(objective))
+    return 2 * softmaxes + others, sum(len(t.divergence.elements(torch, row)) for t in _summed(objective))
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
@@ -40,88 +73,113 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
 
 
 def shard_moments(spec: RowSpec, vocab_size: int, student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
-    """`[n, 2 * softmaxes]`: maximum and sum of exponentials of this rank's columns, student's first."""
-    columns = []
-    sides = [(spec.student.apply(student_logits), student_temperatures(spec.objective))]
+    """`[n, M]` of this rank's columns.
+
+    Maximum and sum of exponentials of each softmax, student's first; whether one column is the maximum of both
+    models; the values of the divergences that obey the chain rule, of the softmaxes over these columns alone.
+    """
+    objective, columns = spec.objective, []
+    students = {t: _tempered(spec.student.apply(student_logits), t) for t in student_temperatures(objective)}
+    teachers: dict[float, Tensor] = {}
     if teacher_logits is not None:
-        sides.append((spec.teacher.apply(teacher_logits), teacher_temperatures(spec.objective)))
-    for logits, temperatures in sides:
-        for temperature in temperatures:
-            tempered = _tempered(logits, temperature)
-            maximum = tempered.amax(-1, keepdim=True)
-            # a shard of nothing but -inf (padding, masked ids) has no mass, not NaN
-            shift = maximum.clamp_min(torch.finfo(logits.dtype).min)
-            columns += [shift, (tempered - shift).exp().sum(-1, keepdim=True)]
+        teachers = {t: _tempered(spec.teacher.apply(teacher_logits), t) for t in teacher_temperatures(objective)}
+    for logits in (*students.values(), *teachers.values()):
+        # a shard of nothing but -inf (padding, masked ids) has no mass, not NaN
+        shift = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+        columns += [shift, (logits - shift).exp().sum(-1, keepdim=True)]
+    pairs = list(zip(columns[0::2], columns[1::2], strict=True))
+    of_student = dict(zip(students, pairs, strict=False))
+    of_teacher = dict(zip(teachers, pairs[len(students) :], strict=False))
+    if objective.measured:
+        best = (students[1.0] == of_student[1.0][0]) & (teachers[1.0] == of_teacher[1.0][0])
+        columns.append(best.any(-1, keepdim=True).to(student_logits.dtype))
+    for term in _chained(objective):
+        t = term.temperature
+        row = _normalised(students[t], teachers[t], _logs(of_student[t]), _logs(of_teacher[t]), vocab_size)
+        columns += [e.sum(-1, keepdim=True) for e in term.divergence.elements(torch, row)]
     return torch.cat(columns, -1)
 
 
+def _logs(moment: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return moment[0], moment[1].clamp_min(TINY).log()
+
+
+def _normalised(s: Tensor, t: Tensor, of_s: tuple[Tensor, Tensor], of_t: tuple[Tensor, Tensor], size: int) -> Row:
+    """`of_s`, `of_t`: maximum and log-sum `[n, 1]`."""
+    lq, lp = (((x - m) - log_sum).clamp_min(LOG_FLOOR) for x, (m, log_sum) in ((s, of_s), (t, of_t)))
+    return Row(s, t, lq, lp, lq.exp(), lp.exp(), size)
+
+
 def no_moments(spec: RowSpec, student_logits: Tensor) -> Tensor:
-    """Of a rank without columns: `[n, 2k]` that change nothing when merged."""
-    count = len(student_temperatures(spec.objective)) + len(teacher_temperatures(spec.objective))
-    lowest = student_logits.new_full((student_logits.shape[0], count), torch.finfo(student_logits.dtype).min)
-    return torch.stack([lowest, torch.zeros_like(lowest)], -1).flatten(-2)
+    """Of a rank without columns: `[n, M]` that change nothing when merged."""
+    objective, rows = spec.objective, student_logits.shape[0]
+    count = len(student_temperatures(objective)) + len(teacher_temperatures(objective))
+    lowest = student_logits.new_full((rows, count), torch.finfo(student_logits.dtype).min)
+    others = student_logits.new_zeros(rows, bool(objective.measured) + len(_chained(objective)))
+    return torch.cat([torch.stack([lowest, torch.zeros_like(lowest)], -1).flatten(-2), others], -1)
 
 
-def merge_moments(gathered: Tensor) -> Tensor:
-    """`[W, n, 2k]` of all ranks -> `[n, 2k]`: maximum and *logarithm* of the sum, of the whole row."""
-    maxima, sums = gathered[..., 0::2], gathered[..., 1::2]
+def merge_moments(spec: RowSpec, gathered: Tensor) -> Tensor:
+    """`[W, n, M]` of all ranks -> `[n, M]` of the whole rows, with *logarithms* of the sums of exponentials.
+
+    With a hard loss, one more column on both sides: the label's logit, 0 except from its owner.
+    """
+    objective = spec.objective
+    of_student, of_teacher = student_temperatures(objective), teacher_temperatures(objective)
+    end = 2 * (len(of_student) + len(of_teacher))
+    maxima, sums = gathered[..., 0:end:2], gathered[..., 1:end:2]
     maximum = maxima.amax(0)
     log_sum = (sums * (maxima - maximum).exp()).sum(0).log()
-    return torch.stack([maximum, log_sum], -1).flatten(-2)
+    merged = [torch.stack([maximum, log_sum], -1).flatten(-2)]
+    others = iter(gathered[..., end:].split(1, -1))
+
+    def both(temperature: float) -> list[int]:
+        return [of_student.index(temperature), len(of_student) + of_teacher.index(temperature)]
+
+    if objective.measured:
+        chosen = both(1.0)
+        at_the_top = (maxima[..., chosen] == maximum[:, chosen]).all(-1, keepdim=True)
+        merged.append((next(others) * at_the_top).amax(0))
+    log_masses = torch.where(sums > 0, ((maxima - maximum) + sums.log()) - log_sum, 0.0)
+    masses = torch.where(sums > 0, log_masses.exp(), 0.0)
+    for term in _chained(objective):
+        s, t = both(term.temperature)
+        lq, lp, q, p = (x[..., i, None] for x in (log_masses, masses) for i in (s, t))
+        between = term.divergence.elements(torch, Row(lq, lp, lq, lp, q, p, gathered.shape[0]))[0]
+        merged.append((between + q * next(others)).sum(0))
+    return torch.cat([*merged, *(column.sum(0) for column in others)], -1)
 
 
 class _Rows:
     """The rows of one chunk at each temperature, normalised over all ranks' columns."""
 
     def __init__(
-        self, spec: RowSpec, student_logits: Tensor, teacher_logits: Tensor | None, moments: Tensor, size: int
-    ):
+        self, spec: RowSpec, student_logits: Tensor, teacher_logits: Tensor | None, merged: Tensor, size: int
+    ) -> None:
         objective = spec.objective
+        of_student, of_teacher = student_temperatures(objective), teacher_temperatures(objective)
+        columns = merged.split(1, -1)
+        pairs = list(zip(columns[0::2], columns[1::2], strict=False))
+        self.student = dict(zip(of_student, pairs, strict=False))
+        self.others = list(columns[2 * (len(of_student) + len(of_teacher)) :])
         self.logits = spec.student.apply(student_logits)
-        self.of_student, self.moments = student_temperatures(objective), moments
-        of_teacher = teacher_temperatures(objective)
-        self.log_q = {t: self._log_probs(self.logits, t, i) for i, t in enumerate(self.of_student)}
         self.rows: dict[float, Row] = {}
         if teacher_logits is not None:
             others = spec.teacher.apply(teacher_logits)
-            for i, t in enumerate(of_teacher):
-                lq, lp = self.log_q[t], self._log_probs(others, t, len(self.of_student) + i)
-                self.rows[t] = Row(_tempered(self.logits, t), _tempered(others, t), lq, lp, lq.exp(), lp.exp(), size)
+            for t, moment in zip(of_teacher, pairs[len(of_student) :], strict=False):
+                s_t, t_t = _tempered(self.logits, t), _tempered(others, t)
+                self.rows[t] = _normalised(s_t, t_t, self.student[t], moment, size)
 
-    def moment(self, index: int) -> tuple[Tensor, Tensor]:
-        """Maximum and log-sum `[n, 1]` of softmax number `index`."""
-        return self.moments[:, 2 * index, None], self.moments[:, 2 * index + 1, None]
-
-    def plain(self) -> tuple[Tensor, Tensor]:
-        """Those of the student at temperature 1."""
-        return self.moment(self.of_student.index(1.0))
-
-    def _log_probs(self, logits: Tensor, temperature: float, index: int) -> Tensor:
-        maximum, log_sum = self.moment(index)
-        return ((_tempered(logits, temperature) - maximum) - log_sum).clamp_min(LOG_FLOOR)
+    def log_q(self) -> Tensor:
+        """The student's at temperature 1."""
+        if 1.0 in self.rows:
+            return self.rows[1.0].lq
+        maximum, log_sum = self.student[1.0]
+        return ((self.logits - maximum) - log_sum).clamp_min(LOG_FLOOR)
 
 
-def _metric_elements(rows: _Rows) -> list[Tensor]:
-    row = rows.rows[1.0]
-    teacher = len(rows.of_student) + tuple(rows.rows).index(1.0)
-    # the most likely token's log-probability is exactly -log_sum: its logit is the maximum
-    best = (row.lq == -rows.plain()[1]) & (row.lp == -rows.moment(teacher)[1])
-    return [
-        -row.p * row.lp,
-        -row.q * row.lq,
-        best.to(row.q.dtype),
-        torch.minimum(row.q, row.p),
-        row.p * (row.lp - row.lq) + (row.q - row.p),
-    ]
-
-
-def _elements(spec: RowSpec, rows: _Rows) -> list[list[Tensor]]:
-    """Everything that is summed over the vocabulary, in groups: each term's, the smoothing's, the metrics'."""
-    objective = spec.objective
-    groups = [list(t.divergence.elements(torch, rows.rows[t.temperature])) for t in objective.terms if rows.rows]
-    groups.append([rows.log_q[1.0]] if objective.hard_weight and objective.label_smoothing else [])
-    groups.append(_metric_elements(rows) if objective.measured else [])
-    return groups
+def _sum(elements: Tensor) -> Tensor:
+    return elements.sum(-1, keepdim=True)
 
 
 def shard_sums(
@@ -129,12 +187,12 @@ def shard_sums(
     vocab_size: int,
     student_logits: Tensor,  # [n, V_r]
     teacher_logits: Tensor | None,  # [n, V_r]
-    moments: Tensor,  # [n, 2k], merged
+    merged: Tensor,  # [n, M]
 ) -> Tensor:
-    """`[n, S]`: this rank's part of every sum that the rows' values and gradients need."""
-    rows = _Rows(spec, student_logits, teacher_logits, moments, vocab_size)
-    flat = [e.sum(-1, keepdim=True) for group in _elements(spec, rows) for e in group]
-    return torch.cat(flat, -1) if flat else moments.new_zeros(moments.shape[0], 0)
+    """`[n, S]`: this rank's part of every sum that a gradient reads."""
+    rows = _Rows(spec, student_logits, teacher_logits, merged, vocab_size).rows
+    found = (t.divergence.elements(torch, rows[t.temperature]) for t in _summed(spec.objective))
+    return torch.cat([_sum(element) for elements in found for element in elements], -1)
 
 
 def shard_finish(
@@ -142,41 +200,67 @@ def shard_finish(
     vocab_size: int,
     student_logits: Tensor,  # [n, V_r]; overwritten with the gradient of this rank's columns
     teacher_logits: Tensor | None,
-    target_logits: Tensor | None,  # [n, 1] raw, the same on all ranks
     row_weights: Tensor | None,  # [n, 1]
-    moments: Tensor,
+    merged: Tensor,  # [n, M]
     sums: Tensor,  # [n, S], added over ranks
 ) -> Tensor:
-    """Statistics `[n, len(STATISTICS)]` as `row_pass` gives them, and its gradient, from the exchanged numbers."""
+    """`[n, 2 * len(STATISTICS)]`: what is known of each whole row, then what these columns add; one holds zeros
+    where the other does not. The gradient is that of `row_pass`."""
     objective = spec.objective
-    rows = _Rows(spec, student_logits, teacher_logits, moments, vocab_size)
-    *of_terms, smoothing, metrics = _split(sums, [len(group) for group in _elements(spec, rows)])
-    zero = moments.new_zeros(moments.shape[0], 1)
-    soft, hard, gradient = zero, zero, torch.zeros_like(rows.logits)
-    for term, parts in zip(objective.terms, of_terms, strict=False):
-        row = rows.rows[term.temperature]
-        soft = soft + term.weight * term.scale * term.divergence.value(torch, parts)
-        factor = objective.soft_weight * term.weight * term.scale / term.temperature
-        gradient = gradient + factor * term.divergence.gradient(torch, row, parts)
+    rows = _Rows(spec, student_logits, teacher_logits, merged, vocab_size)
+    zero = merged.new_zeros(merged.shape[0], 1)
+    agreement = rows.others.pop(0) if objective.measured else zero
+    soft, soft_part, gradient = _soft(spec, rows, sums.split(1, -1) if sums.shape[-1] else (), zero)
+    hard, hard_part = zero, zero
     if objective.hard_weight:
-        assert target_logits is not None
-        maximum, log_sum = rows.plain()
-        hard = log_sum - (spec.student.apply(target_logits) - maximum)
-        q = rows.log_q[1.0].exp()
-        part = q
-        if objective.label_smoothing:
-            hard = (1 - objective.label_smoothing) * hard - objective.label_smoothing * smoothing[0] / vocab_size
-            part = part - objective.label_smoothing / vocab_size
-        if objective.z_loss_weight:
-            hard = hard + objective.z_loss_weight * (maximum + log_sum).square()
-            part = part + (2 * objective.z_loss_weight) * (maximum + log_sum) * q
-        gradient = gradient + objective.hard_weight * part
+        hard, hard_part, of_hard = _hard(spec, rows, vocab_size)
+        gradient = of_hard if gradient is None else gradient + of_hard
     if spec.with_gradient:
+        assert gradient is not None
         gradient = gradient * spec.student.jacobian(student_logits)
         student_logits.copy_(gradient if row_weights is None else gradient * row_weights)
-    return torch.cat([soft, hard, *(metrics or [zero] * _NUM_METRIC_SUMS)], dim=-1)
+    parts = [zero, zero, zero, zero]
+    if objective.measured:
+        x = rows.rows[1.0]
+        elements = (-x.p * x.lp, -x.q * x.lq, torch.minimum(x.q, x.p), x.p * (x.lp - x.lq) + (x.q - x.p))
+        parts = [_sum(e) for e in elements]
+    whole = (soft, hard, zero, zero, agreement, zero, zero)
+    return torch.cat([*whole, soft_part, hard_part, *parts[:2], zero, *parts[2:]], -1)
 
 
-def _split(sums: Tensor, lengths: list[int]) -> list[tuple[Tensor, ...]]:
-    columns = iter(sums.split(1, dim=-1)) if sums.shape[-1] else iter(())
-    return [tuple(next(columns) for _ in range(length)) for length in lengths]
+def _soft(spec: RowSpec, rows: _Rows, sums: Iterable[Tensor], zero: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All terms -> value `[n, 1]` of whole rows, what these columns add to it, gradient `[n, V_r]`."""
+    remaining = iter(sums)
+    whole, part, gradient = zero, zero, None
+    for term in _terms(spec.objective):
+        row, divergence = rows.rows[term.temperature], term.divergence
+        weight, known = term.weight * term.scale, ()
+        if divergence.gradient_without_sums:
+            (element,) = divergence.elements(torch, row)
+            part = part + weight * _sum(element)
+        else:
+            count = 1 if divergence.chain_rule else len(divergence.elements(torch, row))
+            known = (rows.others.pop(0),) if divergence.chain_rule else tuple(next(remaining) for _ in range(count))
+            whole = whole + weight * divergence.value(torch, known)
+        if spec.with_gradient:
+            factor = spec.objective.soft_weight * weight / term.temperature
+            of_term = factor * divergence.gradient(torch, row, known)
+            gradient = of_term if gradient is None else gradient + of_term
+    return whole, part, gradient
+
+
+def _hard(spec: RowSpec, rows: _Rows, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy (smoothed) and z-loss, likewise; the gradient is short of the label's part."""
+    objective = spec.objective
+    smoothing, log_q = objective.label_smoothing, rows.log_q()
+    maximum, log_sum = rows.student[1.0]
+    q = log_q.exp()
+    value, part, gradient = log_sum - (spec.student.apply(rows.others[-1]) - maximum), torch.zeros_like(log_sum), q
+    if smoothing:
+        value, part = (1 - smoothing) * value, -smoothing / vocab_size * _sum(log_q)
+        gradient = gradient - smoothing / vocab_size
+    if objective.z_loss_weight:
+        lse = maximum + log_sum
+        value = value + objective.z_loss_weight * lse.square()
+        gradient = gradient + (2 * objective.z_loss_weight) * lse * q
+    return value, part, objective.hard_weight * gradient

@@ -15,6 +15,7 @@ from kd_plugin.row_kernels.blocks import compiled, in_blocks
 from kd_plugin.row_kernels.body import RowSpec
 
 merge = shard_body.merge_moments
+exchanged_numbers = shard_body.exchanged_numbers
 
 
 @functools.cache
@@ -36,7 +37,7 @@ def _run(kernel: str, name: str, spec: RowSpec, vocab_size: int, *tensors: Tenso
 def moments(
     kernel: str, spec: RowSpec, vocab_size: int, student_logits: Tensor, teacher_logits: Tensor | None
 ) -> Tensor:
-    """This rank's `[n, 2k]`; a rank without columns has no mass."""
+    """This rank's `[n, M]`; a rank without columns has no mass."""
     if student_logits.shape[1] == 0:
         return shard_body.no_moments(spec, student_logits)
     return _run(kernel, "shard_moments", spec, vocab_size, student_logits, teacher_logits)
@@ -50,7 +51,9 @@ def sums(
     teacher_logits: Tensor | None,
     merged: Tensor,
 ) -> Tensor:
-    """This rank's `[n, S]`."""
+    """This rank's `[n, S]`; S is 0 for divergences that need no second round."""
+    if not shard_body.has_sums(spec.objective):
+        return merged.new_zeros(merged.shape[0], 0)
     return _run(kernel, "shard_sums", spec, vocab_size, student_logits, teacher_logits, merged)
 
 
@@ -60,11 +63,10 @@ def finish(
     vocab_size: int,
     student_logits: Tensor,
     teacher_logits: Tensor | None,
-    target_logits: Tensor | None,
     row_weights: Tensor | None,
     merged: Tensor,
     added: Tensor,
 ) -> Tensor:
     """Statistics of all rows; leaves the gradient of this rank's columns in `student_logits`."""
-    tensors = (student_logits, teacher_logits, target_logits, row_weights, merged, added)
+    tensors = (student_logits, teacher_logits, row_weights, merged, added)
     return _run(kernel, "shard_finish", spec, vocab_size, *tensors)

@@ -23,6 +23,10 @@ from tests.distributed.collectives import CollectiveLog, local_shard
 
 VOCAB_SIZE, STUDENT_WIDTH, TEACHER_WIDTH, CHUNK = 1021, 16, 24, 8  # of the memory probe
 TRAFFIC_ROWS, TRAFFIC_VOCAB, TRAFFIC_WIDTH = 2048, 49152, 576
+NUMBERS = (
+    10,
+    0,
+)  # in the rounds of `make_config`: two for each of four softmaxes, the label's logit, agreement; no sums
 AUTO_ROWS = 120  # more than pay for `stats` where the teacher's head need not be gathered
 LOGITS_ROWS, LOGITS_VOCAB, LOGITS_WIDTH = 256, 4096, 64
 
@@ -73,7 +77,8 @@ def make_student(
     return student, plugin
 
 
-def _config(exchange: str, **changes: Any) -> kd.DistillConfig:
+def make_config(exchange: str, **changes: Any) -> kd.DistillConfig:
+    """Temperature 2, so that there are two softmaxes for each model."""
     settings = {"temperature": 2.0, "chunk_size": CHUNK, "row_kernel": "eager", "exchange": exchange, **changes}
     return kd.DistillConfig(**settings)
 
@@ -87,7 +92,7 @@ def _step(student: nn.Module, input_ids: Tensor) -> None:
 
 def memory(rank: int) -> list[tuple[int, ...]]:
     """Shapes of all tensors made in a step after the first, in `stats` mode."""
-    student, _ = make_student(_config("stats"), VOCAB_SIZE, (STUDENT_WIDTH, TEACHER_WIDTH))
+    student, _ = make_student(make_config("stats"), VOCAB_SIZE, (STUDENT_WIDTH, TEACHER_WIDTH))
     input_ids = torch.randint(3, VOCAB_SIZE, (2, 11 + rank), generator=torch.Generator().manual_seed(rank))
     _step(student, input_ids)
     with NewTensors() as seen:
@@ -99,7 +104,7 @@ def head_collectives(rank: int) -> dict[str, list[Any]]:
     """The collectives of a step after the first, by exchange."""
     found = {}
     for exchange in ("weight", "stats"):
-        student, plugin = make_student(_config(exchange), VOCAB_SIZE, (STUDENT_WIDTH, TEACHER_WIDTH))
+        student, plugin = make_student(make_config(exchange), VOCAB_SIZE, (STUDENT_WIDTH, TEACHER_WIDTH))
         input_ids = torch.randint(3, VOCAB_SIZE, (2, 11 + rank), generator=torch.Generator().manual_seed(rank))
         _step(student, input_ids)
         models = {"student head": student, "teacher head": plugin.teacher}
@@ -118,7 +123,7 @@ def traffic(rank: int) -> dict[str, float]:
     }
     found = {}
     for exchange, (head_size, width, shape) in sizes.items():
-        student, _ = make_student(_config(exchange, chunk_size=64), 61, (width, width), head_size)
+        student, _ = make_student(make_config(exchange, chunk_size=64), 61, (width, width), head_size)
         input_ids = torch.full(shape, 3 + rank)
         with torch.no_grad():  # once, the ranks compare their settings and cut the teacher's head
             student(input_ids[:1, :2], shift_labels=input_ids[:1, :2], num_items_in_batch=1)
@@ -147,7 +152,7 @@ class Groups(TorchDispatchMode):
 def groups(rank: int) -> dict[str, set[tuple[int, ...]]]:
     """Who takes part in the collectives of a step after the first, in `stats` mode: two copies of two shards."""
     models = [make_model("llama", width, 37, seed=i) for i, width in enumerate((STUDENT_WIDTH, TEACHER_WIDTH))]
-    kd.attach(*models, _config("stats"))
+    kd.attach(*models, make_config("stats"))
     mesh = fsdp.make_mesh("cpu", 4, shard_size=2)
     fsdp.shard_student(models[0], mesh, dtype=torch.float32)
     fsdp.shard_teacher(models[1], mesh)
@@ -168,7 +173,7 @@ def automatic(rank: int) -> dict[str, list[str]]:
         student, teacher = (make_model("llama", width, VOCAB_SIZE, seed=i) for i, width in widths)
         if name == "tied":
             teacher.get_output_embeddings().weight = teacher.get_input_embeddings().weight
-        plugin = kd.attach(student, teacher, _config("auto"))
+        plugin = kd.attach(student, teacher, make_config("auto"))
         mesh = fsdp.make_mesh("cpu", 4, shard_size=2 if name == "groups" else 4)
         fsdp.shard_student(student, mesh, dtype=torch.float32)
         if name != "replicated":
@@ -209,7 +214,7 @@ def mismatch(rank: int) -> dict[str, tuple[str, float]]:
     for name, plant in plants.items():
         sizes = plant.pop("size", 37), plant.pop("teacher_size", 37)
         models = [make_model("llama", width, size, seed=0) for width, size in zip((16, 24), sizes, strict=True)]
-        kd.attach(*models, _config(**plant))
+        kd.attach(*models, make_config(**plant))
         for model in models:
             shard_head(model)
         start = time.perf_counter()

@@ -207,7 +207,7 @@ def test_bytes_on_the_wire_are_those_of_the_formulas(result_of: Callable[..., An
     width = probes.TRAFFIC_WIDTH
     expected = {
         "weight": exchange.weight_bytes(4, probes.TRAFFIC_VOCAB, width, width, 4),
-        "stats": exchange.stats_bytes(4, probes.TRAFFIC_ROWS, width, width, 4),
+        "stats": exchange.stats_bytes(4, probes.TRAFFIC_ROWS, width, width, 4, numbers=probes.NUMBERS),
     }
     rows, vocab_size, width = probes.LOGITS_ROWS, probes.LOGITS_VOCAB, probes.LOGITS_WIDTH
     expected["logits"] = exchange.logits_bytes(4, rows, vocab_size, width, width, 4)
@@ -227,11 +227,12 @@ def test_copies_of_sharded_models_exchange_within_their_group(result_of: Callabl
 
 def test_auto_counts_what_weight_really_gathers(result_of: Callable[..., Any]) -> None:
     sizes = (probes.AUTO_ROWS, probes.VOCAB_SIZE, probes.STUDENT_WIDTH, probes.TEACHER_WIDTH, 4)
+    volumes_of = functools.partial(exchange.volumes, numbers=probes.NUMBERS)
     expected = {
-        "sharded": ("stats", exchange.volumes(4, 4, *sizes), "W 4, "),
-        "replicated": ("weight", exchange.volumes(4, 1, *sizes), "the teacher's head is there anyway"),
-        "tied": ("weight", exchange.volumes(4, 1, *sizes), "the teacher's head is there anyway"),
-        "groups": ("stats", exchange.volumes(2, 2, *sizes), "W 2, "),
+        "sharded": ("stats", volumes_of(4, 4, *sizes), "W 4, "),
+        "replicated": ("weight", volumes_of(4, 1, *sizes), "the teacher's head is there anyway"),
+        "tied": ("weight", volumes_of(4, 1, *sizes), "the teacher's head is there anyway"),
+        "groups": ("stats", volumes_of(2, 2, *sizes), "W 2, "),
     }
     everyone = result_of(probe=("four", "automatic"))
     for name, (mode, volumes, words) in expected.items():
