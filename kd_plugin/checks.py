@@ -6,31 +6,69 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kd_plugin.config import DistillConfig
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_KEEP_OUT = (
+    "keep the head out of quantisation (bitsandbytes: llm_int8_skip_modules=['lm_head']; others: "
+    "modules_to_not_convert=['lm_head'])"
+)
+_TENSOR_PARALLEL = (
+    "a tensor- or expert-parallel head is not supported: leave lm_head out of the parallel plan; logits that a "
+    "parallel teacher has already go to DistillHead(..., teacher=kd_plugin.teachers.ShardedLogits(slice, group))"
+)
 
 
 def whole_weight(name: str, weight: Tensor) -> None:
     """Refuse a head weight that is sharded, partitioned or quantised."""
-    if isinstance(weight, DTensor):
+    if isinstance(weight, (DTensor, AsyncCollectiveTensor)):
+        kind = "a DTensor (sharded by FSDP2)" if isinstance(weight, DTensor) else "an AsyncCollectiveTensor"
         raise ValueError(
-            f"{name} is a DTensor (sharded by FSDP2): its full_tensor() would lose the gradient reduction. "
+            f"{name} is {kind}: its full_tensor() would lose the gradient reduction. "
             "Call the loss inside the head's own forward: kd_plugin.attach(student, teacher, config) before fully_shard"
+        )
+    if _replicated_by_hand(weight):
+        raise ValueError(
+            f"{name} comes from full_tensor(), whose gradient stays on this rank: write "
+            "full_tensor(grad_placements=[Partial('avg')]) to have it averaged over the ranks as FSDP2 does, or "
+            "kd_plugin.attach(student, teacher, config) before fully_shard"
         )
     if weight.numel() == 0 or (hasattr(weight, "ds_id") and weight.dim() != 2):
         raise ValueError(
-            f"{name} has shape {tuple(weight.shape)}: ZeRO-3 has partitioned it away. Call the loss inside the "
-            "engine's forward: kd_plugin.attach(student, teacher, config) before deepspeed.initialize"
+            f"{name} has shape {tuple(weight.shape)}: ZeRO-3 or FSDP1 has partitioned it away. Call the loss inside "
+            "its forward: kd_plugin.attach(student, teacher, config) before deepspeed.initialize or FSDP1"
         )
     if weight.dim() != 2:
         raise ValueError(
             f"{name} has shape {tuple(weight.shape)}; wanted [vocab, width]. A flat one comes from FSDP1: "
             "attach before wrapping, so that the loss runs inside the head's forward"
         )
-    if not weight.is_floating_point():
-        raise ValueError(f"{name} is {weight.dtype}; wanted a float weight: keep the head out of quantisation")
+    if (kind := _quantised(weight)) is not None:
+        raise ValueError(f"{name} is {kind}; wanted a float weight: {_KEEP_OUT}")
     half_precision(name, weight.dtype, weight.device)
+
+
+def _replicated_by_hand(weight: Tensor) -> bool:
+    """Whether autograd will cut up, without a reduction, what each rank computes for this copy of a DTensor."""
+    made_by = weight.grad_fn
+    spec = getattr(made_by, "dtensor_spec", None)
+    if spec is None or made_by.grad_placements is not None or spec.mesh.size() == 1:
+        return False
+    return all(placement.is_replicate() for placement in spec.placements)
+
+
+def _quantised(weight: Tensor) -> str | None:
+    """What quantised kind of weight this is; None for one that can be multiplied as it is."""
+    if isinstance(weight, DTensor):
+        weight = weight.to_local()
+    if is_traceable_wrapper_subclass(weight) or type(weight).__module__.startswith("bitsandbytes"):
+        return f"{type(weight).__module__}.{type(weight).__qualname__}"
+    return None if weight.dtype in _FLOATS else str(weight.dtype)
 
 
 def half_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -152,13 +190,28 @@ def linear_head(name: str, head: object, *, may_be_sharded: bool = False) -> Non
             "(e.g. without lm_head in target_modules), or merge it before attach()"
         )
     weight = head.weight
+    if (quantised := _quantised(weight)) is not None or _packed(head):
+        raise ValueError(f"{name} is a {kind} with {quantised or 'packed'} weights: {_KEEP_OUT}")
     if may_be_sharded:
-        pass
-    elif isinstance(weight, DTensor) or (hasattr(weight, "ds_id") and weight.numel() == 0):
-        raise ValueError(f"{name} is sharded already: call attach() before fully_shard or deepspeed.initialize")
-    packed = not may_be_sharded and weight.numel() != head.in_features * head.out_features  # in a float dtype
-    if packed or not weight.is_floating_point():
-        raise ValueError(f"{name} is a {kind} with {weight.dtype} weights: keep the head out of quantisation")
+        return
+    if isinstance(weight, DTensor) or (hasattr(weight, "ds_id") and weight.numel() == 0):
+        raise ValueError(
+            f"{name} is sharded already: call attach() before fully_shard or deepspeed.initialize; {_TENSOR_PARALLEL}"
+        )
+
+
+def _packed(head: torch.nn.Linear) -> bool:
+    """Whether a weight that no wrapper has cut has other elements than its layer says; its dtype may be a float's."""
+    weight = head.weight
+    cut = isinstance(weight, DTensor) or hasattr(weight, "ds_id") or weight.dim() != 2 or weight.numel() == 0
+    return not cut and weight.numel() != head.in_features * head.out_features
+
+
+def not_tensor_parallel(name: str, head: torch.nn.Linear, model: torch.nn.Module) -> None:
+    """Refuse a head cut by something else than FSDP2, which alone makes it whole for a forward."""
+    if isinstance(head.weight, DTensor) and not any(isinstance(module, FSDPModule) for module in model.modules()):
+        cuts = ", ".join(map(str, head.weight.placements))
+        raise ValueError(f"{name} is a DTensor ({cuts}) though the model is not under FSDP2: {_TENSOR_PARALLEL}")
 
 
 def teacher_pair(

@@ -10,12 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.testing._internal.two_tensor import TwoTensor
 
 import kd_plugin as kd
 from tests.oracle import Problem, make_problem
 from tests.test_fused_loss import config_of
+from tests.tiny_models import expected_loss, make_batch, make_model
 
 LOSSES = {"distill_loss": kd.distill_loss, "reference.distill_loss": kd.reference.distill_loss}
 
@@ -170,6 +176,44 @@ class TestDistributedTensors:
         head.weight = nn.Parameter(self.sharded(head.weight))
         refused(lambda: kd.DistillHead(head, config_of()), "lm_head is sharded already", "before fully_shard")
 
+    @pytest.mark.parametrize("side", ["student", "teacher"])
+    def test_a_tensor_parallel_head(self, side: str) -> None:
+        models = {name: make_model("llama", seed=seed) for seed, name in enumerate(("student", "teacher"))}
+        plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+        parallelize_module(models[side], init_device_mesh("cpu", (1,)), plan)
+        words = (f"the {side}'s head is", "tensor- or expert-parallel", "leave lm_head out", "ShardedLogits")
+        refused(lambda: kd.attach(models["student"], models["teacher"], config_of()), *words)
+
+    def test_a_teacher_that_fsdp2_has_sharded_is_no_such_thing(self) -> None:
+        student, teacher = make_model("llama", seed=0), make_model("llama", seed=1)
+        fully_shard(teacher.requires_grad_(False), mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=True)
+        kd.attach(student, teacher, config_of(row_kernel="eager"))
+        assert student(**make_batch()).loss.isfinite()
+
+    def test_a_weight_still_on_its_way(self, loss: Callable[..., kd.DistillOutput]) -> None:
+        problem = changed(weight=AsyncCollectiveTensor(make_problem().weight.detach()))
+        refused(lambda: loss(*problem, config=config_of()), "student_weight is an AsyncCollectiveTensor", "attach(")
+
+
+class TestFullTensors:
+    @pytest.fixture(autouse=True)
+    def two_ranks(self) -> Iterator[None]:
+        """Of which there is one: its collectives return at once."""
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        yield
+        dist.destroy_process_group()
+
+    def test_their_gradient_would_stay_here(self, loss: Callable[..., kd.DistillOutput]) -> None:
+        weight = distribute_tensor(make_problem().weight.detach(), init_device_mesh("cpu", (2,)), [Replicate()])
+        weight.requires_grad_(True)
+        problem = changed(weight=weight.full_tensor())
+        words = ("student_weight comes from full_tensor()", "grad_placements=[Partial('avg')]", "attach(")
+        refused(lambda: loss(*problem, config=config_of()), *words)
+        averaged = changed(weight=weight.full_tensor(grad_placements=[Partial("avg")]))
+        frozen = changed(weight=weight.detach().full_tensor())
+        for problem in (averaged, frozen):
+            assert loss(*problem, config=config_of()).loss.isfinite()
+
 
 LOGITS_LOSSES = {"distill_logits": kd.distill_logits, "reference.distill_logits": kd.reference.distill_logits}
 
@@ -191,10 +235,52 @@ def test_heads_that_the_loss_cannot_take_over() -> None:
     quantised = nn.Linear(4, 8)
     quantised.weight = nn.Parameter(torch.zeros(8, 4, dtype=torch.uint8), requires_grad=False)
     refused(lambda: kd.DistillHead(quantised, config_of()), "Linear with torch.uint8 weights", "out of quantisation")
+    other = nn.Linear(4, 8).requires_grad_(False)
+    other.weight = nn.Parameter(TwoTensor(other.weight, other.weight), requires_grad=False)
+    refused(lambda: kd.DistillHead(other, config_of()), "two_tensor.TwoTensor weights", "modules_to_not_convert")
     partitioned = nn.Linear(4, 8)
     partitioned.weight = nn.Parameter(torch.empty(0))
     partitioned.weight.ds_id = 0
     refused(lambda: kd.DistillHead(partitioned, config_of()), "sharded already", "before", "deepspeed.initialize")
+
+
+def packed_in_floats(head: nn.Linear) -> None:
+    """As bitsandbytes does with `bnb_4bit_quant_storage=torch.bfloat16`."""
+    head.weight = nn.Parameter(torch.zeros(head.weight.numel() // 4, 1), requires_grad=False)
+
+
+def of_float8(head: nn.Linear) -> None:
+    head.weight = nn.Parameter(head.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def of_bitsandbytes(head: nn.Linear) -> None:
+    """Still in floats: `Int8Params` become integers when they move to a GPU."""
+    kind = type("Int8Params", (nn.Parameter,), {"__module__": "bitsandbytes.nn.modules"})
+    head.weight = kind(head.weight.detach(), requires_grad=False)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("quantise", [packed_in_floats, of_float8, of_bitsandbytes], ids=lambda f: f.__name__)
+def test_a_quantised_head_is_refused_by_attach(quantise: Callable[[nn.Linear], None], side: str) -> None:
+    models = {name: make_model("llama", seed=seed) for seed, name in enumerate(("student", "teacher"))}
+    quantise(models[side].lm_head)
+    words = (f"the {side}'s head is a torch.nn.modules.linear.Linear", "out of quantisation", "llm_int8_skip_modules")
+    refused(lambda: kd.attach(models["student"], models["teacher"], config_of()), *words)
+
+
+def test_quantised_layers_of_a_teacher_are_its_own_business() -> None:
+    class Int8Linear(nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden @ (self.weight.to(hidden.dtype) / 64).T
+
+    student, teacher = make_model("llama", seed=0), make_model("llama", seed=1)
+    layer = teacher.model.layers[0].mlp.down_proj
+    layer.__class__ = Int8Linear
+    layer.weight = nn.Parameter((64 * layer.weight.detach()).round().to(torch.int8), requires_grad=False)
+    expected = expected_loss(student, teacher, make_batch(), config_of()).loss
+    kd.attach(student, teacher, config_of())
+    found = student(**make_batch()).loss
+    torch.testing.assert_close(found, expected.to(found))
 
 
 def test_messages_end_without_a_full_stop_and_start_with_the_culprit() -> None:
