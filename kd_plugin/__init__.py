@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kd_plugin import reference as reference
+    from kd_plugin.collectives import CollectiveError as CollectiveError
     from kd_plugin.config import DistillConfig as DistillConfig
     from kd_plugin.config import RunConfig as RunConfig
     from kd_plugin.config_file import ConfigError as ConfigError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CollectiveError": "collectives",
     "ConfigError": "config_file",
     "DistillConfig": "config",
     "DistillHead": "head",

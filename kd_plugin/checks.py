@@ -20,14 +20,14 @@ _KEEP_OUT = (
 )
 _TENSOR_PARALLEL = (
     "a tensor- or expert-parallel head is not supported: leave lm_head out of the parallel plan; logits that a "
-    "parallel teacher has already go to DistillHead(..., teacher=kd_plugin.teachers.ShardedLogits(slice, group))"
+    "parallel teacher has already go to DistillHead(..., teacher=kd_plugin.ShardedLogits(slice, group))"
 )
 
 
 def whole_weight(name: str, weight: Tensor) -> None:
     """Refuse a head weight that is sharded, partitioned or quantised."""
     if isinstance(weight, (DTensor, AsyncCollectiveTensor)):
-        kind = "a DTensor (sharded by FSDP2)" if isinstance(weight, DTensor) else "an AsyncCollectiveTensor"
+        kind = "a DTensor (of FSDP2 or tensor-parallel)" if isinstance(weight, DTensor) else "an AsyncCollectiveTensor"
         raise ValueError(
             f"{name} is {kind}: its full_tensor() would lose the gradient reduction. "
             "Call the loss inside the head's own forward: kd_plugin.attach(student, teacher, config) before fully_shard"

@@ -130,5 +130,7 @@ def all_gather_object(value: Any, group: Any, what: str) -> list[Any]:
 
 def host_device(group: Any, device: torch.device) -> torch.device:
     """Where numbers of the host are best compared: the CPU if `group` reaches it, else `device`."""
-    reached = dist.get_backend_config(group).split(",")
-    return torch.device("cpu") if any(part.startswith("cpu:") for part in reached) else device
+    cpu = torch.device("cpu")
+    # What the group itself says: a group split off another may be described as more than it has
+    reached = getattr(dist.group.WORLD if group is None else group, "_device_types", ())
+    return cpu if cpu in reached else device

@@ -181,11 +181,9 @@ class Exchange:
 
         `hidden` `[B, S, D]` and `weight` are the student's. With `auto`, collective in the first call.
         """
-        if num_ranks(self.group) == 1:
-            return False
         if self.mode is None:
             self.mode = self._settle(hidden, weight, student_size)
-        if self.mode == "weight" or (self.mode == "logits" and not self.config.soft_weight):
+        if self.mode == "weight":
             return False
         if self._shard is None:
             shared = student_size if self.teacher_size is None else min(student_size, self.teacher_size)
@@ -218,11 +216,31 @@ class Exchange:
         return rows if self.mode == "stats" else ShardedHeadTeacher(rows, self._shard.bounds, self._shard.group)
 
     def _settle(self, hidden: Tensor, weight: Tensor, student_size: int) -> str:
-        if self.config.exchange != "auto":
-            return self.config.exchange
-        if row_shards(weight) is None or self.teacher_width is None or make_objective(self.config).by_rank:
+        wanted = self.config.exchange
+        if wanted in ("logits", "stats") and (why := self._idle(wanted)):
+            logger.info("distill.exchange: %s has no effect: %s", wanted, why)
+            return "weight"
+        elsewhere = row_shards(weight) is not None and weight.device != hidden.device
+        if wanted == "stats" and elsewhere:
+            raise ValueError(
+                f"distill.exchange stats multiplies by the rows of the student's head that are here, but the wrapper "
+                f"keeps them on {weight.device} and the hidden states are on {hidden.device}: possible are weight and "
+                "logits, and stats without CPU offload of the student"
+            )
+        if wanted != "auto":
+            return wanted
+        cut_here = num_ranks(self.group) > 1 and row_shards(weight) is not None and not elsewhere
+        if not cut_here or self.teacher_width is None or make_objective(self.config).by_rank:
             return "weight"  # the wrapper gathers the student's head anyway, or there is none to gather
         return self._cheapest(hidden.numel() // hidden.shape[-1], hidden, student_size)
+
+    def _idle(self, mode: str) -> str | None:
+        """Why `mode` would do no more than `weight` does."""
+        if num_ranks(self.group) == 1:
+            return "one process exchanges nothing"
+        if mode == "logits" and not self.config.soft_weight:
+            return "soft_weight is 0, and there is no teacher"
+        return None
 
     def _cheapest(self, rows: int, hidden: Tensor, vocab_size: int) -> str:
         """The mode with the fewest bytes, printed once with its arithmetic."""

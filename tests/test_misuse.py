@@ -11,10 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kd_plugin as kd
+from kd_plugin.exchange import Exchange
 from kd_plugin.parallel.fsdp import make_mesh
 from tests.tiny_models import expected_loss, make_batch, make_model
 
@@ -140,3 +144,29 @@ class TestAnotherHeadAfterAttach:
         assert student(**batch).logits.shape[-1] == 70
         kd.attach(student, teacher, CONFIG)
         assert student(**batch).loss.isfinite()
+
+
+class TestAnExchangeThatCannotBe:
+    @pytest.mark.parametrize("mode", ["logits", "stats"])
+    def test_in_one_process_it_is_said_once(self, mode: str, caplog: pytest.LogCaptureFixture) -> None:
+        student, teacher = models()
+        kd.attach(student, teacher, CONFIG.model_copy(update={"exchange": mode}))
+        with caplog.at_level(logging.INFO, "kd_plugin"):
+            for _ in range(2):
+                student(**make_batch())
+        said = [record.getMessage() for record in caplog.records if "exchange" in record.getMessage()]
+        assert said == [f"distill.exchange: {mode} has no effect: one process exchanges nothing"]
+
+    def test_statistics_of_an_offloaded_student(self) -> None:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        try:
+            weight = distribute_tensor(torch.randn(8, 4), init_device_mesh("cpu", (2,)), [Shard(0)])
+            on_gpu = torch.empty(3, 4, device="meta")  # where there is none
+            for mode in ("auto", "weight", "logits"):
+                exchange = Exchange(CONFIG.model_copy(update={"exchange": mode}), None)
+                assert exchange.cuts_teacher(on_gpu, weight, 8) == (mode == "logits")
+            refusing = Exchange(CONFIG.model_copy(update={"exchange": "stats"}), None)
+            with pytest.raises(ValueError, match=r"keeps them on cpu.*on meta: possible are weight and logits"):
+                refusing.cuts_teacher(on_gpu, weight, 8)
+        finally:
+            dist.destroy_process_group()
