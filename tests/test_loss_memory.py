@@ -71,7 +71,8 @@ def test_the_dense_reference_does_allocate_it() -> None:
 @pytest.mark.parametrize("row_kernel", ["eager", "compile"])
 def test_the_allocator_never_hands_out_tokens_times_vocabulary(row_kernel: str, dtype: torch.dtype) -> None:
     largest, _ = allocator_record(step(problem_of(dtype), row_kernel=row_kernel))
-    assert largest <= max(CHUNK * VOCAB, VOCAB * WIDTH) * FLOAT + 4096
+    most = 2 * max(CHUNK * VOCAB, VOCAB * WIDTH)  # twice: products pack operands, more of them on more threads
+    assert largest <= most * FLOAT < BIG * FLOAT / 5
 
 
 def expected_peak(rows: int, chunk: int, *, head: bool = True) -> int:
