@@ -146,7 +146,7 @@ def test_checkpointing_keeps_layer_inputs_only(qwen: Path) -> None:
 
 
 def test_stats_keeps_rows_of_the_heads(folder: Path) -> None:
-    config = run_config(folder, train={"parallel": "fsdp"}, distill={"chunk_size": 16})
+    config = run_config(folder, train={"parallel": "fsdp"}, distill={"chunk_size": 8})
     setup = estimate(config, world_size=4).setup
     found = {name: memory(replace(setup, exchange=name)) for name in ("weight", "stats")}
     names = {name: {line.name for line in each.phases["loss"]} for name, each in found.items()}

@@ -146,8 +146,10 @@ def _gathered(setup: Setup) -> list[Line]:
     rows, width, item = setup.group_ranks * setup.chunk, setup.student.width, setup.student_item
     wide = 0 if setup.teacher is None else setup.teacher.width * setup.teacher_item
     upcast = item if item < _FLOAT else 0  # the product before it is made wide
-    size = rows * (width * (item + _FLOAT + upcast) + wide)
-    return [Line("all ranks' hidden states", size, f"{rows} rows: both models' states, and the partial dX in fp32")]
+    ahead = 2 if setup.rows > setup.chunk else 1  # the next chunk's are on their way
+    size = rows * (width * (_FLOAT + upcast) + ahead * (width * item + wide))
+    how = f"{rows} rows: both models' states{', of two chunks' if ahead == 2 else ''}, and the partial dX in fp32"
+    return [Line("all ranks' hidden states", size, how)]
 
 
 def shard_numel(setup: Setup, weight: Weight) -> int:
@@ -266,7 +268,7 @@ def _head_gradient(setup: Setup) -> list[Line]:
             size = -(-student.vocab_size // ranks) * student.width * _FLOAT
             if setup.copies > 1:
                 return [Line("dW, summed", 3 * size, "the accumulated rows, scaled, and the sum over the copies, fp32")]
-            return [Line("dW, scaled", 2 * size, "the accumulated rows and their scaled copy, fp32")]
+            return [Line("dW, scaled", size, "the accumulated rows, scaled in place, fp32")]
         size = student.head_numel * (item + _FLOAT) + student.head_numel * _FLOAT / ranks
         return [Line("dW on its way", size, f"V D x ({item} B gradient + 4 B to be reduced + 4 B / W)")]
     size = student.head_numel * (item + _FLOAT)
