@@ -70,12 +70,25 @@ def softmax(logits: Tensor) -> Softmax:
     return Softmax((shifted - log_sum).clamp_min(LOG_FLOOR), maximum, log_sum)
 
 
-def _row(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Row:
-    s, t = student_logits, teacher_logits
-    if temperature != 1.0:
-        s, t = s / temperature, t / temperature
-    lq, lp = softmax(s).log_probs, softmax(t).log_probs
-    return Row(s, t, lq, lp, lq.exp(), lp.exp(), s.shape[-1])
+class _Softmaxes:
+    """Of one model's logits `[n, V]`, each temperature's computed once: torch.compile does not merge repetitions."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+        self._known: dict[float, tuple[Tensor, Softmax, Tensor]] = {}
+
+    def at(self, temperature: float) -> tuple[Tensor, Softmax, Tensor]:
+        """Logits divided by the temperature, their softmax, and the probabilities `[n, V]`."""
+        if temperature not in self._known:
+            scaled = self._logits / temperature if temperature != 1.0 else self._logits
+            found = softmax(scaled)
+            self._known[temperature] = scaled, found, found.log_probs.exp()
+        return self._known[temperature]
+
+
+def _row(student: _Softmaxes, teacher: _Softmaxes, temperature: float) -> Row:
+    (s, of_student, q), (t, of_teacher, p) = student.at(temperature), teacher.at(temperature)
+    return Row(s, t, of_student.log_probs, of_teacher.log_probs, q, p, s.shape[-1])
 
 
 def _match_by_rank(row: Row) -> tuple[Row, Tensor]:
@@ -113,11 +126,11 @@ def _soft(spec: RowSpec, rows: dict[float, Row], zero: Tensor) -> tuple[Tensor, 
     return value, gradient
 
 
-def _hard(spec: RowSpec, logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
+def _hard(spec: RowSpec, student: _Softmaxes, target_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy (smoothed) and z-loss -> value `[n, 1]`, gradient `[n, V]` short of the label's part."""
     objective = spec.objective
-    plain = softmax(logits)  # torch.compile merges it with the row's at temperature 1
-    smoothing, q = objective.label_smoothing, plain.log_probs.exp()
+    logits, plain, q = student.at(1.0)
+    smoothing = objective.label_smoothing
     value = plain.log_sum - (spec.student.apply(target_logits) - plain.maximum)
     gradient = q
     if smoothing:
@@ -130,11 +143,14 @@ def _hard(spec: RowSpec, logits: Tensor, target_logits: Tensor) -> tuple[Tensor,
     return value, objective.hard_weight * gradient
 
 
-def _metrics(row: Row, zero: Tensor, by_rank: bool) -> list[Tensor]:
+def _metrics(student: _Softmaxes, teacher: _Softmaxes, zero: Tensor, by_rank: bool) -> list[Tensor]:
+    row = _row(student, teacher, 1.0)
     entropies = [_row_sum(-row.p * row.lp), _row_sum(-row.q * row.lq)]
     if by_rank:  # token ids do not correspond
         return [*entropies, zero, zero, zero]
-    agree = (row.lq == row.lq.amax(-1, keepdim=True)) & (row.lp == row.lp.amax(-1, keepdim=True))
+    # The most likely token's log-probability is log(1 / sum exp(logit - maximum)): no need to look for it again.
+    best_q, best_p = (-model.at(1.0)[1].log_sum for model in (student, teacher))
+    agree = (row.lq == best_q) & (row.lp == best_p)
     return [
         *entropies,
         agree.any(-1, keepdim=True).to(row.q.dtype),
@@ -157,20 +173,20 @@ def row_pass(
     """
     objective = spec.objective
     logits = spec.student.apply(student_logits)
+    student = _Softmaxes(logits)
     zero = torch.zeros_like(logits[:, :1])
     soft, hard, gradient = zero, zero, None
     measured = [zero] * (len(STATISTICS) - 2)
     if objective.needs_teacher:
         assert teacher_logits is not None
-        others = spec.teacher.apply(teacher_logits)
-        temperatures = {term.temperature for term in objective.terms} | ({1.0} if objective.metrics else set())
-        rows = {temperature: _row(logits, others, temperature) for temperature in sorted(temperatures)}
+        teacher = _Softmaxes(spec.teacher.apply(teacher_logits))
+        rows = {term.temperature: _row(student, teacher, term.temperature) for term in objective.terms}
         soft, gradient = _soft(spec, rows, zero)
         if objective.metrics:
-            measured = _metrics(rows[1.0], zero, objective.by_rank)
+            measured = _metrics(student, teacher, zero, objective.by_rank)
     if objective.hard_weight:
         assert target_logits is not None
-        hard, part = _hard(spec, logits, target_logits)
+        hard, part = _hard(spec, student, target_logits)
         gradient = part if gradient is None else gradient + part
     if spec.with_gradient:
         assert gradient is not None
