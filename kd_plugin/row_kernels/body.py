@@ -73,17 +73,40 @@ def softmax(logits: Tensor) -> Softmax:
 class _Softmaxes:
     """Of one model's logits `[n, V]`, each temperature's computed once: torch.compile does not merge repetitions."""
 
-    def __init__(self, logits: Tensor) -> None:
+    def __init__(self, logits: Tensor, temperatures: set[float]) -> None:
         self._logits = logits
         self._known: dict[float, tuple[Tensor, Softmax, Tensor]] = {}
+        # exp(x) = exp(x / 2) ** 2, and dividing by a power of two is exact. On a CPU exponentials take most of the
+        # time; elsewhere memory does.
+        usable = sorted(temperatures & {2.0, 4.0}) if logits.is_cpu else []
+        self._root = usable[0] if usable else None
 
     def at(self, temperature: float) -> tuple[Tensor, Softmax, Tensor]:
         """Logits divided by the temperature, their softmax, and the probabilities `[n, V]`."""
         if temperature not in self._known:
-            scaled = self._logits / temperature if temperature != 1.0 else self._logits
-            found = softmax(scaled)
-            self._known[temperature] = scaled, found, found.log_probs.exp()
+            shared = temperature == 1.0 and self._root is not None
+            self._known[temperature] = self._power() if shared else self._plain(temperature)
         return self._known[temperature]
+
+    def _plain(self, temperature: float) -> tuple[Tensor, Softmax, Tensor]:
+        scaled = self._logits / temperature if temperature != 1.0 else self._logits
+        found = softmax(scaled)
+        if temperature == self._root:  # by the exponentials that `_power` reads, too
+            return scaled, found, (scaled - found.maximum).exp() / found.log_sum.exp()
+        return scaled, found, found.log_probs.exp()
+
+    def _power(self) -> tuple[Tensor, Softmax, Tensor]:
+        """Temperature 1 from the exponentials of another."""
+        assert self._root is not None
+        scaled, (_, maximum, _), _ = self.at(self._root)
+        shifted = scaled - maximum
+        power = shifted.exp().square()
+        if self._root == 4.0:
+            power = power.square()
+        total = power.sum(-1, keepdim=True)
+        log_sum = total.log()
+        log_probs = (shifted * self._root - log_sum).clamp_min(LOG_FLOOR)
+        return self._logits, Softmax(log_probs, maximum * self._root, log_sum), power / total
 
 
 def _row(student: _Softmaxes, teacher: _Softmaxes, temperature: float) -> Row:
@@ -173,13 +196,14 @@ def row_pass(
     """
     objective = spec.objective
     logits = spec.student.apply(student_logits)
-    student = _Softmaxes(logits)
+    temperatures = {term.temperature for term in objective.terms} if objective.needs_teacher else set()
+    student = _Softmaxes(logits, temperatures)
     zero = torch.zeros_like(logits[:, :1])
     soft, hard, gradient = zero, zero, None
     measured = [zero] * (len(STATISTICS) - 2)
     if objective.needs_teacher:
         assert teacher_logits is not None
-        teacher = _Softmaxes(spec.teacher.apply(teacher_logits))
+        teacher = _Softmaxes(spec.teacher.apply(teacher_logits), temperatures)
         rows = {term.temperature: _row(student, teacher, term.temperature) for term in objective.terms}
         soft, gradient = _soft(spec, rows, zero)
         if objective.metrics:
