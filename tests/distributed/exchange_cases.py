@@ -122,9 +122,9 @@ def dense_loss(case: Case, student: nn.Module, teacher: nn.Module, batch: tuple[
     return kd.reference.distill_logits(logits, teacher_logits, labels[:, 1:], config=case.config, num_items=items).loss
 
 
-def train_densely(case: Case) -> dict[str, Tensor]:
-    """The truth for `case`: parameters after training in one process, fp64."""
-    student, teacher = (model.double() for model in make_models(case))
+def train_densely(case: Case, models: tuple[nn.Module, nn.Module] | None = None) -> dict[str, Tensor]:
+    """The truth for `case`: parameters of `models` (default: `make_models`) after training in one process, fp64."""
+    student, teacher = (model.double() for model in models or make_models(case))
     optimizer = torch.optim.SGD(student.parameters(), lr=case.learning_rate)
     for step in range(case.steps):
         items = count_valid(case, step)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tests.distributed import exchange_cases
-from tests.distributed.exchange_cases import count_valid, dense_loss, make_batch
 
 # name -> settings of the first adapter
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -51,13 +50,5 @@ def make_models(case: Case) -> tuple[nn.Module, nn.Module]:
 
 
 def train_densely(case: Case) -> dict[str, Tensor]:
-    """The truth for `case`: parameters after training in one process, fp64, on whole logits of peft's own head."""
-    student, teacher = (model.double() for model in make_models(case))
-    optimizer = torch.optim.SGD(student.parameters(), lr=case.learning_rate)
-    for step in range(case.steps):
-        items = count_valid(case, step)
-        for rank in range(case.ranks):
-            dense_loss(case, student, teacher, make_batch(case, step, 0, rank), items).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: value.detach() for name, value in student.named_parameters()}
+    """The truth for `case`, on whole logits of peft's own head."""
+    return exchange_cases.train_densely(case, make_models(case))

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kd_plugin as kd
+from tests.distributed.exchange_cases import count_valid, make_batch
 from tests.distributed.exchange_worker import EngineRun, WrappedRun
-from tests.distributed.lora_cases import Case, count_valid, make_batch, make_models
+from tests.distributed.lora_cases import Case, make_models
 
 
 def train(case: Case, rank: int) -> dict[str, Tensor]:

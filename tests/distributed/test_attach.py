@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
-import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from tests.distributed.attach_cases import (
     make_models,
     train_densely,
 )
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch_cases
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -89,13 +87,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     def start(name: str) -> tuple[Path, str]:
         folder = tmp_path_factory.mktemp(name)
         spec = {"train": LAUNCHES[name], "watch": WATCHED.get(name, [])}
-        (folder / "cases.json").write_text(json.dumps(spec, default=asdict))
-        ranks = LAUNCHES[name][0].ranks
-        try:
-            done = launch(Path(attach_worker.__file__), str(folder), ranks=ranks, timeout_s=300)
-        except subprocess.TimeoutExpired as error:
-            return folder, str(error)
-        return folder, done.stdout[-3000:] + done.stderr[-6000:] if done.returncode else ""
+        worker, ranks = Path(attach_worker.__file__), LAUNCHES[name][0].ranks
+        return folder, launch_cases(worker, folder, spec, ranks=ranks, timeout_s=300)
 
     return start
 

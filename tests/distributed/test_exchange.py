@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
-import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from kd_plugin.parallel.fsdp import ShardingError, make_mesh
 from tests.distributed import exchange_probes as probes
 from tests.distributed import exchange_worker
 from tests.distributed.exchange_cases import RAGGED, Case, count_valid, make_batch, make_models, train_densely
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch_cases
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(500)]
 
@@ -111,13 +109,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     def start(name: str) -> tuple[Path, str]:
         folder = tmp_path_factory.mktemp(name)
         spec = {"train": LAUNCHES[name], "probes": PROBES.get(name, [])}
-        (folder / "cases.json").write_text(json.dumps(spec, default=asdict))
-        ranks = LAUNCHES[name][0].ranks
-        try:
-            done = launch(Path(exchange_worker.__file__), str(folder), ranks=ranks, timeout_s=400)
-        except subprocess.TimeoutExpired as error:
-            return folder, str(error)
-        return folder, done.stdout[-3000:] + done.stderr[-6000:] if done.returncode else ""
+        worker, ranks = Path(exchange_worker.__file__), LAUNCHES[name][0].ranks
+        return folder, launch_cases(worker, folder, spec, ranks=ranks, timeout_s=400)
 
     return start
 

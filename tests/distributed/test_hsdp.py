@@ -5,7 +5,6 @@ Also CPU offload of the teacher, which on a machine without GPU shows that it co
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from safetensors.torch import load_file
 
 import kd_plugin as kd
 from kd_plugin.training import TrainResult
-from tests.distributed import train_worker
-from tests.distributed.launch import launch
+from tests.distributed.runs import curve, launch_runs, results_of
 from tests.tiny import make_folder, run_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
@@ -56,27 +54,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def launched(folder: Path) -> str:
-    """Run everything once, in one launch; returns what was printed."""
-    (folder / "spec.json").write_text(json.dumps(RUNS))
-    worker = Path(train_worker.__file__)
-    done = launch(worker, str(folder), str(folder / "spec.json"), ranks=4, timeout_s=380)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
+    return launch_runs(folder, RUNS, ranks=4)
 
 
 @pytest.fixture(scope="module")
 def results(folder: Path, launched: str) -> dict[str, Any]:
-    return json.loads((folder / "results_0.json").read_text())
+    return results_of(folder, rank=0)
 
 
 @pytest.fixture(scope="module")
 def single(folder: Path) -> TrainResult:
     return kd.train(run_config(folder, "single", train={"parallel": "single", "max_grad_norm": CLIP}))
-
-
-def curve(result: dict[str, Any] | TrainResult, name: str = "loss") -> list[float]:
-    history = result.history if isinstance(result, TrainResult) else result["history"]
-    return [values[name] for values in history]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -117,7 +105,7 @@ def test_a_checkpoint_of_copies_is_read_by_one_group(results: dict[str, Any]) ->
 
 def test_all_ranks_hold_the_same_numbers(folder: Path, results: dict[str, Any]) -> None:
     for rank in (1, 2, 3):
-        other = json.loads((folder / f"results_{rank}.json").read_text())
+        other = results_of(folder, rank=rank)
         for name, result in results.items():
             assert curve(other[name]) == curve(result)
             assert other[name]["after"] == result["after"]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
-import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed import lora_worker
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch_cases
 from tests.distributed.lora_cases import Case, make_models, train_densely
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -68,12 +66,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     @functools.cache
     def start(name: str) -> tuple[Path, str]:
         folder = tmp_path_factory.mktemp(name)
-        (folder / "cases.json").write_text(json.dumps(LAUNCHES[name], default=asdict))
-        try:
-            done = launch(Path(lora_worker.__file__), str(folder), ranks=LAUNCHES[name][0].ranks, timeout_s=200)
-        except subprocess.TimeoutExpired as error:
-            return folder, str(error)
-        return folder, done.stdout[-3000:] + done.stderr[-6000:] if done.returncode else ""
+        worker, ranks = Path(lora_worker.__file__), LAUNCHES[name][0].ranks
+        return folder, launch_cases(worker, folder, LAUNCHES[name], ranks=ranks, timeout_s=200)
 
     return start
 

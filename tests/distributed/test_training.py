@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +11,11 @@ from safetensors.torch import load_file
 
 import kd_plugin as kd
 from kd_plugin.training import TrainResult
+from tests.distributed.runs import curve, launch_runs, results_of
 from tests.tiny import make_folder, run_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
-WORKER = Path(__file__).with_name("train_worker.py")
 LAYOUTS = ("fsdp", "ddp", "zero0", "zero1", "zero2", "zero3")
 
 
@@ -69,43 +65,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for entry in RUNS:
         if "log" in entry["sections"]:
             entry["sections"]["log"]["output_dir"] = str(folder / entry["name"])
-    (folder / "spec.json").write_text(json.dumps(RUNS))
     return folder
 
 
 @pytest.fixture(scope="module")
 def launched(folder: Path) -> str:
-    """Run everything once, in one launch; returns what was printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(WORKER.parents[2]),
-    }
-    command = [sys.executable, *launcher, str(WORKER), str(folder), str(folder / "spec.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
+    return launch_runs(folder, RUNS, ranks=2)
 
 
 @pytest.fixture(scope="module")
 def results(folder: Path, launched: str) -> dict[str, Any]:
-    return json.loads((folder / "results_0.json").read_text())
+    return results_of(folder, rank=0)
 
 
 @pytest.fixture(scope="module")
 def single(folder: Path) -> TrainResult:
     return kd.train(run_config(folder, "single", train={"parallel": "single"}))
-
-
-def curve(result: dict[str, Any] | TrainResult, name: str = "loss") -> list[float]:
-    history = result.history if isinstance(result, TrainResult) else result["history"]
-    return [values[name] for values in history]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -161,7 +136,7 @@ def test_half_precision_follows_full_precision(
 
 
 def test_all_ranks_hold_the_same_numbers(folder: Path, results: dict[str, Any]) -> None:
-    other = json.loads((folder / "results_1.json").read_text())
+    other = results_of(folder, rank=1)
     for name, result in results.items():
         assert curve(other[name]) == curve(result)
         assert other[name]["after"] == result["after"]
