@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from received import Received
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kd_plugin as kd
 from kd_plugin.parallel import fsdp
@@ -40,24 +40,6 @@ class Job:
     seconds: float
     """No further round is begun after about this long for one number of rows, from the fourth on."""
     threads: int
-
-
-class Received(TorchDispatchMode):
-    """Bytes that this rank receives in collectives, by ring algorithms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            ranks = dist.get_world_size()
-            part = (ranks - 1) / ranks
-            factors = {"_allgather_base_": ranks - 1, "_reduce_scatter_base_": part, "alltoall_base_": part}
-            factors["allreduce_"] = 2 * part
-            sent = args[0] if isinstance(args[0], list) else [args[1]]
-            self.total += factors[func._opname] * sum(t.numel() * t.element_size() for t in sent)
-        return func(*args, **(kwargs or {}))
 
 
 def make_model(job: Job, seed: int) -> nn.Module:

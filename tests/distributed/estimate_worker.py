@@ -11,42 +11,16 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kd_plugin as kd
+from benchmarks.received import Received
 from kd_plugin.parallel import fsdp
 from kd_plugin.workspace import release_workspace
 from tests.allocations import allocator_record
 from tests.distributed.estimate_cases import make_config, make_ids, make_models
-
-
-class Received(TorchDispatchMode):
-    """Bytes that a ring brings to this rank, by collective."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_operation: dict[str, float] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            groups = [arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())]
-            ranks = dist.ProcessGroup.unbox(groups[0]).size()
-            share = (ranks - 1) / ranks
-            factor, tensor = {
-                "_allgather_base_": (share, args[0]),
-                "_reduce_scatter_base_": (share, args[1]),
-                "alltoall_base_": (share, args[0]),
-                "allreduce_": (2 * share, args[0]),
-            }[func._opname]  # any other collective is one that the estimate does not know
-            tensors = [tensor] if isinstance(tensor, Tensor) else tensor
-            size = sum(part.numel() * part.element_size() for part in tensors)
-            self.by_operation[func._opname] = self.by_operation.get(func._opname, 0.0) + factor * size
-        return func(*args, **(kwargs or {}))
 
 
 def make_step(case: str, row_kernel: str) -> Callable[[], None]:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kd_plugin as kd
+from benchmarks.received import Received
 from kd_plugin.parallel import fsdp
 from tests.allocations import NewTensors
 from tests.distributed.attach_cases import make_model
@@ -23,29 +24,10 @@ from tests.distributed.collectives import CollectiveLog, local_shard
 
 VOCAB_SIZE, STUDENT_WIDTH, TEACHER_WIDTH, CHUNK = 1021, 16, 24, 8  # of the memory probe
 TRAFFIC_ROWS, TRAFFIC_VOCAB, TRAFFIC_WIDTH = 2048, 49152, 576
-NUMBERS = (
-    10,
-    0,
-)  # in the rounds of `make_config`: two for each of four softmaxes, the label's logit, agreement; no sums
+# In the rounds of `make_config`: two for each of four softmaxes, the label's logit, agreement; no sums.
+NUMBERS = (10, 0)
 AUTO_ROWS = 120  # more than pay for `stats` where the teacher's head need not be gathered
 LOGITS_ROWS, LOGITS_VOCAB, LOGITS_WIDTH = 256, 4096, 64
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes that this rank receives in collectives, by ring algorithms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.received = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            ranks = dist.get_world_size()
-            sent = args[0] if isinstance(args[0], list) else [args[1]]
-            factors = {"_allgather_base_": ranks - 1, "_reduce_scatter_base_": (ranks - 1) / ranks}
-            factors |= {"allreduce_": 2 * (ranks - 1) / ranks, "alltoall_base_": (ranks - 1) / ranks}
-            self.received += factors[func._opname] * sum(t.numel() * t.element_size() for t in sent)
-        return func(*args, **(kwargs or {}))
 
 
 def shard_head(model: nn.Module) -> None:
@@ -127,9 +109,9 @@ def traffic(rank: int) -> dict[str, float]:
         input_ids = torch.full(shape, 3 + rank)
         with torch.no_grad():  # once, the ranks compare their settings and cut the teacher's head
             student(input_ids[:1, :2], shift_labels=input_ids[:1, :2], num_items_in_batch=1)
-        with Traffic() as log:
+        with Received() as log:
             _step(student, input_ids)
-        found[exchange] = log.received
+        found[exchange] = log.total
     return found
 
 
