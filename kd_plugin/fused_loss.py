@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from kd_plugin import checks, chunks, row_kernels
 from kd_plugin.config import DistillConfig
-from kd_plugin.low_rank import LowRank, LowRankProduct
+from kd_plugin.low_rank import LowRank, low_rank_product
 from kd_plugin.objective import make_objective
 from kd_plugin.row_kernels import LogitTransform
 from kd_plugin.teachers import HeadTeacher, TeacherSource
@@ -78,10 +78,7 @@ class FusedDistill(torch.autograd.Function):
         """All the work; gradients wait in `ctx`."""
         needed = [need and problem.with_gradient for need in ctx.needs_input_grad]
         need_hidden, need_weight, need_bias = needed[:3]
-        low_rank = None
-        if factor is not None and up is not None:
-            dtype = chunks.wide_dtype(hidden.dtype)
-            low_rank = LowRankProduct(factor, up, dtype, need_factor=needed[4], need_up=needed[5])
+        low_rank = low_rank_product(factor, up, chunks.wide_dtype(hidden.dtype), needed)
         result = chunks.run(
             problem,
             hidden,

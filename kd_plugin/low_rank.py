@@ -80,3 +80,12 @@ class LowRankProduct:
         self.accumulate_up(gradient, self.factor[rows])
         if self.grad_factor is not None:
             self.grad_factor[rows] = self.factor_gradient(gradient)
+
+
+def low_rank_product(
+    factor: Tensor | None, up: Tensor | None, dtype: torch.dtype, needed: list[bool]
+) -> LowRankProduct | None:
+    """The term of an autograd function's optional last inputs; `needed` of all of its inputs."""
+    if factor is None or up is None:
+        return None
+    return LowRankProduct(factor, up, dtype, need_factor=needed[-2], need_up=needed[-1])

@@ -27,7 +27,7 @@ from kd_plugin import row_kernels
 from kd_plugin.chunks import Problem, wide_dtype
 from kd_plugin.collectives import all_gather, all_reduce, reduce_scatter
 from kd_plugin.fused_loss import scaled
-from kd_plugin.low_rank import LowRankProduct
+from kd_plugin.low_rank import LowRankProduct, low_rank_product
 from kd_plugin.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
 from kd_plugin.plan import agreed_plan
 from kd_plugin.row_gather import RowGather
@@ -201,10 +201,7 @@ class VocabParallelDistill(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """All the work; gradients wait in `ctx`."""
         needed = [need and problem.with_gradient for need in ctx.needs_input_grad]
-        low_rank = None
-        if factor is not None and up is not None:
-            dtype = wide_dtype(hidden.dtype)
-            low_rank = LowRankProduct(factor, up, dtype, need_factor=needed[6], need_up=needed[7])
+        low_rank = low_rank_product(factor, up, wide_dtype(hidden.dtype), needed)
         loop = _Loop(problem, shard, hidden, weight, bias, low_rank, grads=any(needed))
         grad_hidden, grad_weight, grad_bias = _run(loop, hidden, weight, needed[:3])
         total = loop.total()
