@@ -3,9 +3,8 @@
 The objective is `soft_weight * T^2 * divergence + hard_weight * cross-entropy`, averaged over the valid rows.
 
 - kd_plugin: `kd_plugin.distill_loss`.
-- GEMMs only: the floor. The four matrix products (student and teacher logits in fp32, gradient of the hidden
-  states, gradient of the weight in fp32) of the valid rows by `torch.mm`, into buffers, in kd_plugin's chunks; no
-  loss at all. kd_plugin may fall below it where it calls a faster library than `torch.mm` does.
+- GEMMs only: the floor. The four matrix products of the valid rows by `torch.mm`, both logits and the weight's
+  gradient in fp32, in kd_plugin's chunks; a faster library than `torch.mm` calls may fall below it.
 - compiled naive: `torch.compile` of the dense loss on whole logits.
 - Liger: `LigerFusedLinearJSDLoss`; its beta = 0 is KL(teacher||student), 1 is KL(student||teacher), and between
   them beta is the teacher's share of the mixture. It does not multiply by T^2, so its soft weight does.

@@ -7,11 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from kd_plugin.config import DataConfig
-from kd_plugin.data import DataError, Document, load_documents, split_documents
+from kd_plugin.data import DataError, Document, load_documents
 
 pytest.importorskip("transformers")
 
@@ -63,13 +62,6 @@ def shown(document: Document) -> str:
     """The document in words, those trained on in upper case."""
     words = [WORDS[index] for index in document.input_ids]
     return " ".join(w.upper() if t else w for w, t in zip(words, document.trained, strict=True))
-
-
-def make_documents(*lengths: int) -> list[Document]:
-    """Documents of ever new ids, so that a token's id says where it comes from."""
-    ids = np.arange(100, 100 + sum(lengths), dtype=np.int32)
-    parts = np.split(ids, np.cumsum(lengths)[:-1])
-    return [Document(part, np.ones(len(part), dtype=bool)) for part in parts]
 
 
 # Sources
@@ -268,35 +260,3 @@ def test_refusals_of_templates_are_passed_on(tmp_path: Path) -> None:
         read(source, make_tokenizer("{{ raise_exception('no systems') }}"))
     with pytest.raises(DataError, match="'messages' need a chat template, which this tokenizer lacks"):
         read(source, make_tokenizer())
-
-
-# Held-out text
-
-
-def test_held_out_documents_depend_on_content_only() -> None:
-    documents = make_documents(*[5] * 40)
-    train, held_out = split_documents(documents, 0.1)
-    assert len(held_out) == 4 and len(train) == 36
-    again = split_documents(documents[::-1], 0.1)[1]
-    assert sorted(d.input_ids[0] for d in again) == sorted(d.input_ids[0] for d in held_out)
-
-
-def test_copies_are_never_on_both_sides() -> None:
-    documents = make_documents(*[5] * 10) * 3
-    train, held_out = split_documents(documents, 0.2)
-    assert not {d.input_ids[0] for d in train} & {d.input_ids[0] for d in held_out}
-    assert len(train) + len(held_out) == 30 and len(held_out) == 6
-
-
-def test_single_document_is_cut_in_two() -> None:
-    (document,) = make_documents(100)
-    (train,), (held_out,) = split_documents([document], 0.05)
-    assert np.array_equal(np.concatenate([train.input_ids, held_out.input_ids]), document.input_ids)
-    assert len(held_out.input_ids) == 5
-
-
-def test_split_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(DataError, match=r"leaves nothing to train on; lower it, or name held-out text"):
-        split_documents(make_documents(5) * 4, 0.5)
-    with pytest.raises(DataError, match=r"one document of 1 token"):
-        split_documents(make_documents(1), 0.5)

@@ -1,4 +1,4 @@
-"""Packed sequences and batches: nothing lost, no target across documents, the same steps on any number of ranks."""
+"""Held-out documents, packed sequences and batches: nothing is lost, and any number of ranks sees the same."""
 
 from __future__ import annotations
 
@@ -6,11 +6,52 @@ import numpy as np
 import pytest
 import torch
 
-from kd_plugin.data import DataError, Document
+from kd_plugin.data import DataError, Document, split_documents
 from kd_plugin.packing import PackedDataset, TrainBatches, collate, eval_batches, indices_for_step
-from tests.test_data import make_documents
 
 IGNORED = -100
+
+
+def make_documents(*lengths: int) -> list[Document]:
+    """Documents of ever new ids, so that a token's id says where it comes from."""
+    ids = np.arange(100, 100 + sum(lengths), dtype=np.int32)
+    parts = np.split(ids, np.cumsum(lengths)[:-1])
+    return [Document(part, np.ones(len(part), dtype=bool)) for part in parts]
+
+
+# Held-out text
+
+
+def test_held_out_documents_depend_on_content_only() -> None:
+    documents = make_documents(*[5] * 40)
+    train, held_out = split_documents(documents, 0.1)
+    assert len(held_out) == 4 and len(train) == 36
+    again = split_documents(documents[::-1], 0.1)[1]
+    assert sorted(d.input_ids[0] for d in again) == sorted(d.input_ids[0] for d in held_out)
+
+
+def test_copies_are_never_on_both_sides() -> None:
+    documents = make_documents(*[5] * 10) * 3
+    train, held_out = split_documents(documents, 0.2)
+    assert not {d.input_ids[0] for d in train} & {d.input_ids[0] for d in held_out}
+    assert len(train) + len(held_out) == 30 and len(held_out) == 6
+
+
+def test_single_document_is_cut_in_two() -> None:
+    (document,) = make_documents(100)
+    (train,), (held_out,) = split_documents([document], 0.05)
+    assert np.array_equal(np.concatenate([train.input_ids, held_out.input_ids]), document.input_ids)
+    assert len(held_out.input_ids) == 5
+
+
+def test_split_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match=r"leaves nothing to train on; lower it, or name held-out text"):
+        split_documents(make_documents(5) * 4, 0.5)
+    with pytest.raises(DataError, match=r"one document of 1 token"):
+        split_documents(make_documents(1), 0.5)
+
+
+# Packing
 
 
 @pytest.mark.parametrize("seq_len", [2, 7, 10])
