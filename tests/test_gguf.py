@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -119,21 +121,31 @@ def test_unpacking_shows_no_bar_where_none_is_wanted(
     assert "it/s" in capfd.readouterr().err
 
 
-def test_ranks_at_once_unpack_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_gguf(make_teacher("llama"), tmp_path / "tiny.gguf")
-    load_gguf, config = models._load_gguf, TeacherConfig(model=str(tmp_path / "tiny.gguf"), dtype="float32")
-    unpacking = []
+def load_as_one_of_two(file: Path, marks: Path) -> str:
+    """In a process of its own, like a rank; leaves a mark where it unpacks -> the folder that it loaded."""
+    load_gguf = models._load_gguf
 
     def slowly(*args: Any) -> torch.nn.Module:
-        unpacking.append(args)
-        time.sleep(0.3)
+        (marks / str(os.getpid())).touch()
+        time.sleep(1)
         return load_gguf(*args)
 
-    monkeypatch.setattr(models, "_load_gguf", slowly)
-    with ThreadPoolExecutor(2) as ranks:
-        first, second = ranks.map(load_teacher, [config, config])
-    assert len(unpacking) == 1
-    assert first.config.name_or_path == second.config.name_or_path
+    models._load_gguf = slowly
+    return load_teacher(TeacherConfig(model=str(file), dtype="float32")).config.name_or_path
+
+
+def test_ranks_at_once_unpack_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not threads: Transformers turns tying off for its whole process while a model loads, and two loads at once
+    # may leave it off.
+    monkeypatch.setenv("HF_HOME", str(cache.parent))
+    write_gguf(make_teacher("llama"), tmp_path / "tiny.gguf")
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as ranks:
+        loads = [ranks.submit(load_as_one_of_two, tmp_path / "tiny.gguf", marks) for _ in range(2)]
+        folders = {load.result() for load in loads}
+    assert len(list(marks.iterdir())) == 1
+    assert len(folders) == 1 and str(cache) in folders.pop()
     assert not list(cache.glob("*/.model-float32-*")), "no unfinished folder is left"
 
 
