@@ -73,7 +73,7 @@ def _quantised(weight: Tensor) -> str | None:
 
 def half_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse bfloat16 on a GPU that only emulates it: slowly, and without the products that the loss needs."""
-    if dtype == torch.bfloat16 and device.type == "cuda" and not _has_bfloat16(device):
+    if dtype == torch.bfloat16 and device.type == "cuda" and not has_bfloat16(device):
         raise ValueError(
             f"{name} is bfloat16, which {torch.cuda.get_device_name(device)} ({device}) does not have: "
             "use float32, or float16 with a loss scaler"
@@ -81,7 +81,8 @@ def half_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
 
 
 @functools.cache
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether this GPU multiplies bfloat16."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -28,7 +28,7 @@ __all__ = [
     "TrainConfig",
 ]
 
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 class FromTeacherConfig(Section):
@@ -54,7 +54,8 @@ class ModelSource(Section):
     """Branch, tag or commit of a hub model."""
 
     dtype: Precision = "bfloat16"
-    """Precision of the parameters (teacher) or of the forward and backward pass (student)."""
+    """Precision of the parameters (teacher) or of the forward and backward pass (student). `auto`: bfloat16, or float32
+    where the device has no bfloat16 products of its own."""
 
     attn_implementation: str | None = None
     """Attention backend as in Transformers: `sdpa`, `eager`, `flash_attention_2`, ..."""

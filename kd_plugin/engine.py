@@ -11,6 +11,7 @@ Notable decisions:
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from kd_plugin import checks
 from kd_plugin.collectives import all_reduce
 from kd_plugin.config import RunConfig, TrainConfig
+from kd_plugin.precision import automatic_dtype, with_dtypes
 
 __all__ = [
     "DTYPES",
@@ -42,6 +44,8 @@ __all__ = [
     "seed_everything",
     "start_process_group",
 ]
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,10 +63,18 @@ class Placement:
     world_size: int
     owns_group: bool
 
-    def check_precision(self, config: RunConfig) -> None:
-        """Raise ValueError for a model in a precision that this device lacks."""
+    def settled_precision(self, config: RunConfig) -> RunConfig:
+        """`config` with `dtype: auto` replaced, alike on all ranks; raises ValueError for one that the device lacks."""
+        if "auto" in (config.student.dtype, config.teacher.dtype):
+            chosen, why = automatic_dtype(self.device)
+            slowest = reduce_numbers({"float32": chosen == "float32"}, op="max")
+            if slowest["float32"] and chosen != "float32":
+                chosen, why = "float32", "another rank's device needs it"
+            logger.info("dtype: auto -> %s (%s)", chosen, why)
+            config = with_dtypes(config, chosen)
         for role in ("teacher", "student"):
             checks.half_precision(f"{role}.dtype", DTYPES[getattr(config, role).dtype], self.device)
+        return config
 
     def close(self) -> None:
         """End the process group if this run started it."""

@@ -114,10 +114,10 @@ def _backend(mode: str) -> AbstractContextManager[None]:
 
 
 def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
+    config = place.settled_precision(config)
     accumulation = accumulation_steps(config.train, seq_len=config.data.seq_len, world_size=place.world_size)
     if problems := early_problems(config, mode=mode, world_size=place.world_size, accumulation=accumulation):
         raise SetupError("\n".join(problems))
-    place.check_precision(config)
     _announce(config, place, mode, accumulation)
     start_from = _resume_from(config)
     start = time.perf_counter()

@@ -5,21 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin import checks, training
-from kd_plugin.engine import Placement
 from kd_plugin.matmul import Operand, accumulate_outer, fastest_fp32, hidden_gradient, mm_into
 from kd_plugin.workspace import release_workspace
 from tests import oracle
 from tests.oracle import Problem, gradients, make_problem, relative_error
 from tests.test_fused_loss import config_of, run
-from tests.tiny import make_folder, run_config
 
 SOFT_ONLY = {"soft_weight": 1, "hard_weight": 0}
 BETAS = {0.0: "forward_kl", 0.5: "jsd", 1.0: "reverse_kl"}
@@ -210,42 +206,7 @@ def test_student_and_teacher_may_differ_in_precision(hidden: torch.dtype, teache
             assert relative_error(ours, truth) < max(tolerance, 2 * torch.finfo(leaf.dtype).eps)
 
 
-# -- devices without it -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def volta(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A GPU of 2017, as torch would describe it."""
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    checks._has_bfloat16.cache_clear()
-    yield torch.device("cuda", 0)
-    checks._has_bfloat16.cache_clear()
-
-
-def test_bfloat16_is_refused_where_the_gpu_only_emulates_it(
-    volta: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    message = r"teacher.dtype is bfloat16, which Tesla V100 \(cuda:0\) does not have: use float32, or float16"
-    with pytest.raises(ValueError, match=message):
-        checks.half_precision("teacher.dtype", torch.bfloat16, volta)
-    for dtype, device in ((torch.float16, volta), (torch.float32, volta), (torch.bfloat16, torch.device("cpu"))):
-        checks.half_precision("teacher.dtype", dtype, device)
-    checks._has_bfloat16.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    checks.half_precision("teacher.dtype", torch.bfloat16, volta)
-
-
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_a_run_is_refused_before_a_model_is_loaded(
-    volta: torch.device, role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = run_config(make_folder(tmp_path), **{role: {"dtype": "bfloat16"}})
-    monkeypatch.setattr(training, "_load", lambda *arguments: pytest.fail("a model was loaded"))
-    place = Placement(volta, rank=0, world_size=1, owns_group=False)
-    with pytest.raises(ValueError, match=f"{role}.dtype is bfloat16, which Tesla V100"):
-        training._train(config, place, "single")
+# -- fp32 products -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rows", "width", "vocab"), [(1, 64, 1001), (2, 7, 11), (17, 33, 1001), (255, 576, 4999)])

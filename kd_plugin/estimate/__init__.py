@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from kd_plugin.config import RunConfig
 from kd_plugin.estimate.memory import Memory, memory
 from kd_plugin.estimate.meta import load_sizes
 from kd_plugin.estimate.setup import EstimateError, Line, Setup, make_setup
 from kd_plugin.estimate.wire import Volume, exchanges, parameters, recommended, settled
+from kd_plugin.precision import automatic_dtype, with_dtypes
 
 __all__ = ["Choice", "Estimate", "EstimateError", "estimate"]
 
@@ -68,7 +71,7 @@ def estimate(
     """Estimate one run of `config`.
 
     Args:
-        config: as for training; both models are built without weights.
+        config: as for training; both models are built without weights. `dtype: auto` counts as bfloat16 on GPUs.
         world_size: ranks.
         rows: rows in the loss per rank and micro-batch; default: all its tokens.
         gpu_memory_gib: memory of one GPU, to say what fits.
@@ -79,6 +82,7 @@ def estimate(
     """
     if gpu_memory_gib is not None and gpu_memory_gib <= 0:
         raise EstimateError(f"--gpu-memory-gib is {gpu_memory_gib:g}: give the memory of one GPU, above 0")
+    config = with_dtypes(config, "bfloat16" if device == "cuda" else automatic_dtype(torch.device(device))[0])
     setup = make_setup(config, load_sizes(config), world_size=world_size, rows=rows, device=device)
     setup = replace(setup, exchange=settled(setup))
     return Estimate(

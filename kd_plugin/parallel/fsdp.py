@@ -2,10 +2,10 @@
 
 Notable decisions:
 - every decoder layer is a unit, the root comes last and keeps what is left (norms, position embeddings);
-- an untied head is alone in its unit. The loss returns the head's gradient without reading the weight in
-  backward, so a trainable head is not gathered again there (`set_unshard_in_backward(False)`); the same
-  holds for an untied input embedding, whose backward reads indices only (an adapter's reads its weights);
-- tied weights share one unit, because FSDP2 refuses one parameter in two units;
+- an untied head is alone in its unit; tied weights share one, because FSDP2 refuses one parameter in two units;
+- the loss returns the head's gradient without reading the weight in backward, and an input embedding's backward
+  reads indices only, so neither is gathered again there (`set_unshard_in_backward(False)`). An adapter on the
+  embedding reads its weights, and is;
 - a frozen model says `reshard_after_forward=True` at its root too: without a backward pass nothing else
   would ever free the gathered root parameters.
 """
@@ -123,12 +123,9 @@ def _shard(model: nn.Module, options: dict[str, Any], *, frozen: bool) -> None:
     for layer in decoder_layers(model):
         fully_shard(layer, reshard_after_forward=True, **options)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is head.weight:
-        fully_shard([embedding, head], reshard_after_forward=True, **options)
-    else:
-        for module in (embedding, head):
-            fully_shard(module, reshard_after_forward=True, **options)
-            if not frozen and (module is head or isinstance(module, nn.Embedding)):  # not a peft adapter on it
-                module.set_unshard_in_backward(False)
+    for unit in ([embedding, head],) if embedding.weight is head.weight else ([embedding], [head]):
+        fully_shard(unit, reshard_after_forward=True, **options)
+        if not frozen and (embedding not in unit or isinstance(embedding, nn.Embedding)):  # else a peft adapter on it
+            unit[0].set_unshard_in_backward(False)
     # A trainable root keeps its few parameters from forward to backward (None is FSDP2's rule for roots).
     fully_shard(model, reshard_after_forward=True if frozen else None, **options)

@@ -157,13 +157,17 @@ def _wanted(config: RunConfig, world_size: int, accumulation: int, stage: Any) -
     batch = train.micro_batch_size * accumulation * world_size
     batch_reason = f"micro_batch_size {train.micro_batch_size} x accumulation {accumulation} x {world_size} ranks"
     clip = train.max_grad_norm or 0.0
+    halves = {
+        f"{short}.enabled": (precision == name, f"student.dtype {precision}")
+        for short, name in (("bf16", "bfloat16"), ("fp16", "float16"))
+        if precision != "auto"  # which the launch settles
+    }
     return {
         "train_batch_size": (batch, batch_reason),
         "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": (accumulation, "train.gradient_accumulation_steps or tokens_per_step"),
         "gradient_clipping": (clip, "train.max_grad_norm"),
-        "bf16.enabled": (precision == "bfloat16", f"student.dtype {precision}"),
-        "fp16.enabled": (precision == "float16", f"student.dtype {precision}"),
+        **halves,
         "zero_optimization.stage": (stage, "default"),
     }
 

@@ -56,10 +56,12 @@ FOUR = [
     )
 ]
 # The collectives of a step, with many chunks and with one.
-WATCHED = {
+PAIRS = {
     name: [Case(wrapper, "llama", chunk_size=size) for size in (1, 64)]
     for name, wrapper in (("torch", "fsdp"), ("deepspeed", "zero3"))
 }
+TIED = Case("fsdp", "gpt2")
+WATCHED = {**PAIRS, "torch": [*PAIRS["torch"], TIED]}
 # One launch each: starting Python, torch and DeepSpeed takes longer than training.
 LAUNCHES = {
     "torch": [*cases_of("ddp"), *cases_of("fsdp"), *REPLICATE],
@@ -151,7 +153,7 @@ def test_the_second_rank_has_a_step_without_tokens() -> None:
     assert max(counts[0]) > Case("fsdp", "llama").chunk_size, "one chunk only would test little"
 
 
-@pytest.mark.parametrize("case", WATCHED["torch"], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", PAIRS["torch"], ids=lambda case: case.name)
 def test_fsdp_gathers_each_head_once_and_reduces_its_gradient_once(result_of: Callable[..., Any], case: Case) -> None:
     calls = result_of(case, "calls.pt")
     for head in ("student head", "teacher head"):
@@ -162,7 +164,14 @@ def test_fsdp_gathers_each_head_once_and_reduces_its_gradient_once(result_of: Ca
     assert len(of_head) == 1 and of_head[0].phase == "backward"
 
 
-@pytest.mark.parametrize("case", WATCHED["deepspeed"], ids=lambda case: case.name)
+def test_fsdp_gathers_a_tied_head_once(result_of: Callable[..., Any]) -> None:
+    """Neither the loss nor an embedding reads its weight in backward."""
+    calls = result_of(TIED, "calls.pt")
+    gathers = [(call.phase, call.operation) for call in calls if call.parameter == "student head"]
+    assert gathers == [("forward", "_allgather_base_")]
+
+
+@pytest.mark.parametrize("case", PAIRS["deepspeed"], ids=lambda case: case.name)
 def test_zero3_gathers_every_parameter_once(result_of: Callable[..., Any], case: Case) -> None:
     gathers = [call for call in result_of(case, "calls.pt") if "gather" in call.operation]
     share = sum(-(-p.numel() // case.ranks) for model in make_models(case.architecture) for p in model.parameters())
@@ -170,8 +179,8 @@ def test_zero3_gathers_every_parameter_once(result_of: Callable[..., Any], case:
     assert all(call.phase == "forward" for call in gathers)
 
 
-@pytest.mark.parametrize("name", list(WATCHED))
+@pytest.mark.parametrize("name", list(PAIRS))
 def test_chunks_call_no_collectives(result_of: Callable[..., Any], name: str) -> None:
-    many, one = (result_of(case, "calls.pt") for case in WATCHED[name])
+    many, one = (result_of(case, "calls.pt") for case in PAIRS[name])
     assert many == one
     assert len(many) > 0
