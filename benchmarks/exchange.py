@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from common import Options, Row, Target, figure, markdown, median_ratio, options, publish, write_csv
 from exchange_worker import Job, launch
 
-from kd_plugin.exchange import logits_bytes, stats_bytes, weight_bytes
+from kd_plugin.volumes import Head, logits_bytes, stats_bytes, weight_bytes
 
 MODES = ("weight", "logits", "stats")
 WITHOUT = ("weight, no metrics", "stats, no metrics")
@@ -48,12 +48,11 @@ PAPER_ROWS = 4096
 
 def formula(mode: str, heads: Heads, ranks: int, rows: float) -> float:
     """Bytes received per rank and micro-batch."""
-    widths = (heads.student, heads.teacher, heads.item)
+    student = Head(heads.vocab, heads.student, ranks, heads.item, heads.reduced)
+    teacher = Head(heads.vocab, heads.teacher, ranks, heads.item)
     if mode == "weight":
-        return weight_bytes(ranks, heads.vocab, *widths, heads.reduced)
-    if mode == "logits":
-        return logits_bytes(ranks, rows, heads.vocab, *widths, heads.reduced)
-    return stats_bytes(ranks, rows, *widths)
+        return weight_bytes(student, teacher)
+    return (logits_bytes if mode == "logits" else stats_bytes)(student, teacher, rows, ranks=ranks)
 
 
 def crossing(one: Callable[[float], float], other: Callable[[float], float]) -> float | None:

@@ -196,6 +196,9 @@ class TrainConfig(Section):
     """Held-out sequences per evaluation, over all ranks and evenly spaced; null takes all. The evaluated text
     does not depend on the number of ranks."""
 
+    eval_micro_batch_size: PositiveInt | None = None
+    """Sequences per rank and forward pass in evaluation, which keeps no activations; null takes `micro_batch_size`."""
+
     save_every: Annotated[int, Field(ge=0)] = 0
     """Resumable checkpoint every so many steps; 0: none."""
 

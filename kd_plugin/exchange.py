@@ -1,15 +1,6 @@
 """What crosses the wire for the heads of sharded models: weights, the teacher's logits, or statistics.
 
-Bytes received per rank and micro-batch, with f = (W - 1) / W, n rows per rank, e bytes per weight and hidden
-state, r bytes per reduced gradient, widths D (student) and E (teacher), vocabulary V, m numbers per row that every
-rank gathers (two per softmax, and the label's logit), k sums per row that are added over ranks (0 for KLs):
-
-    weight   f V (e (D + E) + r D)                           gather both heads, reduce-scatter a gradient
-    logits   f V (e + r) D + (W - 1) n e E + 4 f n V         the student's head; teacher hidden states, logits
-    stats    (W - 1) n (e (D + E) + 4 D + 4 m W + 8 k + 16)  hidden states, their gradient, numbers per row
-
-`weight` does not depend on the rows, `stats` not on the vocabulary; `logits` wins in between only where the
-teacher is much wider than its share of the vocabulary.
+What each costs is in `kd_plugin.volumes`.
 """
 
 from __future__ import annotations
@@ -31,82 +22,11 @@ from kd_plugin.parallel.fsdp import RowShards, row_shards, sharded_over
 from kd_plugin.row_kernels import shards
 from kd_plugin.teachers import HeadTeacher, ShardedHeadTeacher
 from kd_plugin.vocab_parallel import VocabShard, cut
+from kd_plugin.volumes import Head, volumes
 
 logger = logging.getLogger(__name__)
 
 _REDUCE_BYTES = 4  # gradients are reduced in fp32 (parallel.fsdp)
-
-
-def weight_bytes(
-    ranks: int,
-    vocab_size: int,
-    student_width: int,
-    teacher_width: int,
-    item_bytes: int,
-    reduce_bytes: int | None = None,
-) -> float:
-    """Received per rank and micro-batch by `exchange: weight`; `reduce_bytes` defaults to `item_bytes`."""
-    reduced = (reduce_bytes or item_bytes) * student_width
-    return (ranks - 1) / ranks * vocab_size * (item_bytes * (student_width + teacher_width) + reduced)
-
-
-def logits_bytes(
-    ranks: int,
-    rows: int,
-    vocab_size: int,
-    student_width: int,
-    teacher_width: int,
-    item_bytes: int,
-    reduce_bytes: int | None = None,
-) -> float:
-    """Received per rank and micro-batch by `exchange: logits`; `reduce_bytes` defaults to `item_bytes`."""
-    share = (ranks - 1) / ranks
-    student = share * vocab_size * (item_bytes + (reduce_bytes or item_bytes)) * student_width
-    return student + (ranks - 1) * rows * item_bytes * teacher_width + 4 * share * rows * vocab_size
-
-
-def stats_bytes(
-    ranks: int,
-    rows: int,
-    student_width: int,
-    teacher_width: int,
-    item_bytes: int,
-    *,
-    numbers: tuple[int, int] = (6, 0),
-) -> float:
-    """Received per rank and micro-batch by `exchange: stats`.
-
-    `numbers` are m and k, as `shards.exchanged_numbers` counts them; by default those of a KL at temperature 1 with
-    cross-entropy and metrics.
-    """
-    gathered, added = numbers
-    per_row = 4 * gathered * ranks + 8 * added + 16  # 16: label, weight, and whether the row is padding
-    return (ranks - 1) * rows * (item_bytes * (student_width + teacher_width) + 4 * student_width + per_row)
-
-
-def volumes(
-    ranks: int,
-    teacher_ranks: int,
-    rows: int,
-    vocab_size: int,
-    student_width: int,
-    teacher_width: int,
-    item_bytes: int,
-    *,
-    numbers: tuple[int, int] = (6, 0),
-) -> dict[str, float]:
-    """What `auto` compares under FSDP2, in bytes received per rank and micro-batch.
-
-    `teacher_ranks` cut the teacher's head as far as `weight` alone would gather it: 1 for a head that is whole on
-    each rank, or tied to an embedding that is gathered anyway. `numbers`: see `stats_bytes`.
-    """
-    student = weight_bytes(ranks, vocab_size, student_width, 0, item_bytes, _REDUCE_BYTES)
-    sizes = (student_width, teacher_width, item_bytes)
-    return {
-        "weight": student + (teacher_ranks - 1) / teacher_ranks * vocab_size * item_bytes * teacher_width,
-        "logits": logits_bytes(ranks, rows, vocab_size, *sizes, _REDUCE_BYTES),
-        "stats": stats_bytes(ranks, rows, *sizes, numbers=numbers),
-    }
 
 
 class Consumer:
@@ -232,7 +152,7 @@ class Exchange:
         cut_here = num_ranks(self.group) > 1 and row_shards(weight) is not None and not elsewhere
         if not cut_here or self.teacher_width is None or make_objective(self.config).by_rank:
             return "weight"  # the wrapper gathers the student's head anyway, or there is none to gather
-        return self._cheapest(hidden.numel() // hidden.shape[-1], hidden, student_size)
+        return self._cheapest(hidden, weight, student_size)
 
     def _idle(self, mode: str) -> str | None:
         """Why `mode` would do no more than `weight` does."""
@@ -242,18 +162,21 @@ class Exchange:
             return "soft_weight is 0, and there is no teacher"
         return None
 
-    def _cheapest(self, rows: int, hidden: Tensor, vocab_size: int) -> str:
+    def _cheapest(self, hidden: Tensor, weight: Tensor, vocab_size: int) -> str:
         """The mode with the fewest bytes, printed once with its arithmetic."""
         ranks, width, item = num_ranks(self._shard_group), hidden.shape[-1], hidden.element_size()
+        rows = hidden.numel() // width
         rows = max(all_gather_object(rows, self.group, "numbers of rows (once, in the first step)"))
         assert self.teacher_width is not None
-        teacher_ranks = self._teacher_ranks()
+        student = Head(vocab_size, width, ranks, item, _REDUCE_BYTES if weight.requires_grad else 0)
+        teacher = Head(vocab_size, self.teacher_width, self._teacher_ranks(), item)
         numbers = shards.exchanged_numbers(make_objective(self.config))
-        found = volumes(ranks, teacher_ranks, rows, vocab_size, width, self.teacher_width, item, numbers=numbers)
+        found = volumes(student, teacher, rows, ranks=ranks, numbers=numbers)
         mode = min(found, key=lambda name: found[name])
         if dist.get_rank(self.group) == 0:
             listed = ", ".join(f"{name} {volume / 1e6:.4g} MB" for name, volume in found.items())
-            kept = "" if teacher_ranks > 1 else ", the teacher's head is there anyway"
+            kept = "" if weight.requires_grad else ", the student's head is frozen"
+            kept += "" if teacher.ranks > 1 else ", the teacher's head is there anyway"
             logger.info(
                 "distill.exchange: auto -> %s (per rank and micro-batch: %s; W %d, rows %d, V %d, D %d, E %d%s)",
                 *(mode, listed, ranks, rows, vocab_size, width, self.teacher_width, kept),

@@ -15,7 +15,7 @@ from kd_plugin.console import duration
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["continuation", "diverged", "report"]
+__all__ = ["continuations", "diverged", "report"]
 
 _QUALITY = {
     "perplexity": ("held-out perplexity", "{:.2f}"),
@@ -25,12 +25,16 @@ _QUALITY = {
 }
 
 
-@torch.no_grad()
-def continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
-    """Greedy continuation of `prompt`; for a sharded model all ranks must call this.
+def continuations(
+    models: Mapping[str, nn.Module], tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int
+) -> dict[str, str]:
+    """Each model's greedy continuation of `prompt`; for sharded models all ranks must call this."""
+    return {name: _continuation(model, tokenizer, prompt, num_tokens) for name, model in models.items()}
 
-    Without a key-value cache: a few tokens are not worth depending on every model's cache under sharding.
-    """
+
+@torch.no_grad()
+def _continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
+    """Without a key-value cache: a few tokens are not worth depending on every model's cache under sharding."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)  # [1, S]
     start = ids.shape[1]

@@ -47,7 +47,7 @@ from kd_plugin.models import (
     progress_bars,
 )
 from kd_plugin.plugin import attach
-from kd_plugin.report import continuation, diverged, report
+from kd_plugin.report import continuations, diverged, report
 from kd_plugin.tensorboard import make_writer
 
 if TYPE_CHECKING:
@@ -172,9 +172,13 @@ def _session(
     plugin.teacher = engine.teacher
     for note in engine.applied_notes:
         logger.info("%s", note)
-    ranks = {"rank": place.rank, "world_size": place.world_size, "micro_batch_size": train.micro_batch_size}
-    num_sequences = train.eval_sequences or len(held_out)
-    batches = TrainBatches(dataset, gradient_accumulation_steps=accumulation, seed=train.seed, **ranks)
+    ranks = {"rank": place.rank, "world_size": place.world_size}
+    in_training = {"micro_batch_size": train.micro_batch_size, "gradient_accumulation_steps": accumulation}
+    batches = TrainBatches(dataset, seed=train.seed, **in_training, **ranks)
+    in_evaluation = {
+        "micro_batch_size": train.eval_micro_batch_size or train.micro_batch_size,
+        "num_sequences": train.eval_sequences or len(held_out),
+    }
     logger.info("%d steps read the training text %.2f times", train.max_steps, batches.epochs(train.max_steps))
     folder = Path(config.log.output_dir)
     if place.rank == 0:
@@ -190,7 +194,7 @@ def _session(
         engine=engine,
         plugin=plugin,
         batches=batches,
-        held_out=partial(eval_batches, held_out, num_sequences=num_sequences, **ranks),
+        held_out=partial(eval_batches, held_out, **in_evaluation, **ranks),
         writer=writer,
     )
 
@@ -285,16 +289,12 @@ def _plain_student(build: Callable[[], PreTrainedModel], material: _Material) ->
 
 def _samples(session: Session, material: _Material) -> dict[str, str]:
     """Continuations by teacher and student. Sharded models gather in step, so all ranks come here."""
-    log = session.config.log
+    log, engine = session.config.log, session.engine
     if not log.sample_prompt:
         return {}
-    engine = session.engine
     engine.student.eval()
     models = {"teacher": material.teacher, "student": engine.module}
-    samples = {
-        name: continuation(model, material.tokenizer, log.sample_prompt, log.sample_tokens)
-        for name, model in models.items()
-    }
+    samples = continuations(models, material.tokenizer, log.sample_prompt, log.sample_tokens)
     for name, text in samples.items():
         session.writer.text(f"sample/{name}", text)
     return {"prompt": log.sample_prompt, **samples}

@@ -16,8 +16,8 @@ from kd_plugin.estimate import Estimate, EstimateError, estimate
 from kd_plugin.estimate.memory import memory
 from kd_plugin.estimate.report import notes_of
 from kd_plugin.estimate.wire import settled
-from kd_plugin.exchange import logits_bytes, stats_bytes, weight_bytes
 from kd_plugin.row_kernels import block_rows
+from kd_plugin.volumes import Head, logits_bytes, stats_bytes, weight_bytes
 from tests.tiny import make_folder, run_config
 
 QWEN = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
@@ -58,25 +58,28 @@ def command(folder: Path, *arguments: str, **sections: object) -> Result:
     return CliRunner().invoke(app, ["estimate", str(path), *arguments], prog_name="kd-plugin")
 
 
+QWEN_HEADS = Head(151936, 2048, 8, item_bytes=2, reduced_bytes=2), Head(151936, 4096, 8, item_bytes=2)
+
+
 def test_published_volumes_of_qwen3_at_eight_ranks() -> None:
     """W 8, n 2048, 1.7B from 8B, bf16; the logits' volume there is for logits in bf16, ours travel in fp32."""
-    ranks, rows, vocab, student, teacher, item = 8, 2048, 151936, 2048, 4096, 2
-    assert weight_bytes(ranks, vocab, student, teacher, item) / 1e6 == pytest.approx(2178, abs=1)
-    assert stats_bytes(ranks, rows, student, teacher, item) / 1e6 == pytest.approx(294, rel=0.02)
+    ranks, rows, vocab = 8, 2048, 151936
+    assert weight_bytes(*QWEN_HEADS) / 1e6 == pytest.approx(2178, abs=1)
+    assert stats_bytes(*QWEN_HEADS, rows, ranks=ranks) / 1e6 == pytest.approx(294, rel=0.02)
     narrower = 2 * rows * vocab * (ranks - 1) / ranks
-    volume = logits_bytes(ranks, rows, vocab, student, teacher, item) - narrower
-    assert volume / 1e6 == pytest.approx(1751, abs=1)
+    assert (logits_bytes(*QWEN_HEADS, rows, ranks=ranks) - narrower) / 1e6 == pytest.approx(1751, abs=1)
 
 
 def test_zero3_moves_the_heads_as_the_formula_says(qwen: Path) -> None:
     found = estimate(qwen_config(qwen, parallel="deepspeed"), world_size=8)
     assert found.exchanges["weight"].num_bytes / 1e6 == pytest.approx(2178, abs=1)
-    assert found.exchanges["stats"].num_bytes > stats_bytes(8, 2048, 2048, 4096, 2), "the student's head still moves"
+    alone = stats_bytes(*QWEN_HEADS, 2048, ranks=8)
+    assert found.exchanges["stats"].num_bytes > alone, "the student's head still moves"
 
 
 def test_fsdp_reduces_the_heads_gradient_in_fp32(qwen: Path) -> None:
     found = estimate(qwen_config(qwen, parallel="fsdp"), world_size=8)
-    more = found.exchanges["weight"].num_bytes - weight_bytes(8, 151936, 2048, 4096, 2)
+    more = found.exchanges["weight"].num_bytes - weight_bytes(*QWEN_HEADS)
     assert more == pytest.approx(7 / 8 * 151936 * 2048 * 2)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kd_plugin.estimate.meta import ModelSizes
 from kd_plugin.estimate.setup import Line, Setup
-from kd_plugin.exchange import logits_bytes, stats_bytes, volumes, weight_bytes
 from kd_plugin.objective import make_objective
 from kd_plugin.row_kernels import shards
+from kd_plugin.volumes import Head, stats_bytes, teacher_logits_bytes, volumes
 
 _FLOAT = 4
 
@@ -42,45 +43,52 @@ def recommended(setup: Setup) -> str:
 
 def settled(setup: Setup) -> str:
     """The exchange that the run will take: as configured, or by the plugin's own rule for `auto`."""
-    configured, student, teacher = setup.distill.exchange, setup.student, setup.teacher
+    configured, teacher = setup.distill.exchange, setup.teacher
     if setup.world_size == 1:
         return "weight"
     if configured != "auto":
         return configured
     if not setup.student_head_in_rows or teacher is None or len(exchanges(setup)) == 1:
         return "weight"
-    sizes = (student.vocab_size, student.width, teacher.width, setup.student_item)
-    teacher_ranks = 1 if teacher.tied else setup.teacher_ranks
+    item = setup.student_item  # of both heads: the plugin's rule knows the hidden states' only
+    own, other = _student_head(setup)._replace(item_bytes=item), _teacher_head(setup, teacher)._replace(item_bytes=item)
+    other = other._replace(ranks=1) if teacher.tied else other
     numbers = shards.exchanged_numbers(make_objective(setup.distill))
-    found = volumes(setup.group_ranks, teacher_ranks, setup.tokens, *sizes, numbers=numbers)
+    found = volumes(own, other, setup.tokens, ranks=setup.group_ranks, numbers=numbers)
     return min(found, key=lambda name: found[name])
 
 
-def _student_head(setup: Setup) -> tuple[float, str]:
+def _student_head(setup: Setup) -> Head:
+    student, reduced = setup.student, setup.student_item if setup.is_zero else _FLOAT
+    ranks = setup.group_ranks if setup.gathers_student else 1
+    return Head(student.vocab_size, student.width, ranks, setup.student_item, reduced if student.head_trainable else 0)
+
+
+def _teacher_head(setup: Setup, teacher: ModelSizes) -> Head:
+    return Head(teacher.vocab_size, teacher.width, setup.teacher_ranks, setup.teacher_item)
+
+
+def _student_gathered(setup: Setup) -> tuple[float, str]:
     """Gathering the student's head and reducing its gradient, where that happens per micro-batch."""
+    head = _student_head(setup)
     if not setup.gathers_student:
         return 0.0, f"student's head is whole under {setup.mode}"
-    student, item, ranks = setup.student, setup.student_item, setup.group_ranks
-    reduced = item if setup.is_zero else _FLOAT
-    both = weight_bytes(ranks, student.vocab_size, student.width, 0, item)
-    extra = (ranks - 1) / ranks * student.head_numel * (reduced - item)
-    if not student.head_trainable:
-        return both / 2, f"f V D x {item}"
-    return both + extra, f"f V D x ({item} gathered + {reduced} reduced)"
+    if not head.reduced_bytes:
+        return head.num_bytes, f"f V D x {head.item_bytes}"
+    return head.num_bytes, f"f V D x ({head.item_bytes} gathered + {head.reduced_bytes} reduced)"
 
 
-def _teacher_head(setup: Setup) -> tuple[float, str]:
+def _teacher_gathered(setup: Setup) -> tuple[float, str]:
     teacher = setup.teacher
     if teacher is None or not setup.teacher_sharded:
         return 0.0, "teacher's head is whole" if teacher else "no teacher"
-    size = weight_bytes(setup.teacher_ranks, teacher.vocab_size, 0, teacher.width, setup.teacher_item)
-    return size, f"f V' E x {setup.teacher_item}"
+    return _teacher_head(setup, teacher).num_bytes, f"f V' E x {setup.teacher_item}"
 
 
 def _weight(setup: Setup) -> Volume:
     if setup.world_size == 1:
         return Volume(0.0, "one rank: nothing crosses a wire")
-    (student, how), (teacher, teacher_how) = _student_head(setup), _teacher_head(setup)
+    (student, how), (teacher, teacher_how) = _student_gathered(setup), _teacher_gathered(setup)
     return Volume(student + teacher, f"{how} + {teacher_how}")
 
 
@@ -89,28 +97,27 @@ def _tied_teacher(setup: Setup) -> tuple[float, str]:
     assert setup.teacher is not None
     if not (setup.teacher.tied and setup.teacher_sharded):
         return 0.0, ""
-    size, how = _teacher_head(setup)
+    size, how = _teacher_gathered(setup)
     return size, f" + {how} (tied to its embedding)"
 
 
 def _logits(setup: Setup) -> Volume:
-    teacher = setup.teacher
-    assert teacher is not None
-    student, how = _student_head(setup)
+    assert setup.teacher is not None
+    student, how = _student_gathered(setup)
     tied, tied_how = _tied_teacher(setup)
-    own = logits_bytes(setup.group_ranks, setup.rows, setup.shared_vocab, 0, teacher.width, setup.teacher_item)
+    heads = _student_head(setup), _teacher_head(setup, setup.teacher)
+    own = teacher_logits_bytes(*heads, setup.rows, ranks=setup.group_ranks)
     return Volume(student + own + tied, f"{how} + (W - 1) n E x {setup.teacher_item} + f n V x 4{tied_how}")
 
 
 def _stats(setup: Setup) -> Volume:
-    student, teacher, item = setup.student, setup.teacher, setup.student_item
+    teacher, ranks = setup.teacher, setup.group_ranks
     m, k = numbers = shards.exchanged_numbers(make_objective(setup.distill))
-    size = stats_bytes(setup.group_ranks, setup.rows, student.width, 0, item, numbers=numbers)
-    if teacher is not None:
-        size += (setup.group_ranks - 1) * setup.rows * teacher.width * setup.teacher_item
-    how = f"(W - 1) n ({item} D + {setup.teacher_item} E + 4 D + 4 x {m} W + 8 x {k} + 16)"
+    other = None if teacher is None else _teacher_head(setup, teacher)
+    size = stats_bytes(_student_head(setup), other, setup.rows, ranks=ranks, numbers=numbers)
+    how = f"(W - 1) n ({setup.student_item} D + {setup.teacher_item} E + 4 D + 4 x {m} W + 8 x {k} + 16)"
     if not setup.student_head_in_rows:
-        extra, extra_how = _student_head(setup)
+        extra, extra_how = _student_gathered(setup)
         size, how = size + extra, f"{how} + {extra_how}"
     if teacher is not None:
         tied, tied_how = _tied_teacher(setup)
@@ -165,8 +172,8 @@ def _student(setup: Setup) -> list[Line]:
         ]
     rest = student.numel - student.head_numel
     rest_trained = trained - student.head_numel * student.head_trainable
-    # FSDP2 leaves its root whole and an untied embedding needs no weight in backward; a tied one is gathered again
-    again = sum(unit.numel for unit in student.units if unit.name in ("layer", "embedding and head"))
+    # FSDP2 leaves its root whole, and neither embedding nor head need their weights in backward.
+    again = sum(unit.numel for unit in student.units if unit.name == "layer")
     twice = rest if setup.is_zero else again
     gathered = times * share * (rest + twice) * item
     reduced_item = item if setup.is_zero else _FLOAT

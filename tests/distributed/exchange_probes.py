@@ -150,11 +150,12 @@ def groups(rank: int) -> dict[str, set[tuple[int, ...]]]:
 def automatic(rank: int) -> dict[str, list[str]]:
     """By layout: the mode that `auto` takes on this rank, and what rank 0 says about it."""
     found = {}
-    for name in ("sharded", "replicated", "tied", "groups"):
+    for name in ("sharded", "replicated", "tied", "frozen", "groups"):
         widths = enumerate((STUDENT_WIDTH, TEACHER_WIDTH))
         student, teacher = (make_model("llama", width, VOCAB_SIZE, seed=i) for i, width in widths)
         if name == "tied":
             teacher.get_output_embeddings().weight = teacher.get_input_embeddings().weight
+        student.get_output_embeddings().requires_grad_(name != "frozen")
         plugin = kd.attach(student, teacher, make_config("auto"))
         mesh = fsdp.make_mesh("cpu", 4, shard_size=2 if name == "groups" else 4)
         fsdp.shard_student(student, mesh, dtype=torch.float32)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_plugin import exchange
+from kd_plugin import volumes
 from kd_plugin.parallel.fsdp import ShardingError, make_mesh
 from tests.distributed import exchange_probes as probes
 from tests.distributed import exchange_worker
@@ -197,13 +197,14 @@ def test_statistics_leave_no_rank_with_a_whole_head_or_row_of_logits(result_of: 
 
 
 def test_bytes_on_the_wire_are_those_of_the_formulas(result_of: Callable[..., Any]) -> None:
-    width = probes.TRAFFIC_WIDTH
+    large = volumes.Head(probes.TRAFFIC_VOCAB, probes.TRAFFIC_WIDTH, 4, item_bytes=4, reduced_bytes=4)
+    small = volumes.Head(probes.LOGITS_VOCAB, probes.LOGITS_WIDTH, 4, item_bytes=4, reduced_bytes=4)
+    rows = probes.TRAFFIC_ROWS
     expected = {
-        "weight": exchange.weight_bytes(4, probes.TRAFFIC_VOCAB, width, width, 4),
-        "stats": exchange.stats_bytes(4, probes.TRAFFIC_ROWS, width, width, 4, numbers=probes.NUMBERS),
+        "weight": volumes.weight_bytes(large, large._replace(reduced_bytes=0)),
+        "stats": volumes.stats_bytes(large, large, rows, ranks=4, numbers=probes.NUMBERS),
+        "logits": volumes.logits_bytes(small, small, probes.LOGITS_ROWS, ranks=4),
     }
-    rows, vocab_size, width = probes.LOGITS_ROWS, probes.LOGITS_VOCAB, probes.LOGITS_WIDTH
-    expected["logits"] = exchange.logits_bytes(4, rows, vocab_size, width, width, 4)
     for counted in result_of(probe=("four", "traffic")):
         assert counted == pytest.approx(expected, rel=0.05)
         assert 4 * counted["stats"] < counted["weight"]
@@ -219,20 +220,24 @@ def test_copies_of_sharded_models_exchange_within_their_group(result_of: Callabl
 
 
 def test_auto_counts_what_weight_really_gathers(result_of: Callable[..., Any]) -> None:
-    sizes = (probes.AUTO_ROWS, probes.VOCAB_SIZE, probes.STUDENT_WIDTH, probes.TEACHER_WIDTH, 4)
-    volumes_of = functools.partial(exchange.volumes, numbers=probes.NUMBERS)
+    def volumes_of(ranks: int, teacher_ranks: int, reduced: int = 4) -> dict[str, float]:
+        student = volumes.Head(probes.VOCAB_SIZE, probes.STUDENT_WIDTH, ranks, 4, reduced)
+        teacher = volumes.Head(probes.VOCAB_SIZE, probes.TEACHER_WIDTH, teacher_ranks, 4)
+        return volumes.volumes(student, teacher, probes.AUTO_ROWS, ranks=ranks, numbers=probes.NUMBERS)
+
     expected = {
-        "sharded": ("stats", volumes_of(4, 4, *sizes), "W 4, "),
-        "replicated": ("weight", volumes_of(4, 1, *sizes), "the teacher's head is there anyway"),
-        "tied": ("weight", volumes_of(4, 1, *sizes), "the teacher's head is there anyway"),
-        "groups": ("stats", volumes_of(2, 2, *sizes), "W 2, "),
+        "sharded": ("stats", volumes_of(4, 4), "W 4, "),
+        "replicated": ("weight", volumes_of(4, 1), "the teacher's head is there anyway"),
+        "tied": ("weight", volumes_of(4, 1), "the teacher's head is there anyway"),
+        "frozen": ("weight", volumes_of(4, 4, reduced=0), "the student's head is frozen"),
+        "groups": ("stats", volumes_of(2, 2), "W 2, "),
     }
     everyone = result_of(probe=("four", "automatic"))
-    for name, (mode, volumes, words) in expected.items():
+    for name, (mode, sizes, words) in expected.items():
         assert [found[name][0] for found in everyone] == [mode] * 4
         (message,) = everyone[0][name][1:]
         assert words in message
-        assert all(f"{exchange_mode} {size / 1e6:.4g} MB" in message for exchange_mode, size in volumes.items())
+        assert all(f"{exchange_mode} {size / 1e6:.4g} MB" in message for exchange_mode, size in sizes.items())
     saved = expected["sharded"][1]["weight"] - expected["replicated"][1]["weight"]
     assert saved == pytest.approx(3 / 4 * probes.VOCAB_SIZE * probes.TEACHER_WIDTH * 4)
 
