@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import Options, Row, Target, figure, markdown, median_ratio, options, publish, write_csv
-from exchange_worker import Job, launch
+from exchange_worker import PRODUCTS, VARIANTS, Job, launch
 
 from kd_plugin.volumes import Head, logits_bytes, stats_bytes, weight_bytes
 
 MODES = ("weight", "logits", "stats")
-WITHOUT = ("weight, no metrics", "stats, no metrics")
 PAIRS = (("weight", "stats"), ("weight", "logits"), ("logits", "stats"))
 LIMITS = {(2, 256): 0.55, (2, 1024): 0.61, (4, 256): 0.52}  # of stats / weight, by ranks and rows
 COLORS = {"weight": "tab:gray", "logits": "tab:orange", "stats": "tab:blue"}
@@ -75,10 +74,10 @@ def run_job(run: Options, heads: Heads, ranks: int, rows: Sequence[int], modes: 
     with tempfile.TemporaryDirectory() as folder:
         lines = launch(job, ranks, Path(folder))
     for line in lines:
-        mode, rest = line["mode"].partition(",")[::2]
+        mode = line["mode"]
         line |= {"W": ranks, "V": heads.vocab}
-        line["formula"] = None if rest else formula(mode, heads, ranks, line["rows"])
-    losses = {(line["rows"], round(line["loss"], 3)) for line in lines}
+        line["formula"] = formula(mode, heads, ranks, line["rows"]) if mode in MODES else None
+    losses = {(line["rows"], round(line["loss"], 3)) for line in lines if line["mode"] != PRODUCTS}
     if len(losses) != len(rows):
         raise RuntimeError(f"the modes do not compute the same loss: {sorted(losses)}")
     return lines
@@ -88,7 +87,7 @@ def time_targets(lines: Sequence[Row]) -> list[Target]:
     """What was promised of stats / weight, judged."""
     found = []
     for (ranks, rows), limit in LIMITS.items():
-        for rest in ("", ", no metrics"):
+        for rest in ("", *(f", {variant}" for variant in VARIANTS)):
             at = {line["mode"]: line["seconds"] for line in lines if (line["W"], line["rows"]) == (ranks, rows)}
             ratio = median_ratio(at.get(f"stats{rest}", ()), at.get(f"weight{rest}", ()))
             found.append(Target(f"time of stats / weight, W={ranks}, {rows} rows{rest}", limit, ratio))
@@ -123,6 +122,8 @@ def time_table(lines: Sequence[Row]) -> list[Row]:
         row |= {f"{mode}, ms": statistics.median(here[mode]["seconds"]) * 1e3 for mode in MODES}
         row |= {f"{mode}, MB": here[mode]["bytes"] / 1e6 for mode in MODES}
         row["stats / weight"] = median_ratio(here["stats"]["seconds"], here["weight"]["seconds"])
+        if PRODUCTS in here:
+            row["products / weight"] = median_ratio(here[PRODUCTS]["seconds"], here["weight"]["seconds"])
         row["rounds"] = len(here["stats"]["seconds"])
         table.append(row)
     return table
@@ -200,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     large, small, rows, small_rows = sizes(run.quick)
     lines: dict[Heads, list[Any]] = {large: [], small: []}
     for ranks, counts in rows.items():
-        lines[large] += run_job(run, large, ranks, counts, (*MODES, *WITHOUT))
+        variants = (f"{mode}, {variant}" for variant in VARIANTS for mode in ("weight", "stats"))
+        lines[large] += run_job(run, large, ranks, counts, (*MODES, *variants, PRODUCTS))
         both = (*small_rows, *around(break_even(PAIRS[0], small, ranks)))
         lines[small] += run_job(run, small, ranks, sorted(both), MODES)
     everything = [*lines[large], *lines[small]]
@@ -216,7 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     meets = ", ".join(f"{break_even(PAIRS[0], large, ranks):,.0f} rows at W={ranks}" for ranks in rows)
     parts = [
         f"fp32, gloo on one machine, V={large.vocab}, D=E={large.student}; medians. By the formulas `stats` receives "
-        f"less than `weight` up to {meets}.",
+        f"less than `weight` up to {meets}. `products` are the four matrix products of a rank's rows by `torch.mm`, "
+        "which no mode can avoid: below products / weight, stats / weight cannot fall.",
         markdown([target.row() for target in (*time_targets(lines[large]), *byte_targets(everything, small))]),
         "![](results/exchange.png)",
         markdown(time_table(lines[large])),

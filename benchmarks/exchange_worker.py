@@ -24,6 +24,9 @@ from torch.distributed.fsdp import fully_shard
 import kd_plugin as kd
 from kd_plugin.parallel import fsdp
 
+PRODUCTS = "products"
+"""Instead of an exchange: the four matrix products of a rank's rows, by `torch.mm`, which none of them can avoid."""
+VARIANTS = {"no metrics": {"metrics": False}, "eager": {"row_kernel": "eager"}}
 IDS = 64  # of the embeddings, which stay whole; labels come from the whole vocabulary
 
 
@@ -66,10 +69,12 @@ def shard(model: nn.Module) -> None:
 
 
 def make_step(job: Job, mode: str) -> Callable[[int], float]:
-    """`mode` is an exchange, or one followed by `, no metrics` -> a step on so many rows, which returns its loss."""
-    exchange, _, rest = mode.partition(",")
+    """`mode` is `PRODUCTS`, an exchange, or `EXCHANGE, VARIANT` -> a step on so many rows, which returns its loss."""
+    if mode == PRODUCTS:
+        return _products(job)
+    exchange, _, variant = mode.partition(", ")
     student, teacher = make_model(job, 0), make_model(job, 1)
-    kd.attach(student, teacher, kd.DistillConfig(exchange=exchange, metrics=not rest))
+    kd.attach(student, teacher, kd.DistillConfig(exchange=exchange, **VARIANTS.get(variant, {})))
     shard(student)
     shard(teacher)
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -82,6 +87,21 @@ def make_step(job: Job, mode: str) -> Callable[[int], float]:
         loss.backward()
         student.zero_grad()
         return float(loss.detach())
+
+    return step
+
+
+def _products(job: Job) -> Callable[[int], float]:
+    hidden, weight = torch.randn(max(job.rows), job.width), torch.randn(job.vocab, job.width)
+    logits = torch.empty(max(job.rows), job.vocab)
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def step(rows: int) -> float:
+        for _ in range(2):  # student and teacher
+            torch.mm(hidden[:rows], weight.t(), out=logits[:rows])
+        torch.mm(logits[:rows], weight, out=grad_hidden[:rows])
+        torch.mm(logits[:rows].t(), hidden[:rows], out=grad_weight)
+        return 0.0
 
     return step
 

@@ -6,7 +6,6 @@ Notable decisions:
 - the loss returns the head's gradient without reading the weight in backward, and an input embedding's backward
   reads indices only, so neither is gathered again there (`set_unshard_in_backward(False)`). An adapter on the
   embedding reads its weights, and is;
-- on CPUs the next layer is gathered while a layer computes. On GPUs FSDP2 does so by itself, with streams;
 - a frozen model says `reshard_after_forward=True` at its root too: without a backward pass nothing else
   would ever free the gathered root parameters.
 """
@@ -14,16 +13,13 @@ Notable decisions:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 __all__ = [
@@ -124,11 +120,8 @@ def shard_teacher(model: nn.Module, mesh: DeviceMesh, *, offload: bool = False) 
 
 
 def _shard(model: nn.Module, options: dict[str, Any], *, frozen: bool) -> None:
-    layers = decoder_layers(model)
-    for layer in layers:
+    for layer in decoder_layers(model):
         fully_shard(layer, reshard_after_forward=True, **options)
-    if options["mesh"].device_type == "cpu" and not getattr(model, "is_gradient_checkpointing", False):
-        _gather_ahead(layers)  # recomputing a layer in backward would gather the one that was just given back
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for unit in ([embedding, head],) if embedding.weight is head.weight else ([embedding], [head]):
         fully_shard(unit, reshard_after_forward=True, **options)
@@ -136,13 +129,3 @@ def _shard(model: nn.Module, options: dict[str, Any], *, frozen: bool) -> None:
             unit[0].set_unshard_in_backward(False)
     # A trainable root keeps its few parameters from forward to backward (None is FSDP2's rule for roots).
     fully_shard(model, reshard_after_forward=True if frozen else None, **options)
-
-
-def _gather_ahead(layers: Sequence[FSDPModule]) -> None:
-    """Ask for each layer's weights before the one in front of it computes."""
-
-    def ask_for(following: FSDPModule, *_: Any) -> None:
-        following.unshard(async_op=True)
-
-    for layer, following in pairwise(layers):
-        layer.register_forward_pre_hook(partial(ask_for, following))
