@@ -69,6 +69,15 @@ def machine(run: Options) -> str:
     return ", ".join(parts) + (". **The machine was busy: do not trust the times**" if busy else "")
 
 
+def emulates_bfloat16(device: str) -> bool:
+    """Whether bfloat16 is slower than float32 here; racing it would say nothing about processors that have it."""
+    import torch
+
+    from kd_plugin.precision import automatic_dtype
+
+    return automatic_dtype(torch.device(device))[0] == "float32"
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

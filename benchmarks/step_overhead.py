@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Options, Row, Target, markdown, median_ratio, options, publish, write_csv
+from common import Options, Row, Target, emulates_bfloat16, markdown, median_ratio, options, publish, write_csv
 from contestants import relative
 from race import Sample, timed
 from torch import Tensor, nn
@@ -100,10 +100,9 @@ def make_steps(models: Models, ids: Tensor) -> dict[str, Callable[[], Tensor | N
 
 
 def check_same_cross_entropy(models: Models, steps: dict[str, Callable[[], Tensor | None]], ids: Tensor) -> None:
-    """First step of both: its cross-entropy is that of the same hidden states in fp32.
+    """First steps: their cross-entropies are those of the same hidden states in fp32.
 
-    Torch's chunks add up their losses in the precision of the hidden states, in bf16 some per cent off; that is
-    rounding, and not other work.
+    In bf16 torch's chunks add up their losses in bf16, some per cent off; that is rounding, and not other work.
 
     Raises:
         RuntimeError: one is further off, and so does not do the same work.
@@ -117,11 +116,12 @@ def check_same_cross_entropy(models: Models, steps: dict[str, Callable[[], Tenso
     losses = {name: steps[name]() for name in PARTS}
     losses[DISTILLATION] = torch.tensor(models.plugin.metrics()["hard_loss"])
     first_tuning = next(iter(FINE_TUNING))  # the second starts from its weights
-    for name, allowed in ((DISTILLATION, 1e-4 if exact else 2e-3), (first_tuning, 1e-4 if exact else 5e-2)):
+    for name, allowed in ((DISTILLATION, 1e-4 if exact else 2e-3), (first_tuning, 1e-4 if exact else 0.1)):
         found = losses[name]
         assert found is not None
-        print(f"  {name}: cross-entropy {found:.5g}, of the same states in fp32 {wanted:.5g}", flush=True)
-        if (difference := relative(found.cpu(), wanted.cpu())) > allowed:
+        difference = relative(found.cpu(), wanted.cpu())
+        print(f"  {name}: cross-entropy {found:.5g}, {difference:.1g} off that of the same states in fp32", flush=True)
+        if difference > allowed:
             raise RuntimeError(f"{name}: its cross-entropy is {difference:.2g} off that of the same states in fp32")
 
 
@@ -181,14 +181,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     batch, length = (1, 32) if run.quick else (2, 512)
     table: list[Row] = []
     judged: list[Target] = []
-    for dtype in ("float32", "bfloat16"):
+    dtypes = ("float32",) if emulates_bfloat16(run.device) else ("float32", "bfloat16")
+    for dtype in dtypes:
         print(dtype, flush=True)
-        rows, verdicts = measure(run, dtype, batch, length, run.minutes * 60 / 2 - 30)
+        rows, verdicts = measure(run, dtype, batch, length, run.minutes * 60 / len(dtypes) - 30)
         table += rows
         judged += verdicts
     write_csv(run, "step_overhead", table)
     parts = [
-        f"Batch {batch} x {length} tokens, {'quick models' if run.quick else 'the quickstart models'}, one process.",
+        f"Batch {batch} x {length} tokens, {'quick models' if run.quick else 'the quickstart models'}, one process."
+        + ("" if "bfloat16" in dtypes else " Not in bf16, which this processor only emulates."),
         markdown([target.row() for target in judged]),
         markdown(table),
     ]

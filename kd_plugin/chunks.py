@@ -248,11 +248,14 @@ def _run(
             grad_bias[:vocab_size] += gradient.sum(0)
         if low_rank is not None:
             low_rank.take_gradient(gradient, rows)
-        narrow = loop.narrow(gradient, weight.dtype)
+        narrow = None
         if grad_hidden is not None:
-            grad_hidden[rows] = hidden_gradient(narrow, weight[:vocab_size]).to(hidden.dtype)
+            factor = loop.operand.for_gradient
+            narrow = loop.narrow(gradient, factor.dtype)
+            grad_hidden[rows] = hidden_gradient(narrow, factor).to(hidden.dtype)
         if grad_weight is not None:
-            narrow = narrow if weight.dtype == hidden.dtype else gradient.to(hidden.dtype)
+            if hidden.is_cuda and (narrow is None or narrow.dtype != hidden.dtype):
+                narrow = loop.narrow(gradient, hidden.dtype)
             accumulate_outer(grad_weight[:vocab_size], gradient, narrow, chunk_hidden, first=index == 0)
     held = [loop.student, loop.teacher, grad_hidden, grad_weight, grad_bias]
     problem.workspace_bytes = sum(t.numel() * t.element_size() for t in held if t is not None)

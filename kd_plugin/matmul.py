@@ -1,7 +1,8 @@
 """Matrix products whose result is not rounded to the precision of the operands.
 
 CUDA multiplies bf16 and fp16 with an fp32 result (`out_dtype`). The CPU has no such product (torch 2.13), so
-the operands are upcast there: the head's weight once per call, the hidden states chunk by chunk.
+the operands are upcast there: the head's weight once per call, the hidden states chunk by chunk. The hidden
+states' gradient is multiplied in the models' precision, unless the processor would only emulate it (`slowdown`).
 
 Where it is the faster library, oneDNN multiplies in fp32 instead of MKL (see `fastest_fp32`).
 """
@@ -9,7 +10,8 @@ Where it is the faster library, oneDNN multiplies in fp32 instead of MKL (see `f
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -47,6 +49,33 @@ def fastest_fp32() -> Iterator[None]:
         torch.backends.mkldnn.matmul.fp32_precision = chosen
 
 
+@functools.cache
+def slowdown(dtype: torch.dtype, device_type: str) -> float:
+    """How many times as long a product in `dtype` takes as one in float32.
+
+    Many processors without AVX-512 or AMX units take ten times as long in bfloat16 (measured on Zen 3 with torch 2.13:
+    4 to 40 times, by shape). No list of instruction sets says so for every processor and every build of torch, so it
+    is measured once: a tenth of a second.
+    """
+    return _seconds_of_products(dtype, device_type) / _seconds_of_products(torch.float32, device_type)
+
+
+def _seconds_of_products(dtype: torch.dtype, device_type: str) -> float:
+    """Of a layer's forward product and of its gradient's, the fastest of a few."""
+    hidden = torch.ones(128, 512, dtype=dtype, device=device_type)
+    weight = torch.ones(512, 512, dtype=dtype, device=device_type)
+    return _fastest(lambda: hidden @ weight.t()) + _fastest(lambda: hidden @ weight)
+
+
+def _fastest(product: Callable[[], Tensor], repeats: int = 4) -> float:
+    found = []
+    for _ in range(repeats):  # the first pays for setting up
+        start = time.perf_counter()
+        product()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
 class Operand:
     """A head weight `[V, D]` as the right-hand side of `hidden @ weight.T` with a result in `dtype`.
 
@@ -65,6 +94,13 @@ class Operand:
         self.wide = weight
         if weight.dtype != dtype and not (self.native or self.rounded):
             self.wide = buffer(f"{name} weight", *weight.shape, dtype, weight.device).copy_(weight)
+
+    @property
+    def for_gradient(self) -> Tensor:
+        """The weight that the logits' gradient is multiplied by: as it is, or wide where that is faster."""
+        if self.wide is self.weight or self.weight.is_cuda or slowdown(self.weight.dtype, "cpu") <= 1:
+            return self.weight
+        return self.wide
 
 
 def mm_into(out: Tensor, hidden: Tensor, operand: Operand) -> None:
@@ -95,7 +131,7 @@ def add_bias(out: Tensor, bias: Tensor | None) -> None:
 def accumulate_outer(
     total: Tensor,  # [V, D] fp32 or fp64
     gradient: Tensor,  # [n, V] in the dtype of `total`
-    narrow: Tensor,  # [n, V] the same values in the dtype of `hidden`
+    narrow: Tensor | None,  # [n, V] the same values in the dtype of `hidden`, if they are there; read on CUDA only
     hidden: Tensor,  # [n, D]
     *,
     first: bool,
@@ -105,6 +141,7 @@ def accumulate_outer(
     `first` overwrites, which saves clearing the buffer and one pass of additions.
     """
     if hidden.is_cuda and hidden.dtype != total.dtype:
+        narrow = gradient.to(hidden.dtype) if narrow is None else narrow
         if first:
             torch.mm(narrow.t(), hidden, out_dtype=total.dtype, out=total)
         else:

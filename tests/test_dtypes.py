@@ -59,8 +59,7 @@ def test_a_run_is_refused_before_a_model_is_loaded(
 
 def slower_by(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor whose bfloat16 products take `factor` times as long as those in float32."""
-    seconds = {torch.float32: 1.0, torch.bfloat16: factor}
-    monkeypatch.setattr(precision, "_seconds_of_products", lambda dtype, device: seconds[dtype])
+    monkeypatch.setattr(precision, "slowdown", lambda dtype, device_type: factor)
 
 
 @pytest.mark.parametrize(("factor", "chosen"), [(0.3, "bfloat16"), (12.0, "float32")])
