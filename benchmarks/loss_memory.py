@@ -33,12 +33,16 @@ OWN_MAPPINGS = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # read by glibc when a proce
 WARM_UP_ROWS = 128
 
 
-def formula(case: Case) -> int:
-    """Bytes that kd_plugin promises above inputs and outputs: 8 * C * V."""
+def chunk_rows(case: Case) -> int:
+    """Rows C of a full chunk."""
     from kd_plugin.chunks import rows_per_chunk
 
-    chunk = case.chunk_size or rows_per_chunk("auto", case.loss_memory_mb, case.vocab)
-    return 8 * min(chunk, case.rows) * case.vocab
+    return case.chunk_size or rows_per_chunk("auto", case.loss_memory_mb, case.vocab)
+
+
+def formula(case: Case) -> int:
+    """Bytes that kd_plugin promises above inputs and outputs: 8 * C * V."""
+    return 8 * min(chunk_rows(case), case.rows) * case.vocab
 
 
 def least_dense(case: Case) -> int:
@@ -143,6 +147,7 @@ class Plan:
         found = self._refusal(entry) or measure(entry, self.run.threads, max(60.0, self._left()))
         row: dict[str, Any] = {"contestant": entry.label, "N": case.rows, "GiB": None, "8CV GiB": None, "note": ""}
         row["8CV GiB"] = formula(case) / GIB if ours else None
+        row["C"] = chunk_rows(case) if ours else None
         row["seconds"] = None
         if isinstance(found, str):
             row["note"] = found
@@ -173,15 +178,20 @@ def targets(rows: Sequence[Row]) -> list[Target]:
     found = [Target("peak / 8CV, worst point of kd_plugin", 1.15, worst)]
     for label in dict.fromkeys(row["contestant"] for row in ours):
         by_rows = {row["N"]: row["GiB"] for row in ours if row["contestant"] == label}
-        full = [n for n in by_rows if n >= 2048]
+        chunk = next(row["C"] for row in ours if row["contestant"] == label)
+        full = [n for n in by_rows if n >= max(2048, chunk)]  # with fewer rows there is no full chunk
         growth = by_rows[max(full)] / by_rows[min(full)] if len(full) > 1 else None
         span = f"N={max(full)} / N={min(full)}" if len(full) > 1 else "N=32768 / N=2048"
         found.append(Target(f"{label}: peak at {span}", 1.05, growth))
     for n in dict.fromkeys(row["N"] for row in measured):
-        default = [row["GiB"] for row in ours if row["N"] == n and row["contestant"] == ours[0]["contestant"]]
-        peers = [row["GiB"] for row in measured if row["N"] == n and row["8CV GiB"] is None]
-        ratio = default[0] / min(peers) if default and peers else None
-        found.append(Target(f"kd_plugin (default budget) / smallest peer, N={n}", 1.0, ratio))
+        default = next((row for row in ours if (row["N"], row["contestant"]) == (n, ours[0]["contestant"])), None)
+        peers = [row for row in measured if row["N"] == n and row["8CV GiB"] is None]
+        if default is None or not peers:
+            continue
+        for what, limit, unit in (("memory", 1.0, "GiB"), ("time", 1.0, "seconds")):
+            least = min(peers, key=lambda row: row[unit])
+            name = f"{what} of kd_plugin (default budget) / {least['contestant']}, the least of all peers, N={n}"
+            found.append(Target(name, limit, default[unit] / least[unit]))
     return found
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from kd_plugin import checks
 from kd_plugin.collectives import all_reduce
 from kd_plugin.config import RunConfig, TrainConfig
-from kd_plugin.precision import automatic_dtype, with_dtypes
+from kd_plugin.precision import automatic_dtype, slow_dtype, with_dtypes
 
 __all__ = [
     "DTYPES",
@@ -73,7 +73,10 @@ class Placement:
             logger.info("dtype: auto -> %s (%s)", chosen, why)
             config = with_dtypes(config, chosen)
         for role in ("teacher", "student"):
-            checks.half_precision(f"{role}.dtype", DTYPES[getattr(config, role).dtype], self.device)
+            name = getattr(config, role).dtype
+            checks.half_precision(f"{role}.dtype", DTYPES[name], self.device)
+            if warning := slow_dtype(name, self.device):
+                logger.warning("%s.dtype %s", role, warning)
         return config
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from kd_plugin import checks
 from kd_plugin.config import RunConfig
 from kd_plugin.matmul import slowdown
 
-__all__ = ["automatic_dtype", "with_dtypes"]
+__all__ = ["automatic_dtype", "slow_dtype", "with_dtypes"]
 
 
 def automatic_dtype(device: torch.device) -> tuple[str, str]:
@@ -21,6 +21,14 @@ def automatic_dtype(device: torch.device) -> tuple[str, str]:
     if times <= 1:
         return "bfloat16", f"its products take {times:.1f} x as long as in float32 on this processor"
     return "float32", f"bfloat16 products take {times:.0f} x as long on this processor"
+
+
+def slow_dtype(name: str, device: torch.device) -> str:
+    """A warning about a half precision that `device` only emulates; empty for any other."""
+    times = slowdown(getattr(torch, name), "cpu") if device.type == "cpu" and name != "float32" else 1.0
+    if times <= 2:
+        return ""
+    return f"{name}: its products take {times:.0f} x as long as in float32 on this processor; write float32, or auto"
 
 
 def with_dtypes(config: RunConfig, dtype: str) -> RunConfig:

@@ -26,5 +26,8 @@ if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; the
 fi
 
 config=configs/smollm2_135m_to_8l_fsdp2.yaml
+if [ "$ranks" -gt 2 ]; then # the recipe's step is one sequence for each of two ranks
+    set -- "train.tokens_per_step=$((256 * ranks))" "$@"
+fi
 run kd-plugin validate "$config" "$@" # a mistake is told here, without the launcher's traceback
 run torchrun --standalone --nproc-per-node "$ranks" launch/train_fsdp.py "$config" "$@"

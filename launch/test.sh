@@ -8,8 +8,11 @@ bash launch/setup_venv.sh train,deepspeed,dev
 
 # Several test processes share the cores
 export OMP_NUM_THREADS=1
-if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    export DS_ACCELERATOR=cpu
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "+ python -m pytest -m gpu"
+    python -m pytest -m gpu
 fi
+# All others are about ranks on a CPU, also where there is a GPU
+export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 echo "+ python -m pytest $*"
 exec python -m pytest "$@"

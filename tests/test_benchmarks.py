@@ -143,6 +143,24 @@ def test_speed_targets_compare_the_right_lines(bench: Any) -> None:
     assert not any("uld" in what for what in judged)
 
 
+def test_memory_targets_compare_full_chunks_and_the_least_of_the_peers(bench: Any) -> None:
+    def line(contestant: str, n: int, gib: float, seconds: float, chunk: int | None = None) -> dict[str, Any]:
+        formula = None if chunk is None else min(chunk, n) / 1024
+        return {"contestant": contestant, "N": n, "GiB": gib, "8CV GiB": formula, "C": chunk, "seconds": seconds}
+
+    table = [line("kd_plugin, 512 MiB", n, 1.1, n / 1000, 1024) for n in (2048, 8192, 32768)]
+    table += [line("kd_plugin, 4096 MiB", n, n / 1024, 1.0, 8192) for n in (2048, 8192)]
+    table += [line("small", 2048, 1.0, 4.096), line("quick", 2048, 2.2, 1.024)]
+    judged = {target.what: target.found for target in bench.loss_memory.targets(table)}
+    assert judged["peak / 8CV, worst point of kd_plugin"] == pytest.approx(1.1)
+    assert judged["kd_plugin, 512 MiB: peak at N=32768 / N=2048"] == pytest.approx(1.0)
+    assert judged["kd_plugin, 4096 MiB: peak at N=32768 / N=2048"] is None, "one number of rows with a full chunk"
+    of_peers = "of kd_plugin (default budget) / {}, the least of all peers, N=2048"
+    assert judged[f"memory {of_peers.format('small')}"] == pytest.approx(1.1)
+    assert judged[f"time {of_peers.format('quick')}"] == pytest.approx(2.0)
+    assert not any("N=8192" in what and "peers" in what for what in judged), "nobody to compare with"
+
+
 def test_report_fills_its_blocks_and_leaves_the_rest(bench: Any, tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("| new |\n")
     page = "top\n<!-- results: a -->\nold\n<!-- end -->\nmiddle\n<!-- results: b -->\n<!-- end -->\n"

@@ -103,6 +103,18 @@ def test_a_run_says_what_auto_became_and_saves_it(
     assert (saved.teacher.dtype, saved.student.dtype) == ("float32", "float32")
 
 
+@pytest.mark.parametrize("factor", [0.3, 12.0])
+def test_a_precision_that_is_only_emulated_is_warned_of(
+    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slower_by(factor, monkeypatch)
+    place = Placement(CPU, rank=0, world_size=1, owns_group=False)
+    place.settled_precision(run_config(tmp_path, student={"dtype": "bfloat16"}))
+    warned = "student.dtype bfloat16: its products take 12 x as long as in float32 on this processor; write float32"
+    assert (warned in caplog.text) == (factor > 1)
+    assert "teacher.dtype" not in caplog.text
+
+
 def test_before_the_launch_auto_contradicts_no_deepspeed_block(tmp_path: Path) -> None:
     config = run_config(tmp_path, student={"dtype": "auto"}, deepspeed={"bf16": {"enabled": True}})
     assert zero.conflicts(config) == []
