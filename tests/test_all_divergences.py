@@ -171,8 +171,11 @@ def test_a_teacher_equal_to_the_student_gives_zero(divergence: str, dtype: torch
         assert grad.abs().max() < limit
 
 
-@pytest.mark.parametrize("side", ["teacher", "student", "both"])
-@pytest.mark.parametrize("divergence", NEW)
+INFINITE = {("forward_kl", "student"), ("soft_ce", "student"), ("reverse_kl", "teacher")}  # mass against none
+CASES = {(name, side) for name in ALL_DIVERGENCES for side in ("teacher", "student", "both")} - INFINITE
+
+
+@pytest.mark.parametrize(("divergence", "side"), sorted(CASES))
 def test_minus_infinity_is_probability_zero(divergence: str, side: str) -> None:
     """Distances of logits leave such a token out."""
     student, teacher = random_logits()
