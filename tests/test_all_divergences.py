@@ -177,8 +177,7 @@ CASES = {(name, side) for name in ALL_DIVERGENCES for side in ("teacher", "stude
 
 @pytest.mark.parametrize(("divergence", "side"), sorted(CASES))
 def test_minus_infinity_is_probability_zero(divergence: str, side: str) -> None:
-    """Distances of logits leave such a token out."""
-    student, teacher = random_logits()
+    student, teacher = random_logits()  # distances of logits leave such a token out
     for name, logits in (("student", student), ("teacher", teacher)):
         if side in (name, "both"):
             logits[:, 3] = logits[2, 5:] = -math.inf
