@@ -133,7 +133,9 @@ class _Loop:
         self.problem, self.hidden, self.bias, self.low_rank = problem, hidden, bias, low_rank
         self.vocab_size = vocab_size
         self.dtype = wide_dtype(hidden.dtype)
-        self.operand = Operand("student", weight[:vocab_size], self.dtype, rounded=problem.rounded_logits)
+        self.operand = Operand(
+            "student", weight[:vocab_size], self.dtype, rounded=problem.rounded_logits, hidden_dtype=hidden.dtype
+        )
         self.plan = _plan(problem, hidden.device)
         capacity = max(self.plan.chunk, 2)  # row_kernels.run never compiles for a single row
         self.student = buffer("student", capacity, vocab_size, self.dtype, hidden.device)
@@ -259,6 +261,7 @@ def _run(
             accumulate_outer(grad_weight[:vocab_size], gradient, narrow, chunk_hidden, first=index == 0)
     held = [loop.student, loop.teacher, grad_hidden, grad_weight, grad_bias]
     problem.workspace_bytes = sum(t.numel() * t.element_size() for t in held if t is not None)
+    problem.workspace_bytes += loop.operand.held_bytes + (0 if teacher is None else teacher.held_bytes)
     problem.workspace_bytes += 0 if low_rank is None else low_rank.held_bytes
     problem.dense_bytes = problem.num_rows * vocab_size * _BYTES_PER_LOGIT // (2 if teacher is None else 1)
     return Result(sums, grad_hidden, grad_weight, grad_bias, per_row)

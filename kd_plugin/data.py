@@ -39,6 +39,7 @@ __all__ = [
     "encode",
     "eval_batches",
     "indices_for_step",
+    "load_datasets",
     "load_documents",
     "split_documents",
 ]
@@ -75,6 +76,17 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     train, held_out = split_documents(train, config.eval_fraction)
     logger.info("data.eval_fraction: %d document(s) held out, %d left to train on", len(held_out), len(train))
     return train, held_out
+
+
+def load_datasets(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, ignore_index: int
+) -> tuple[PackedDataset, PackedDataset]:
+    """Training and held-out sequences of `seq_len` tokens; errors as of `load_documents` and `PackedDataset`."""
+    train, held_out = load_documents(config, tokenizer)
+    return (
+        PackedDataset(train, config.seq_len, ignore_index),
+        PackedDataset(held_out, config.seq_len, ignore_index, keep_tail=True),
+    )
 
 
 def split_documents(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:

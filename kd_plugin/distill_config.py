@@ -169,7 +169,8 @@ class DistillConfig(Section):
 
     logits_dtype: Literal["float32", "input"] = "float32"
     """`float32`: logits of half-precision models are never rounded. `input` rounds them to the models'
-    precision: faster where the hardware has no fp32 result, and gradients are off by several per cent."""
+    precision: faster where the hardware has no fp32 result, but gradients are off by several per cent, and by all of
+    their size once the models are close."""
 
     exchange: Literal["auto", "weight", "logits", "stats"] = "auto"
     """What crosses the wire for sharded heads. `weight`: each head, once per micro-batch. `logits`:
@@ -178,7 +179,7 @@ class DistillConfig(Section):
     `auto` is the one that moves fewest bytes, under FSDP2 with an untied head; else `weight`."""
 
     row_kernel: Literal["auto", "compile", "triton", "eager"] = "auto"
-    """What computes one chunk's rows: `compile` is torch.compile, `triton` a hand-written kernel (CUDA),
+    """What computes one chunk's rows: `compile` is torch.compile, `triton` a Triton kernel (CUDA),
     `eager` plain PyTorch; `auto` is `compile` where a compiler is found."""
 
     metrics: bool = True

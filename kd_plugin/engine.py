@@ -16,6 +16,7 @@ import math
 import os
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +43,7 @@ __all__ = [
     "parameter_groups",
     "reduce_numbers",
     "seed_everything",
+    "share_timeout",
     "start_process_group",
 ]
 
@@ -150,6 +152,15 @@ def start_process_group(timeout_s: int) -> Placement:
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
     return Placement(device, dist.get_rank(), dist.get_world_size(), owns_group)
+
+
+def share_timeout(timeout_s: int) -> None:
+    """Give every process group the run's timeout: those that meshes and DeepSpeed made for themselves have torch's."""
+    world = getattr(dist.distributed_c10d, "_world", None)
+    for group in list(getattr(world, "pg_map", ())):
+        # On a rank outside of it, and in older releases, it stays as it is.
+        with suppress(AttributeError, ValueError):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def reduce_numbers(values: Mapping[str, float], *, op: str = "sum") -> dict[str, float]:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Linear
@@ -18,8 +19,8 @@ from kd_plugin.config import DistillConfig
 from kd_plugin.head import HeadCall
 from kd_plugin.metrics import num_ranks
 from kd_plugin.objective import make_objective
-from kd_plugin.parallel.fsdp import RowShards, row_shards, sharded_over
-from kd_plugin.row_kernels import shards
+from kd_plugin.parallel.fsdp import RowShards, held_rows, row_shards, sharded_over
+from kd_plugin.row_kernels import LogitTransform, shards
 from kd_plugin.teachers import HeadTeacher, ShardedHeadTeacher
 from kd_plugin.vocab_parallel import VocabShard, cut
 from kd_plugin.volumes import Head, volumes
@@ -50,11 +51,12 @@ class Exchange:
     def __init__(self, config: DistillConfig, group: Any) -> None:
         self.config, self.group = config, group
         self.mode: str | None = None
-        """`weight`, `logits` or `stats`, settled by the first forward."""
+        """`weight`, `logits` or `stats`, settled by the first forward; `auto` by the first that trains."""
         self.teacher_size: int | None = None
         self.teacher_width: int | None = None
         """Of the teacher's head, whole; set by `attach`, as what follows."""
         self.teacher_head: Linear | None = None
+        self.teacher_transform, self.teacher_logits_bias = LogitTransform(), None
         self.teacher_tied = False
         """Whether the teacher's wrapper gathers its head with the embedding, whatever the loss needs."""
         self._rows: RowShards | None = None
@@ -67,18 +69,13 @@ class Exchange:
         self._look_at(head.weight)
         if self._checked or num_ranks(self.group) == 1:
             return
-        _agree(
-            self.group,
-            {
-                "distill.exchange": self.config.exchange,
-                "the objective": make_objective(self.config).describe(),
-                "distill.chunk_size": self.config.chunk_size,
-                "the student's vocabulary": head.out_features,
-                "the teacher's vocabulary": self.teacher_size,
-                "the student's width": head.in_features,
-                "the dtype of the student's head": str(head.weight.dtype),
-            },
-        )
+        settings = self.config.model_dump(exclude={"row_kernel"})  # of which any gives the same numbers
+        found: dict[str, Any] = {f"distill.{name}": value for name, value in settings.items()}
+        for side, module in (("student", head), ("teacher", self.teacher_head)):
+            found[f"the {side}'s vocabulary"] = module and module.out_features
+            found[f"the {side}'s width"] = module and module.in_features
+            found[f"the dtype of the {side}'s head"] = module and str(module.weight.dtype)
+        _agree(self.group, found)
         self._checked = True
 
     def _look_at(self, weight: Tensor) -> None:
@@ -102,6 +99,8 @@ class Exchange:
         `hidden` `[B, S, D]` and `weight` are the student's. With `auto`, collective in the first call.
         """
         if self.mode is None:
+            if self.config.exchange == "auto" and not torch.is_grad_enabled():
+                return False  # how many rows an evaluation has says nothing about the steps
             self.mode = self._settle(hidden, weight, student_size)
         if self.mode == "weight":
             return False
@@ -113,27 +112,45 @@ class Exchange:
     def consumer(self, call: HeadCall) -> Consumer:
         """Gives `call` a teacher of this rank's columns (`stats`) or one that gathers all columns (`logits`).
 
-        The whole head is seen in the first call only.
+        Rows that FSDP2 leaves here are multiplied as they are. Under other wrappers, or where the vocabularies are cut
+        elsewhere, the first call sees the whole head and keeps a copy of its rows.
         """
         assert self._shard is not None
         if self.mode == "stats":
             call.shard = self._shard
+        rows = self._rows_of_teacher(call.targets.device) or self._teacher_rows
 
         def keep_rows(teacher: HeadTeacher) -> None:
             if self._teacher_rows is None:
                 assert self._shard is not None
                 self._teacher_rows = teacher.rows(self._shard.start, self._shard.stop)
-            call.teacher = self._as_source(teacher.hidden)
+            call.teacher = self._as_source(self._teacher_rows, teacher.hidden)
 
         def use_hidden(hidden: Tensor) -> None:
-            call.teacher = self._as_source(hidden.reshape(-1, hidden.shape[-1]))
+            assert rows is not None
+            call.teacher = self._as_source(rows, hidden.reshape(-1, hidden.shape[-1]))
 
-        return Consumer(keep_rows, None if self._teacher_rows is None else use_hidden)
+        return Consumer(keep_rows, None if rows is None else use_hidden)
 
-    def _as_source(self, hidden: Tensor) -> HeadTeacher | ShardedHeadTeacher:
-        assert self._teacher_rows is not None and self._shard is not None
-        rows = self._teacher_rows.reading(hidden)
-        return rows if self.mode == "stats" else ShardedHeadTeacher(rows, self._shard.bounds, self._shard.group)
+    def _rows_of_teacher(self, device: torch.device) -> HeadTeacher | None:
+        """This rank's rows of the teacher's head as FSDP2 holds them; None where it does not, or gathers all anyway."""
+        head, shard = self.teacher_head, self._shard
+        assert shard is not None
+        if head is None or self.teacher_tied:
+            return None
+        found = held_rows(head, shard.bounds, shard.group, device)
+        if found is None:
+            return None
+        weight, bias = found
+        if self.teacher_logits_bias is not None:
+            extra = self.teacher_logits_bias[shard.start : shard.stop].to(weight)
+            bias = extra if bias is None else bias + extra
+        return HeadTeacher(weight.new_empty(0, weight.shape[1]), weight, bias, self.teacher_transform)
+
+    def _as_source(self, rows: HeadTeacher, hidden: Tensor) -> HeadTeacher | ShardedHeadTeacher:
+        assert self._shard is not None
+        own = rows.reading(hidden)
+        return own if self.mode == "stats" else ShardedHeadTeacher(own, self._shard.bounds, self._shard.group)
 
     def _settle(self, hidden: Tensor, weight: Tensor, student_size: int) -> str:
         wanted = self.config.exchange

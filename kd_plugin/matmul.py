@@ -84,16 +84,31 @@ class Operand:
         weight: `[V, D]`.
         dtype: of the result.
         rounded: multiply in the weight's own precision and round there; the faster, less exact way.
+        hidden_dtype: of the hidden states, if it is another than the weight's; wider ones are not rounded to it.
     """
 
-    def __init__(self, name: str, weight: Tensor, dtype: torch.dtype, *, rounded: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        weight: Tensor,
+        dtype: torch.dtype,
+        *,
+        rounded: bool = False,
+        hidden_dtype: torch.dtype | None = None,
+    ) -> None:
         self.name, self.weight = name, weight
         half = weight.dtype in (torch.bfloat16, torch.float16)
         self.rounded = rounded and half
-        self.native = weight.is_cuda and half and dtype == torch.float32 and not self.rounded
+        alike = hidden_dtype in (None, weight.dtype)
+        self.native = weight.is_cuda and half and alike and dtype == torch.float32 and not self.rounded
         self.wide = weight
         if weight.dtype != dtype and not (self.native or self.rounded):
             self.wide = buffer(f"{name} weight", *weight.shape, dtype, weight.device).copy_(weight)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the wide copy; 0 where there is none."""
+        return 0 if self.wide is self.weight else self.wide.numel() * self.wide.element_size()
 
     @property
     def for_gradient(self) -> Tensor:

@@ -41,12 +41,6 @@ class Objective(NamedTuple):
         """Whether tokens are paired by rank: then ids need not agree, nor vocabularies have one size."""
         return any(term.divergence.match_by_rank for term in self.terms)
 
-    def describe(self) -> str:
-        """One line that tells objectives apart."""
-        terms = "; ".join(f"{t.divergence.name} x {t.weight:g} at T {t.temperature:g}" for t in self.terms)
-        rest = f"label_smoothing {self.label_smoothing:g}, z_loss {self.z_loss_weight:g}"
-        return f"{self.soft_weight:g} ({terms}) + {self.hard_weight:g} CE, {rest}"
-
     @property
     def measured(self) -> tuple[str, ...]:
         """Those of `MEASURED` that this objective has."""

@@ -106,6 +106,7 @@ class Plugin:
         tied = causal_lm.is_tied(model, head)  # its wrapper gathers both together, and waits for both to have run
         self.exchange.teacher_size, self.exchange.teacher_width = head.out_features, head.in_features
         self.exchange.teacher_head, self.exchange.teacher_tied = head, tied
+        self.exchange.teacher_transform, self.exchange.teacher_logits_bias = transform, logits_bias
 
         def forward(*args: Any, kd_consumer: Consumer | None = None, **kwargs: Any) -> Any:
             if kd_consumer is None:

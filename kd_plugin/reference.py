@@ -33,8 +33,17 @@ def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
     return torch.logaddexp(weights[0] + first, weights[1] + second)
 
 
-def _centred(logits: Tensor) -> Tensor:
-    return logits - logits.mean(-1, keepdim=True)
+def _distance(name: str, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Of the logits themselves, over the tokens that neither side masks with -inf."""
+    both = student_logits.isfinite() & teacher_logits.isfinite()
+    z, v = (torch.where(both, logits, 0.0) for logits in (student_logits, teacher_logits))
+    if name == "cosine":
+        return 1 - F.cosine_similarity(z, v, dim=-1)
+    difference = z - v
+    if name == "logit_mse_centered":
+        mean = difference.sum(-1, keepdim=True) / both.sum(-1, keepdim=True)
+        difference = torch.where(both, difference - mean, 0.0)
+    return 0.5 * difference.square().sum(-1)
 
 
 def _sorted_distance(q: Tensor, p: Tensor) -> Tensor:
@@ -45,8 +54,9 @@ def _sorted_distance(q: Tensor, p: Tensor) -> Tensor:
 
 def divergence(name: str, student_logits: Tensor, teacher_logits: Tensor, *, beta: float, alpha: float) -> Tensor:
     """Value of each row `[N]`, of logits `[N, V]` already divided by the temperature."""
-    z, v = student_logits, teacher_logits
-    q, p = _log_softmax(z), _log_softmax(v)
+    if name in ("logit_mse", "logit_mse_centered", "cosine"):
+        return _distance(name, student_logits, teacher_logits)
+    q, p = _log_softmax(student_logits), _log_softmax(teacher_logits)
     match name:
         case "forward_kl":
             return _kl(p, q)
@@ -65,12 +75,6 @@ def divergence(name: str, student_logits: Tensor, teacher_logits: Tensor, *, bet
             return 0.5 * (p.exp() - q.exp()).abs().sum(-1)
         case "acceptance":
             return -torch.minimum(p.exp(), q.exp()).sum(-1).log()
-        case "logit_mse":
-            return 0.5 * (z - v).square().sum(-1)
-        case "logit_mse_centered":
-            return 0.5 * (_centred(z) - _centred(v)).square().sum(-1)
-        case "cosine":
-            return 1 - F.cosine_similarity(z, v, dim=-1)
         case "uld":
             return _sorted_distance(q, p)
     return registered.value(name, q, p).sum(-1)
@@ -110,7 +114,10 @@ def _output(
 ) -> DistillOutput:
     rows = student_logits.shape[0]
     items = checks.divisor(num_items, rows)
-    soft = hard = student_logits.sum(-1) * 0.0
+    if targets is not None:
+        every = torch.arange(rows, device=targets.device)
+        checks.targets_in_vocabulary(targets, every, student_logits.shape[-1])
+    soft = hard = torch.where(student_logits.isfinite(), student_logits, 0.0).sum(-1) * 0.0  # a graph, and 0
     metrics = {}
     if config.soft_weight:
         assert teacher_logits is not None

@@ -85,7 +85,9 @@ def _look_inside(folder: Path, where: str) -> ResolvedSource:
     if len(found) > 1:
         raise ModelError(f"{where}: {len(found)} GGUF files in {folder}: {_names(found)}; choose one with gguf_file")
     if not found:
-        raise ModelError(f"{where}: neither a config.json nor a GGUF file in {folder}")
+        raise ModelError(
+            f"{where}: neither a config.json nor a GGUF file in {folder}: name the folder that save_pretrained wrote"
+        )
     return ResolvedSource(str(found[0].parent), found[0].name)
 
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from kd_plugin import chunks
 from kd_plugin.config import DistillConfig
-from kd_plugin.fused_loss import checked_teacher, make_problem
+from kd_plugin.fused_loss import checked_teacher, make_problem, scaled
 
 
 class TokenLosses(NamedTuple):
@@ -49,8 +49,11 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _soft: Tensor, _hard: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
         need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+        # Factors such as 1 / tokens come back at the end, in fp32: in fp16 they would leave nothing of a gradient.
+        largest = grad_loss.abs().max() if grad_loss.numel() else grad_loss.new_ones(())
+        largest = largest.clamp_min(torch.finfo(grad_loss.dtype).tiny)
         result = chunks.run(
-            ctx.problem.weighted(grad_loss),
+            ctx.problem.weighted(grad_loss / largest),
             hidden,
             weight,
             bias,
@@ -59,8 +62,8 @@ class _TokenLosses(torch.autograd.Function):
             need_bias=need_bias,
         )
         gradients = (result.grad_hidden, result.grad_weight, result.grad_bias)
-        inputs = (hidden, weight, bias)
-        return (*(g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)), None)
+        dtypes = (None if x is None else x.dtype for x in (hidden, weight, bias))
+        return (*(scaled(g, largest, dtype) for g, dtype in zip(gradients, dtypes, strict=True)), None)
 
 
 def distill_loss_per_token(

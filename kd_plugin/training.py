@@ -24,7 +24,7 @@ from kd_plugin import checkpoint
 from kd_plugin.config import RunConfig
 from kd_plugin.config_file import to_yaml
 from kd_plugin.console import run_log
-from kd_plugin.data import Document, PackedDataset, TrainBatches, eval_batches, load_documents
+from kd_plugin.data import PackedDataset, TrainBatches, eval_batches, load_datasets
 from kd_plugin.early import SetupError, early_problems, idle_settings
 from kd_plugin.engine import (
     DTYPES,
@@ -33,6 +33,7 @@ from kd_plugin.engine import (
     accumulation_steps,
     parallel_mode,
     seed_everything,
+    share_timeout,
     start_process_group,
 )
 from kd_plugin.export import export_student
@@ -83,7 +84,8 @@ class _Material(NamedTuple):
     """What is loaded before anything is sharded."""
 
     tokenizer: PreTrainedTokenizerBase
-    documents: tuple[list[Document], list[Document]]
+    datasets: tuple[PackedDataset, PackedDataset]
+    """Training and held-out sequences."""
     teacher: PreTrainedModel
     student: PreTrainedModel
 
@@ -138,7 +140,7 @@ def _load(config: RunConfig, place: Placement) -> _Material:
     if config.student.tokenizer or pretrained:
         teacher_tokenizer, tokenizer = tokenizer, load_tokenizer(config.student)
         check_tokenizers(tokenizer, teacher_tokenizer)
-    documents = load_documents(config.data, tokenizer)
+    datasets = load_datasets(config.data, tokenizer, config.distill.ignore_index)
     teacher = load_teacher(config.teacher)
     student = build_student(config.student, teacher, seed=config.train.seed)
     for name, model in (("teacher", teacher), ("student", student)):
@@ -146,7 +148,7 @@ def _load(config: RunConfig, place: Placement) -> _Material:
         check_positions(model, config.data.seq_len, role=name)
         logger.info("%s: %s, %.1fM parameters", name, type(model).__name__, model.num_parameters() / 1e6)
     seed_everything(config.train.seed + place.rank)  # dropout differs by rank, weights are there already
-    return _Material(tokenizer, documents, teacher, student)
+    return _Material(tokenizer, datasets, teacher, student)
 
 
 def _session(
@@ -157,11 +159,7 @@ def _session(
     material: _Material,
     start_from: Path | None,
 ) -> Session:
-    train, ignore = config.train, config.distill.ignore_index
-    dataset, held_out = (
-        PackedDataset(documents, config.data.seq_len, ignore, keep_tail=keep_tail)
-        for documents, keep_tail in zip(material.documents, (False, True), strict=True)
-    )
+    train, (dataset, held_out) = config.train, material.datasets
     plugin = attach(material.student, material.teacher, config.distill)
     if train.activation_checkpointing:
         # Renamed in Transformers 5.2x; both take the arguments of torch.utils.checkpoint.
@@ -169,6 +167,8 @@ def _session(
         name = new_name if hasattr(material.student, new_name) else old_name
         getattr(material.student, name)({"use_reentrant": False})
     engine = _engine(config, place, mode, accumulation, material)
+    if place.owns_group:
+        share_timeout(train.process_group_timeout_s)
     plugin.teacher = engine.teacher
     for note in engine.applied_notes:
         logger.info("%s", note)

@@ -86,9 +86,10 @@ class _Loop:
         self.spec = RowSpec(problem.objective, problem.student_transform, transform, with_gradient=grads)
         self.plan = agreed_plan(problem.rows, problem.num_rows, problem.chunk_size, shard.group, hidden.device)
         self.gather = RowGather(self.plan, shard.group, self._rows_to_send(hidden), "the hidden states")
-        self.operand = Operand("student", self.weight, self.dtype, rounded=problem.rounded_logits)
+        rounded = problem.rounded_logits
+        self.operand = Operand("student", self.weight, self.dtype, rounded=rounded, hidden_dtype=hidden.dtype)
         if teacher is not None:
-            teacher.prepare(None, shard.size, self.dtype, rounded=problem.rounded_logits)
+            teacher.prepare(None, shard.size, self.dtype, rounded=rounded)
         count = len(row_kernels.STATISTICS)
         self.own = hidden.new_zeros(count, dtype=self.dtype)  # sums over this rank's rows, of what ranks agree on
         self.parts = hidden.new_zeros(shard.world_size, count, dtype=self.dtype)  # what this rank adds to each rank's
@@ -174,6 +175,7 @@ class _Loop:
         """Bytes above the inputs at the peak: both models' logits of one chunk, and the gradients."""
         rows, sides = self.shard.world_size * self.plan.chunk, 1 if self.teacher is None else 2
         held = sum(g.numel() * g.element_size() for g in gradients if g is not None)
+        held += self.operand.held_bytes + (0 if self.teacher is None else self.teacher.held_bytes)
         return held + sides * rows * self.shard.size * self.dtype.itemsize
 
 

@@ -171,11 +171,13 @@ def test_a_teacher_equal_to_the_student_gives_zero(divergence: str, dtype: torch
         assert grad.abs().max() < limit
 
 
-@pytest.mark.parametrize("side", ["teacher", "student", "both"])
-@pytest.mark.parametrize("divergence", NEW)
+INFINITE = {("forward_kl", "student"), ("soft_ce", "student"), ("reverse_kl", "teacher")}  # mass against none
+CASES = {(name, side) for name in ALL_DIVERGENCES for side in ("teacher", "student", "both")} - INFINITE
+
+
+@pytest.mark.parametrize(("divergence", "side"), sorted(CASES))
 def test_minus_infinity_is_probability_zero(divergence: str, side: str) -> None:
-    """Distances of logits leave such a token out."""
-    student, teacher = random_logits()
+    student, teacher = random_logits()  # distances of logits leave such a token out
     for name, logits in (("student", student), ("teacher", teacher)):
         if side in (name, "both"):
             logits[:, 3] = logits[2, 5:] = -math.inf

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from kd_plugin.config import TrainConfig
 from kd_plugin.engine import (
@@ -14,6 +17,8 @@ from kd_plugin.engine import (
     learning_rate_at,
     parallel_mode,
     parameter_groups,
+    share_timeout,
+    start_process_group,
 )
 from tests.tiny import run_config
 
@@ -55,6 +60,18 @@ def test_tokens_per_step_sets_the_accumulation() -> None:
 def test_tokens_per_step_that_does_not_fit_is_refused(settings: dict, said: str) -> None:
     with pytest.raises(EngineError, match=said):
         accumulation_steps(TrainConfig(**settings), seq_len=64, world_size=1)
+
+
+def test_groups_made_later_wait_as_long_as_the_run_says() -> None:
+    place = start_process_group(7)
+    try:
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+        groups = [dist.new_group([0]), *mesh.get_all_groups()]
+        share_timeout(7)
+        found = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+    finally:
+        place.close()
+    assert found == {timedelta(seconds=7)}
 
 
 def test_single_with_two_processes_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -125,3 +130,28 @@ def test_without_soft_loss_there_need_be_no_teacher() -> None:
     wanted = torch.nn.functional.cross_entropy(student, targets)
     assert out.loss.item() == pytest.approx(wanted.item(), rel=1e-14)
     assert relative_error(gradients(out.loss, [student])[0], gradients(wanted, [student])[0]) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["logit_mse", "logit_mse_centered", "cosine"])
+def test_the_reference_leaves_masked_tokens_out_of_distances(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(4, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    student[:, 3], teacher[1, 5:] = -math.inf, -math.inf
+    config = kd.DistillConfig(divergence=name, soft_weight=1.0, hard_weight=0.0, metrics=False)
+    losses, grads = [], []
+    for function in (kd.distill_logits, kd.reference.distill_logits):
+        leaf = student.clone().requires_grad_(True)
+        loss = function(leaf, teacher, config=config).loss
+        losses.append(loss.item())
+        grads.append(torch.autograd.grad(loss, leaf)[0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12) and math.isfinite(losses[0])
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "function", [kd.reference.distill_logits, functools.partial(kd.distill_logits, detach_teacher=False)]
+)
+def test_a_target_outside_the_vocabulary_is_refused_on_dense_logits_too(function: Callable[..., Any]) -> None:
+    targets = torch.tensor([0, 9, -100])
+    with pytest.raises(ValueError, match="target 9 lies outside the vocabulary of 9 shared tokens"):
+        function(torch.zeros(3, 9), torch.zeros(3, 9), targets, config=kd.DistillConfig())

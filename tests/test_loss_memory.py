@@ -9,8 +9,10 @@ import torch
 
 import kd_plugin as kd
 from kd_plugin import chunks
+from kd_plugin.fused_loss import loss_sums
 from kd_plugin.matmul import accumulate_outer
 from kd_plugin.row_kernels import blocks
+from kd_plugin.teachers import HeadTeacher
 from kd_plugin.workspace import release_workspace
 from tests.allocations import NewTensors, allocator_record
 from tests.oracle import DIVERGENCES, Problem, make_problem
@@ -119,9 +121,6 @@ def test_peak_memory_grows_with_the_rows_by_the_hidden_gradient_alone() -> None:
 
 
 def test_the_reported_workspace_is_what_was_allocated() -> None:
-    from kd_plugin.fused_loss import loss_sums
-    from kd_plugin.teachers import HeadTeacher
-
     problem = problem_of(ignored=())
     config = config_of(chunk_size=CHUNK)
     sums = loss_sums(
@@ -134,6 +133,44 @@ def test_the_reported_workspace_is_what_was_allocated() -> None:
     )
     assert sums.workspace_bytes == expected_peak(ROWS, CHUNK)
     assert sums.dense_bytes == 2 * BIG * FLOAT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_reported_workspace_is_what_the_allocator_saw(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the copies in fp32 of half-precision heads."""
+    monkeypatch.setitem(blocks._BLOCK_BYTES, "cpu", 2 * 8 * VOCAB)
+    problem = problem_of(dtype, ignored=())
+    config = config_of(chunk_size=CHUNK, row_kernel="compile")
+    teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight)
+    operands = (problem.hidden, problem.weight, None, teacher, problem.targets, config)
+    loss_sums(*operands)  # compiles
+    release_workspace()
+    sums = []
+    _, peak = allocator_record(lambda: sums.append(loss_sums(*operands)))
+    gradient, hidden, total = torch.ones(CHUNK, VOCAB), torch.ones(CHUNK, WIDTH), torch.ones(VOCAB, WIDTH)
+    _, packed = allocator_record(lambda: accumulate_outer(total, gradient, gradient, hidden, first=False))
+    assert sums[0].workspace_bytes <= peak <= 1.25 * sums[0].workspace_bytes + packed
+
+
+def test_the_next_step_uses_the_same_buffers_and_clears_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(blocks._BLOCK_BYTES, "cpu", 2 * 8 * VOCAB)  # few rows at a time, to be told from chunks
+    problem = problem_of(ignored=())
+    work = step(problem)
+    work()
+    problem.hidden.grad = problem.weight.grad = None
+    cleared: list[int] = []
+
+    class Cleared(NewTensors):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._opname == "zero_":
+                cleared.append(args[0].numel())
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    with Cleared() as made:
+        work()
+    assert (VOCAB, WIDTH) in made.shapes, "the gradient of the head is the caller's"
+    assert not [shape for shape in made.shapes if shape[-1:] == (VOCAB,) and shape[0] >= CHUNK // 2]
+    assert max(cleared, default=0) == 0, "the first chunk writes it"
 
 
 @pytest.mark.parametrize("loss_memory_mb", [0.1, 1.0, 3.0])

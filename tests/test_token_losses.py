@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import kd_plugin as kd
+from kd_plugin import matmul
 from kd_plugin.token_losses import TokenLosses
 from tests.allocations import NewTensors
 from tests.oracle import ALL_DIVERGENCES, Expected, Problem, gradients, make_problem, relative_error
@@ -142,6 +143,19 @@ def test_half_precision(dtype: torch.dtype) -> None:
     found = gradients((losses.loss * factors).sum(), problem.leaves)
     for pair in zip(found, gradients(expected.loss, wide.leaves), strict=True):
         assert relative_error(*pair) < 5e-3
+
+
+def test_small_factors_leave_fp16_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flat distributions over many tokens: times 2 ** -12, no element of the logits' gradient is an fp16 number."""
+    monkeypatch.setattr(matmul, "slowdown", lambda dtype, device_type: 0.3)
+    problem = make_problem(rows=9, width=8, teacher_width=8, vocab=4096, dtype=torch.float16, ignored=())
+    problem.hidden.data *= 0.1
+    problem.weight.requires_grad_(False)
+    (found,) = gradients(per_token(problem, config_of(hard_weight=0.0)).loss.sum() * 2**-12, problem.leaves)
+    wide = problem.exact()
+    expected = wide.expected(config_of(hard_weight=0.0), num_items=1)
+    (wanted,) = gradients(expected.loss * 2**-12, wide.leaves)
+    assert relative_error(found, wanted) < 0.1
 
 
 def test_memory_stays_that_of_one_chunk() -> None:

@@ -222,6 +222,14 @@ def test_faults_are_told_before_anything_is_loaded(folder: Path, monkeypatch: py
         kd.train(run_config(folder, data=data))
 
 
+def test_text_shorter_than_a_sequence_is_refused_before_a_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kd_plugin.training.load_teacher", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="seq_len"):
+        kd.train(run_config(folder, data={"seq_len": 100_000}))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_follows_full_precision(folder: Path, result: TrainResult, dtype: str) -> None:
     student = {"from_teacher": {"layers": 2}, "dtype": dtype}

@@ -13,13 +13,16 @@ Notable decisions:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 __all__ = [
@@ -78,6 +81,30 @@ def row_shards(weight: Tensor) -> RowShards | None:
         return None
     replicas = mesh.get_group(0) if len(placements) == 2 else None
     return RowShards(mesh.get_group(len(placements) - 1), replicas, mesh.size())
+
+
+def held_rows(
+    head: nn.Linear, bounds: Sequence[int], group: Any, device: torch.device
+) -> tuple[Tensor, Tensor | None] | None:
+    """Rows `[bounds[r], bounds[r + 1])` of a frozen head's weight `[V, D]` and bias, as FSDP2 holds them on rank r.
+
+    None, on all ranks of `group` alike, unless the head is a unit of its own, cut over the same ranks such that every
+    rank has its rows, on `device`, and in the precision in which they are multiplied.
+    """
+    cut = row_shards(head.weight) if isinstance(head, FSDPModule) else None
+    if cut is None or dist.get_process_group_ranks(cut.group) != dist.get_process_group_ranks(group):
+        return None
+    weight, each = head.weight.to_local(), -(-head.out_features // dist.get_world_size(group))
+    wanted = list(pairwise(bounds))
+    if any(start < stop and not r * each <= start <= stop <= (r + 1) * each for r, (start, stop) in enumerate(wanted)):
+        return None
+    computes_in = head._get_fsdp_state()._mp_policy.param_dtype or weight.dtype  # nothing public says it
+    if weight.device != device or weight.dtype != computes_in:
+        return None
+    rank = dist.get_rank(group)
+    start, stop = wanted[rank]
+    here = slice(start - rank * each, stop - rank * each) if start < stop else slice(0, 0)
+    return weight[here], None if head.bias is None else head.bias.to_local()[here]
 
 
 def sharded_over(weight: Tensor, numel: int) -> int | None:

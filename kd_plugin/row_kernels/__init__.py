@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from torch import Tensor
 
@@ -40,18 +41,23 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def choose(row_kernel: str, device_type: str) -> str:
-    """`auto` -> the kernel that runs on this device; anything else unchanged. Logged once.
+    """`auto` -> the kernel that runs on this device; anything else unchanged. What runs is logged once.
 
     Raises `ValueError` (`ImportError`) for `triton` without a GPU (without triton).
     """
     if row_kernel == "triton":
         triton_kernel.check_available(device_type)
     if row_kernel != "auto":
+        logger.info("row_kernel: %s", row_kernel)
         return row_kernel
     compilers = ["c++", "g++", "clang++"] if device_type == "cpu" else ["nvcc", "gcc", "cc", "clang"]
-    found = os.environ.get("CXX") or any(shutil.which(name) for name in compilers)
-    chosen = "compile" if found else "eager"
-    logger.info("row_kernel: auto -> %s (%s)", chosen, "compiler found" if found else f"none of {compilers} in PATH")
+    missing = []
+    if not (os.environ.get("CXX") or any(shutil.which(name) for name in compilers)):
+        missing.append(f"none of {compilers} in PATH")
+    if device_type != "cpu" and find_spec("triton") is None:  # which torch.compile generates code for there
+        missing.append("triton is not installed")
+    chosen = "eager" if missing else "compile"
+    logger.info("row_kernel: auto -> %s (%s)", chosen, ", ".join(missing) or "compiler found")
     return chosen
 
 
@@ -75,9 +81,9 @@ def run(
     nor need padding. torch.compile treats a size of 1 as a constant; a single row therefore takes a second,
     meaningless one from the buffer along.
     """
-    if kernel in ("eager", "triton"):
-        body = row_pass if kernel == "eager" else triton_kernel.row_pass
+    if kernel == "triton":
         tensors = (t if t is None else t[:num_rows] for t in (student_logits, teacher_logits))
-        return body(spec, *tensors, target_logits, row_weights)
+        return triton_kernel.row_pass(spec, *tensors, target_logits, row_weights)
+    body = functools.partial(row_pass, spec) if kernel == "eager" else _compiled(spec)
     tensors = (student_logits, teacher_logits, target_logits, row_weights)
-    return in_blocks(_compiled(spec), num_rows, student_logits.shape[1], student_logits.device.type, tensors)
+    return in_blocks(body, num_rows, student_logits.shape[1], student_logits.device.type, tensors)

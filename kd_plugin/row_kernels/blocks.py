@@ -1,4 +1,4 @@
-"""Compiled row kernels: one graph each, run over blocks of rows."""
+"""Row kernels in PyTorch, compiled (one graph each) or eager, run over blocks of rows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 # A chunk is passed to the compiled kernel in blocks of rows, given in bytes of both models' logits. On a CPU they
 # stay in the last-level cache, so that its five or so sweeps over the vocabulary read memory once (measured on 2
 # Zen cores at V = 49152: 1.6x faster). Everywhere they bound what the kernel keeps between its loops: up to three
-# more arrays of a block's `[rows, V]`. The bound for other devices is a guess: not measured on a GPU.
+# more arrays of a block's `[rows, V]`, elsewhere at most 15 % of the default `loss_memory_mb`. Which size is fastest on
+# a GPU is not measured.
 _BLOCK_BYTES = {"cpu": 8 * 2**20}
-_OTHER_BLOCK_BYTES = 256 * 2**20
+_OTHER_BLOCK_BYTES = 48 * 2**20
 # A graph is specialised to V, dtype and strides; more than this many per objective means something is wrong.
 _MAX_GRAPHS = 64
 
@@ -23,7 +24,7 @@ def compiled(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def block_rows(vocab_size: int, device_type: str) -> int:
-    """Rows that a compiled kernel takes at a time."""
+    """Rows that such a kernel takes at a time."""
     return max(2, _BLOCK_BYTES.get(device_type, _OTHER_BLOCK_BYTES) // (8 * max(vocab_size, 1)))
 
 

@@ -200,7 +200,7 @@ def row_pass(
     student = _Softmaxes(logits, temperatures)
     zero = torch.zeros_like(logits[:, :1])
     soft, hard, gradient = zero, zero, None
-    measured = [zero] * (len(STATISTICS) - 2)
+    measured = [zero] * (len(STATISTICS) - NUM_LOSSES)
     if objective.needs_teacher:
         assert teacher_logits is not None
         teacher = _Softmaxes(spec.teacher.apply(teacher_logits), temperatures)

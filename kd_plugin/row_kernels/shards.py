@@ -6,6 +6,7 @@ Triton has no version of them: `row_kernel: triton` runs them compiled.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from kd_plugin.row_kernels import shard_body
 from kd_plugin.row_kernels.blocks import compiled, in_blocks
 from kd_plugin.row_kernels.body import RowSpec
+
+logger = logging.getLogger(__name__)
 
 merge = shard_body.merge_moments
 exchanged_numbers = shard_body.exchanged_numbers
@@ -25,12 +28,17 @@ def _part(name: str, spec: RowSpec, vocab_size: int, compile_it: bool) -> Callab
     return compiled(body) if compile_it else body
 
 
+@functools.cache
+def _say_compiled() -> None:
+    logger.warning("row_kernel: triton has no version for exchange: stats, which runs compiled")
+
+
 def _run(kernel: str, name: str, spec: RowSpec, vocab_size: int, *tensors: Tensor | None) -> Tensor:
     logits = tensors[0]
     assert logits is not None
-    if kernel == "eager":
-        return _part(name, spec, vocab_size, False)(*tensors)
-    body = _part(name, spec, vocab_size, True)
+    if kernel == "triton":
+        _say_compiled()
+    body = _part(name, spec, vocab_size, kernel != "eager")
     return in_blocks(body, logits.shape[0], logits.shape[1], logits.device.type, tensors)
 
 

@@ -32,6 +32,11 @@ class TeacherSource(Protocol):
         """Write the raw logits of chunk `index` into `out` `[n, V]`; chunks come in order."""
         ...
 
+    @property
+    def held_bytes(self) -> int:
+        """What it holds while the chunks run, above its inputs."""
+        ...
+
 
 class HeadTeacher:
     """Teacher hidden states times the teacher's own head, multiplied chunk by chunk.
@@ -60,13 +65,19 @@ class HeadTeacher:
     def prepare(self, plan: ChunkPlan | None, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
         """See `TeacherSource`."""
         self._plan = plan
-        self._operand = Operand("teacher", self.weight[:vocab_size], dtype, rounded=rounded)
+        weight, hidden_dtype = self.weight[:vocab_size], self.hidden.dtype
+        self._operand = Operand("teacher", weight, dtype, rounded=rounded, hidden_dtype=hidden_dtype)
         self._bias = None if self.bias is None else self.bias.detach()[:vocab_size]
 
     def logits_into(self, out: Tensor, index: int) -> None:
         """See `TeacherSource`."""
         assert self._plan is not None
         self.multiply_into(out, self.hidden[self._plan.of(index)[0]])
+
+    @property
+    def held_bytes(self) -> int:
+        """See `TeacherSource`."""
+        return 0 if self._operand is None else self._operand.held_bytes
 
     def multiply_into(self, out: Tensor, hidden: Tensor) -> None:
         """`out[n, V] = hidden[n, E] @ weight.T + bias`, for hidden states from anywhere."""
@@ -82,22 +93,3 @@ class HeadTeacher:
     def reading(self, hidden: Tensor) -> HeadTeacher:
         """The same head on other hidden states `[N, E]`."""
         return HeadTeacher(hidden, self.weight, self.bias, self.transform)
-
-
-class LogitsTeacher:
-    """Logits that already exist, `[N, V']`: a listwise ranker, a cache, a test."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits.detach()
-        self.vocab_size = logits.shape[1]
-        self.transform = LogitTransform()
-        self.group = None
-
-    def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
-        """See `TeacherSource`."""
-        self._plan = plan
-        self._columns = vocab_size
-
-    def logits_into(self, out: Tensor, index: int) -> None:
-        """See `TeacherSource`."""
-        out.copy_(self.logits[self._plan.of(index)[0], : self._columns])

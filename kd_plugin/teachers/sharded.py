@@ -10,6 +10,7 @@ chunk's logits are already travelling, and the hidden states of the one after.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ class ShardedHeadTeacher:
             out[:, start : start + columns] = piece[: out.shape[0]]
             start += columns
 
+    @property
+    def held_bytes(self) -> int:
+        """See `TeacherSource`: a chunk's logits as they came, the next chunk's, and what is sent of it."""
+        chunk, sent = self._plan.chunk, len(self._columns) * self._columns[self._rank]
+        return self.head.held_bytes + chunk * (2 * sum(self._columns) + sent) * self._dtype.itemsize
+
     def _gather(self, index: int) -> None:
         """Ask for all ranks' hidden states of chunk `index`."""
         self._gathering = None
@@ -92,31 +99,72 @@ class ShardedHeadTeacher:
 class ShardedLogits:
     """Logits `[N, V_r]` of the same tokens on every rank of `group`, cut by token id in rank order.
 
+    For `DistillHead(...)(hidden, targets, teacher=ShardedLogits(...))`; the ranks have the same rows and targets.
+
     Args:
-        local_slice: this rank's columns, flattened rows.
-        group: the tensor-parallel ranks.
+        local_slice: `[N, V_r]`, this rank's columns; V_r may differ between ranks, or be 0.
+        group: the tensor-parallel ranks; None is the default group.
+        widths: V_r of every rank. Without it the ranks ask each other, one collective of objects each time.
+        transform: what the teacher does to these logits afterwards (scale, soft-cap).
+
+    Raises:
+        ValueError: `local_slice` is not 2-D, or has another number of rows than the student (when used).
     """
 
-    def __init__(self, local_slice: Tensor, group: Any = None) -> None:
+    def __init__(
+        self,
+        local_slice: Tensor,
+        group: Any = None,
+        *,
+        widths: Sequence[int] | None = None,
+        transform: LogitTransform | None = None,
+    ) -> None:
+        if local_slice.dim() != 2:
+            raise ValueError(
+                f"ShardedLogits got {tuple(local_slice.shape)}; wanted [rows, columns of this rank]: "
+                "flatten batch and sequence, local_slice.flatten(0, -2)"
+            )
         self.local, self.group = local_slice.detach(), group if group is not None else dist.group.WORLD
-        self._widths: list[int] = all_gather_object(local_slice.shape[1], group, "the widths of the slices of logits")
+        if widths is None:
+            widths = all_gather_object(local_slice.shape[1], self.group, "the widths of the slices of logits")
+        self._widths = list(widths)
         self.vocab_size = sum(self._widths)
-        self.transform = LogitTransform()
+        self.transform = transform or LogitTransform()
 
     def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
-        """See `TeacherSource`."""
+        """See `TeacherSource`; starts the exchange of the first chunk."""
+        if plan.rows is None and plan.num_rows != self.local.shape[0]:
+            raise ValueError(f"ShardedLogits has {self.local.shape[0]} rows, the student {plan.num_rows}")
         self._plan, self._vocab_size = plan, vocab_size
+        self._arriving: Any = None
+        self._gather(0)
+
+    @property
+    def held_bytes(self) -> int:
+        """See `TeacherSource`: two chunks' logits as they came, and what is sent of one."""
+        item = self.local.element_size()
+        return self._plan.chunk * (2 * len(self._widths) + 1) * max(self._widths) * item
 
     def logits_into(self, out: Tensor, index: int) -> None:
-        """See `TeacherSource`."""
-        own = self._plan.padded(self.local, index)
-        widest = max(self._widths)
-        if own.shape[1] < widest:
-            own = torch.cat([own, own.new_zeros(own.shape[0], widest - own.shape[1])], dim=1)
+        """See `TeacherSource`. Returns with the next chunk under way."""
+        gathered, handle = self._arriving
         with self._plan.at(index):
-            everyone = all_gather(own, self.group, "the teacher's logits").view(len(self._widths), -1, widest)
+            handle.wait()
+        self._gather(index + 1)
+        everyone = gathered.view(len(self._widths), -1, max(self._widths))
         start = 0
         for piece, width in zip(everyone, self._widths, strict=True):
             columns = max(0, min(width, self._vocab_size - start))
             out[:, start : start + columns] = piece[: out.shape[0], :columns]
             start += columns
+
+    def _gather(self, index: int) -> None:
+        """Ask for all ranks' columns of chunk `index`, each as wide as the widest."""
+        self._arriving = None
+        if index >= self._plan.num_chunks:
+            return
+        own = self._plan.padded(self.local, index)
+        missing = max(self._widths) - own.shape[1]
+        own = torch.nn.functional.pad(own, (0, missing)).contiguous()
+        with self._plan.at(index):
+            self._arriving = all_gather(own, self.group, "the teacher's logits", wait=False)

@@ -73,10 +73,9 @@ def _step(student: nn.Module, input_ids: Tensor) -> None:
 
 
 def memory(rank: int) -> list[tuple[int, ...]]:
-    """Shapes of all tensors made in a step after the first, in `stats` mode."""
+    """Shapes of all tensors made in the first two steps, in `stats` mode."""
     student, _ = make_student(make_config("stats"), VOCAB_SIZE, (STUDENT_WIDTH, TEACHER_WIDTH))
     input_ids = torch.randint(3, VOCAB_SIZE, (2, 11 + rank), generator=torch.Generator().manual_seed(rank))
-    _step(student, input_ids)
     with NewTensors() as seen:
         _step(student, input_ids)
     return sorted(seen.shapes)
@@ -164,6 +163,9 @@ def automatic(rank: int) -> dict[str, list[str]]:
         log, handler = logging.getLogger("kd_plugin.exchange"), Messages()
         log.addHandler(handler)
         log.setLevel(logging.INFO)
+        with torch.no_grad():  # an evaluation, of other sizes
+            student(torch.full((1, 2), 3), shift_labels=torch.full((1, 2), 3), num_items_in_batch=1)
+        assert plugin.exchange.mode is None
         _step(student, torch.full((2, AUTO_ROWS // 2), 3))
         log.removeHandler(handler)
         found[name] = [str(plugin.exchange.mode), *handler.found]
@@ -190,13 +192,18 @@ def mismatch(rank: int) -> dict[str, tuple[str, float]]:
         "divergence": {"exchange": "stats", "divergence": "jsd" if last else "forward_kl"},
         "student vocabulary, stats": {"exchange": "stats", "size": 41 if last else 37},
         "student vocabulary, weight": {"exchange": "weight", "size": 41 if last else 37},
+        "metrics": {"exchange": "stats", "metrics": not last},
+        "loss_memory_mb": {"exchange": "stats", "chunk_size": "auto", "loss_memory_mb": 1.0 if last else 2.0},
+        "student width": {"exchange": "stats", "widths": (32 if last else 16, 24)},
+        "teacher width": {"exchange": "stats", "widths": (16, 32 if last else 24)},
         "teacher vocabulary, stats": {"exchange": "stats", "teacher_size": 41 if last else 37},
         "teacher vocabulary, weight": {"exchange": "weight", "teacher_size": 41 if last else 37},
     }
     found = {}
     for name, plant in plants.items():
         sizes = plant.pop("size", 37), plant.pop("teacher_size", 37)
-        models = [make_model("llama", width, size, seed=0) for width, size in zip((16, 24), sizes, strict=True)]
+        widths = plant.pop("widths", (16, 24))
+        models = [make_model("llama", width, size, seed=0) for width, size in zip(widths, sizes, strict=True)]
         kd.attach(*models, make_config(**plant))
         for model in models:
             shard_head(model)
@@ -208,4 +215,50 @@ def mismatch(rank: int) -> dict[str, tuple[str, float]]:
             message = str(error)
         found[name] = message, time.perf_counter() - start
         dist.barrier()
+    return found
+
+
+def agreement(rank: int) -> dict[str, list[Tensor]]:
+    """In fp64, by mode: this rank's loss, and the whole gradient of the student's head."""
+    found = {}
+    for mode in ("weight", "logits", "stats"):
+        models = [make_model("llama", width, VOCAB_SIZE, seed=i).double() for i, width in enumerate((16, 24))]
+        kd.attach(*models, make_config(mode))
+        for model in models:
+            shard_head(model)
+        input_ids = torch.randint(3, VOCAB_SIZE, (2, 11 + rank), generator=torch.Generator().manual_seed(rank))
+        loss = models[0](input_ids, shift_labels=input_ids, num_items_in_batch=50).loss
+        loss.backward()
+        found[mode] = [loss.detach(), models[0].get_output_embeddings().weight.grad.full_tensor()]
+    return found
+
+
+def tensor_parallel(rank: int) -> dict[str, float]:
+    """Largest error of loss and gradients with a teacher's logits in slices, fp64, by how they are cut."""
+    ranks = dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)  # the same rows on every rank
+    hidden, weight = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (11, 37))
+    targets = torch.randint(30, (11,), generator=generator)
+    targets[[2, 7]] = -100
+    found = {}
+    for size in (30, 41):  # fewer token ids than the student's, and more
+        logits = torch.randn(11, size, generator=generator, dtype=torch.float64)
+        even = [size // ranks + (r < size % ranks) for r in range(ranks)]
+        for name, widths in {"even": even, "one": [size - ranks + 1] + [1] * (ranks - 1), "empty": [size]}.items():
+            widths = widths + [0] * (ranks - len(widths))
+            head = nn.Linear(16, 37, bias=False, dtype=torch.float64)
+            head.weight.data.copy_(weight)
+            head = kd.DistillHead(head, make_config("weight", chunk_size=4))
+            own = logits.split(widths, dim=1)[rank]
+            x, y = (hidden.clone().requires_grad_(True) for _ in range(2))
+            given = {} if name == "even" else {"widths": widths}
+            ours = head(x, targets, teacher=kd.ShardedLogits(own, **given)).loss
+            dense_weight = weight.clone().requires_grad_(True)
+            config = make_config("weight")
+            dense = kd.reference.distill_logits(y @ dense_weight.T, logits, targets, config=config).loss
+            pairs = [(ours, dense)]
+            pairs += zip(
+                torch.autograd.grad(ours, (x, head.weight)), torch.autograd.grad(dense, (y, dense_weight)), strict=True
+            )
+            found[f"{name}, {size}"] = max(float((one - other).abs().max()) for one, other in pairs)
     return found

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import kd_plugin as kd
 from kd_plugin import volumes
 from kd_plugin.parallel.fsdp import ShardingError, make_mesh
+from kd_plugin.plan import local_plan
 from tests.distributed import exchange_probes as probes
 from tests.distributed import exchange_worker
 from tests.distributed.exchange_cases import RAGGED, Case, count_valid, make_batch, make_models, train_densely
@@ -81,8 +83,8 @@ LAUNCHES: dict[str, list[Case]] = {
     ],
 }
 PROBES = {
-    "torch": ["head_collectives", "memory", "mismatch"],
-    "four": ["memory", "traffic", "groups", "automatic", "mismatch"],
+    "torch": ["head_collectives", "memory", "mismatch", "agreement", "tensor_parallel"],
+    "four": ["memory", "traffic", "groups", "automatic", "mismatch", "agreement", "tensor_parallel"],
 }
 LAUNCHED = [case for cases in LAUNCHES.values() for case in cases]
 FLOAT32 = [case for case in LAUNCHED if case.dtype == "float32"]
@@ -166,8 +168,8 @@ def test_the_teacher_is_sharded_again_after_each_step(result_of: Callable[..., A
     assert result_of(case)["whole_in_teacher"] == []
 
 
-def test_ragged_ranks_wait_for_nobody(result_of: Callable[..., Any]) -> None:
-    case = next(case for case in LAUNCHES["four"] if case.batch == "ragged")
+@pytest.mark.parametrize("case", [case for case in LAUNCHES["four"] if case.batch == "ragged"], ids=lambda c: c.name)
+def test_ragged_ranks_wait_for_nobody(result_of: Callable[..., Any], case: Case) -> None:
     found = [int((make_batch(case, 0, 0, rank)[1][:, 1:] != -100).sum()) for rank in range(4)]
     assert tuple(found) == RAGGED and count_valid(case, 0) == sum(RAGGED)
     assert result_of(case)["seconds"] < 20
@@ -191,7 +193,8 @@ def test_statistics_leave_no_rank_with_a_whole_head_or_row_of_logits(result_of: 
     for shapes in result_of(probe=(name, "memory")):
         vocab_size = probes.VOCAB_SIZE
         assert max(torch.Size(shape).numel() for shape in shapes) < vocab_size * probes.STUDENT_WIDTH
-        assert not [shape for shape in shapes if any(size >= vocab_size for size in shape)]
+        matrices = [shape for shape in shapes if len(shape) > 1]  # the settings travel as a row of bytes
+        assert not [shape for shape in matrices if any(size >= vocab_size for size in shape)]
         columns = -(-vocab_size // ranks)
         assert any(shape[-1:] in ((columns,), (vocab_size - columns * (ranks - 1),)) for shape in shapes)
 
@@ -242,6 +245,29 @@ def test_auto_counts_what_weight_really_gathers(result_of: Callable[..., Any]) -
     assert saved == pytest.approx(3 / 4 * probes.VOCAB_SIZE * probes.TEACHER_WIDTH * 4)
 
 
+@pytest.mark.parametrize("name", ["torch", "four"])
+def test_every_exchange_gives_the_same_numbers(result_of: Callable[..., Any], name: str) -> None:
+    for found in result_of(probe=(name, "agreement")):
+        for mode in ("logits", "stats"):
+            for one, other in zip(found[mode], found["weight"], strict=True):
+                assert (one - other).abs().max() <= 1e-9 * other.abs().max()
+
+
+@pytest.mark.parametrize("name", ["torch", "four"])
+def test_a_tensor_parallel_teachers_slices_are_its_logits(result_of: Callable[..., Any], name: str) -> None:
+    for found in result_of(probe=(name, "tensor_parallel")):
+        assert len(found) == 6
+        assert max(found.values()) < 1e-12, found
+
+
+def test_slices_of_logits_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"ShardedLogits got \(2, 3, 5\); wanted \[rows, columns of this rank\]"):
+        kd.ShardedLogits(torch.zeros(2, 3, 5), widths=[5])
+    teacher = kd.ShardedLogits(torch.zeros(4, 5), group=object(), widths=[5])
+    with pytest.raises(ValueError, match="ShardedLogits has 4 rows, the student 3"):
+        teacher.prepare(local_plan(None, 3, 2), 5, torch.float32)
+
+
 def test_shard_groups_must_divide_the_ranks() -> None:
     with pytest.raises(ShardingError, match="shard_size is 3, wanted a divisor of 4 ranks: choose one of 1, 2, 4"):
         make_mesh("cpu", 4, shard_size=3)
@@ -251,8 +277,10 @@ def test_shard_groups_must_divide_the_ranks() -> None:
 
 @pytest.mark.parametrize("launch_name", ["torch", "four"])
 def test_ranks_that_do_not_fit_together_are_refused_by_name(result_of: Callable[..., Any], launch_name: str) -> None:
-    words = {"divergence": "the objective", "exchange": "distill.exchange"}
-    words |= {f"{side} vocabulary": f"the {side}'s vocabulary" for side in ("student", "teacher")}
+    words = {name: f"distill.{name}" for name in ("divergence", "exchange", "chunk_size", "metrics", "loss_memory_mb")}
+    words |= {
+        f"{side} {what}": f"the {side}'s {what}" for side in ("student", "teacher") for what in ("vocabulary", "width")
+    }
     ranks = LAUNCHES[launch_name][0].ranks
     for found in result_of(probe=(launch_name, "mismatch")):
         for planted, (message, seconds) in found.items():
