@@ -203,6 +203,9 @@ def _plot(run: Options, rows: Sequence[Row]) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=label)
         axis.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="GiB above inputs and gradients")
+        tokens = sorted({row["N"] for row in rows if row["GiB"] is not None})
+        axis.set_xticks(tokens, labels=[f"{n:,}" for n in tokens])
+        axis.minorticks_off()
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
 

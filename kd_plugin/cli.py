@@ -240,7 +240,8 @@ def _summary(config: RunConfig) -> str:
         origin = f"{student.from_teacher.layers} layers of the teacher"
     elif student.from_config:
         origin = f"fresh, {student.model or 'teacher'}'s configuration with {student.from_config}"
-    loss = f"{distill.soft_weight:g} {distill.divergence} (T={distill.temperature:g})"
+    terms = distill.terms and "(" + " + ".join(f"{term.weight:g} {term.name}" for term in distill.terms) + ")"
+    loss = f"{distill.soft_weight:g} {terms or distill.divergence} (T={distill.temperature:g})"
     sequences = f"{step.micro_batch_size} x {data.seq_len} tokens per rank and forward"
     return "\n".join(
         (

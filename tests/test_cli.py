@@ -75,6 +75,13 @@ def test_validate_finds_missing_files_and_names_idle_settings(config_file: Path)
     assert idle.stdout.splitlines()[-1] == "warning: distill.beta has no effect: it belongs to jsd"
 
 
+def test_validate_shows_the_terms_that_are_optimised(config_file: Path) -> None:
+    terms = "distill.terms=[{name: forward_kl, weight: 0.7}, {name: tvd, weight: 0.3}]"
+    shown = run("validate", config_file, terms)
+    assert shown.exit_code == 0
+    assert "loss     0.5 (0.7 forward_kl + 0.3 tvd) (T=1) + 0.5 cross-entropy" in shown.stdout
+
+
 def test_the_traceback_comes_with_v_only(config_file: Path) -> None:
     result = run("validate", "-v", config_file, "distill.temperature=0")
     assert isinstance(result.exception, kd.ConfigError)

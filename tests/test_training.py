@@ -1,4 +1,4 @@
-"""One process: schedule, layout, the whole loop against plain PyTorch, export, bad settings."""
+"""One process: the whole loop, its logged numbers, evaluation, export, bad settings."""
 
 from __future__ import annotations
 

@@ -62,8 +62,6 @@ class Divergence:
     """`(op, sums)` -> the row's value `[C]`."""
     gradient: Callable[[Any, Row, Sums], Any]
     """`(op, row, sums)` -> gradient `[C, V]` with respect to `z_s / temperature`."""
-    needs_probabilities: bool = True
-    """False when the definition reads only the logits `s` and `t`."""
     match_by_rank: bool = False
     """True when `p` is to be paired with `q` by rank instead of by token id."""
     gradient_without_sums: bool = False

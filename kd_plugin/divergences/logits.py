@@ -28,7 +28,6 @@ def logit_mse() -> Divergence:
         elements=lambda op, x: (0.5 * difference(op, x) * difference(op, x),),
         value=first,
         gradient=lambda op, x, sums: difference(op, x),
-        needs_probabilities=False,
         gradient_without_sums=True,
     )
 
@@ -74,5 +73,4 @@ def cosine() -> Divergence:
         elements=lambda op, x: tuple(_where_both(op, x, v) for v in (x.s * x.t, x.s * x.s, x.t * x.t)),
         value=lambda op, sums: 1 - sums[0] / norms(op, sums),
         gradient=gradient,
-        needs_probabilities=False,
     )
