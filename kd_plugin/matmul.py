@@ -146,7 +146,7 @@ def add_bias(out: Tensor, bias: Tensor | None) -> None:
 def accumulate_outer(
     total: Tensor,  # [V, D] fp32 or fp64
     gradient: Tensor,  # [n, V] in the dtype of `total`
-    narrow: Tensor | None,  # [n, V] the same values in the dtype of `hidden`, if they are there; read on CUDA only
+    narrow: Tensor | None,  # [n, V] the same values; read on CUDA only, and converted if not in the dtype of `hidden`
     hidden: Tensor,  # [n, D]
     *,
     first: bool,
@@ -156,7 +156,7 @@ def accumulate_outer(
     `first` overwrites, which saves clearing the buffer and one pass of additions.
     """
     if hidden.is_cuda and hidden.dtype != total.dtype:
-        narrow = gradient.to(hidden.dtype) if narrow is None else narrow
+        narrow = gradient.to(hidden.dtype) if narrow is None or narrow.dtype != hidden.dtype else narrow
         if first:
             torch.mm(narrow.t(), hidden, out_dtype=total.dtype, out=total)
         else:

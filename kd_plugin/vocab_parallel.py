@@ -241,14 +241,15 @@ def _run(
         with loop.plan.at(index):
             given, gradient = loop.run(index)
         gathered = given["student"]
-        arriving = None
+        arriving = narrow = None
         if grad_hidden is not None:  # first, so that it travels while the weight's is computed
             factor = loop.operand.for_gradient
-            partial = hidden_gradient(gradient.to(factor.dtype), factor).to(loop.dtype)
+            narrow = gradient.to(factor.dtype)
+            partial = hidden_gradient(narrow, factor).to(loop.dtype)
             with loop.plan.at(index):
                 arriving = reduce_scatter(partial, loop.shard.group, "the hidden states' gradient", wait=False)
         if grad_weight is not None:
-            accumulate_outer(grad_weight, gradient, None, gathered, first=index == 0)
+            accumulate_outer(grad_weight, gradient, narrow, gathered, first=index == 0)
         if grad_bias is not None:
             grad_bias += gradient.sum(0)
         if loop.low_rank is not None:

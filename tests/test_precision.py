@@ -5,15 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kd_plugin as kd
-from kd_plugin import matmul
 from kd_plugin.matmul import Operand, accumulate_outer, fastest_fp32, hidden_gradient, mm_into
 from kd_plugin.workspace import release_workspace
 from tests import oracle
@@ -228,32 +225,6 @@ def test_fp32_products_have_fp32_precision(rows, width, vocab):
     ]
     for found, wanted in pairs:
         assert (found - wanted).norm() <= 2e-6 * wanted.norm()
-
-
-class HalfProducts(TorchDispatchMode):
-    """Counts matrix products in half precision."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._opname in ("mm", "addmm", "addmm_") and args[-1].dtype in (torch.bfloat16, torch.float16):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("slower", "half_products"), [(0.3, 4), (12.0, 0)])
-def test_half_precision_is_multiplied_where_the_processor_can(
-    slower: float, half_products: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of four chunks, only the hidden states' gradient; and it is no less exact without."""
-    monkeypatch.setattr(matmul, "slowdown", lambda dtype, device_type: slower)
-    problem, config = make_problem(rows=31, dtype=torch.bfloat16, ignored=()), config_of(chunk_size=8)
-    with HalfProducts() as products:
-        found = gradients(run(problem, config).loss, problem.leaves)
-    assert products.count == half_products
-    wide = problem.exact()
-    for ours, exact in zip(found, gradients(wide.expected(config).loss, wide.leaves), strict=True):
-        assert relative_error(ours, exact) < 0.005
 
 
 @pytest.mark.parametrize("chosen", ["none", "ieee", "bf16"])

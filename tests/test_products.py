@@ -1,4 +1,4 @@
-"""How many matrix products a loss takes: what is not wanted costs none, and backward costs none at all."""
+"""Which matrix products a loss takes: what is not wanted costs none, backward costs none, none is emulated."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.oracle import make_problem
+from kd_plugin import matmul
+from tests.oracle import gradients, make_problem, relative_error
 from tests.test_fused_loss import config_of, run
 
 ROWS, CHUNK, CHUNKS = 31, 8, 4
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products."""
+    """Counts matrix products, and those among them in half precision."""
 
-    count = 0
+    count = half_count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func._opname in ("mm", "addmm", "addmm_", "bmm", "matmul")
+        if func._opname in ("mm", "addmm", "addmm_", "bmm", "matmul"):
+            self.count += 1
+            self.half_count += args[-1].dtype in (torch.bfloat16, torch.float16)
         return func(*args, **(kwargs or {}))
 
 
@@ -59,3 +62,18 @@ def test_ignored_rows_cost_no_product() -> None:
     with Products() as products:
         run(problem, config_of(chunk_size=CHUNK))
     assert products.count == 4 * -(-15 // CHUNK)
+
+
+@pytest.mark.parametrize(("slower", "half_products"), [(0.3, CHUNKS), (12.0, 0)])
+def test_half_precision_is_multiplied_where_the_processor_can(
+    slower: float, half_products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four chunks, only the hidden states' gradient; and it is no less exact without."""
+    monkeypatch.setattr(matmul, "slowdown", lambda dtype, device_type: slower)
+    problem, config = make_problem(rows=ROWS, dtype=torch.bfloat16, ignored=()), config_of(chunk_size=CHUNK)
+    with Products() as products:
+        found = gradients(run(problem, config).loss, problem.leaves)
+    assert products.half_count == half_products
+    wide = problem.exact()
+    for ours, exact in zip(found, gradients(wide.expected(config).loss, wide.leaves), strict=True):
+        assert relative_error(ours, exact) < 0.005
