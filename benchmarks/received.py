@@ -24,6 +24,7 @@ class Received(TorchDispatchMode):
             share = (ranks - 1) / ranks
             factor, tensor = {
                 "_allgather_base_": (share, args[0]),
+                "allgather_": (share, args[0][0]),  # FSDP1's
                 "_reduce_scatter_base_": (share, args[1]),
                 "alltoall_base_": (share, args[0]),
                 "allreduce_": (2 * share, args[0]),

@@ -78,7 +78,8 @@ def resume(engine: Engine, config: RunConfig, folder: Path, *, mode: str) -> int
     """Load the checkpoint in `folder` into engine and process; returns its step. All ranks call this.
 
     Raises:
-        CheckpointError: written by another backend, or by ZeRO on another number of ranks.
+        CheckpointError: written by DeepSpeed and read by FSDP or the other way round, or by ZeRO on another number
+            of ranks.
     """
     run = json.loads((folder / _RUN).read_text())
     _check(run, folder, mode)

@@ -139,9 +139,10 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """One run of the training loop."""
 
-    parallel: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
+    parallel: Literal["auto", "single", "ddp", "fsdp", "fsdp1", "deepspeed"] = "auto"
     """How the student is distributed; `auto`: `fsdp` (FSDP2) when there are several ranks, else
-    `single`. launch/train_deepspeed.py sets `deepspeed`."""
+    `single`. `fsdp1` is FullyShardedDataParallel, FSDP2's predecessor, which gathers more. launch/train_deepspeed.py
+    sets `deepspeed`."""
 
     shard_size: PositiveInt | None = None
     """Consecutive ranks that one copy of student and teacher is sharded over (HSDP), e.g. the GPUs of a node;

@@ -109,6 +109,10 @@ def layout_problems(config: RunConfig, mode: str | None, world_size: int | None)
                 "set teacher.sharding to shard, or teacher.offload to false"
             )
         return problems
+    if size == 1 and (mode or config.train.parallel) == "fsdp1":
+        return [
+            "train.shard_size is 1, which FSDP1 takes for one process and reduces nothing: set train.parallel to ddp"
+        ]
     if size is None or mode == "single" or world_size is None or world_size % size == 0:
         return []
     divisors = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)

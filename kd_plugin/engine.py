@@ -1,8 +1,8 @@
 """What the training loop asks of a parallel backend, and what all backends share.
 
 Notable decisions:
-- two adapters stand behind one protocol: FSDP2 (which also serves one process and DDP's layout, so that all
-  three compute in the same precision) and DeepSpeed;
+- three adapters stand behind one protocol: FSDP2 (which also serves one process and DDP's layout, so that all
+  three compute in the same precision), FSDP1 and DeepSpeed;
 - the loss arrives divided by the valid tokens of the whole step over all ranks, so an adapter only has to
   undo its backend's averaging over ranks;
 - host numbers (token counts, memory) are reduced over gloo also on GPUs, so that counting never waits for
@@ -131,7 +131,7 @@ def parallel_mode(config: RunConfig, world_size: int) -> str:
     if mode == "single" and world_size > 1:
         raise EngineError(
             f"train.parallel is single but {world_size} processes were started: "
-            "launch one process, or set train.parallel to fsdp, ddp or deepspeed"
+            "launch one process, or set train.parallel to fsdp, fsdp1, ddp or deepspeed"
         )
     return mode
 

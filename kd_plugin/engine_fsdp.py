@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -24,7 +25,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from kd_plugin.config import RunConfig, TeacherConfig
@@ -37,10 +37,11 @@ __all__ = ["FsdpEngine"]
 class FsdpEngine:
     """Student under FSDP2, teacher under FSDP2 or whole on each rank; see `kd_plugin.engine.Engine`."""
 
-    student: FSDPModule
+    student: Any
+    """The same module as `module`, an FSDPModule."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, config: RunConfig, place: Placement, mode: str):
-        train, fp16 = config.train, config.student.dtype == "float16"
+        train = config.train
         self.module, self.teacher, self.place = student, teacher, place
         self.applied_notes: list[str] = []
         self._max_grad_norm = train.max_grad_norm
@@ -50,17 +51,30 @@ class FsdpEngine:
         if 1 < mesh.shape[-1] < place.world_size:
             copies = place.world_size // self._shard_size
             self.applied_notes.append(f"train.shard_size {self._shard_size}: {copies} copies of the student")
-        fsdp.shard_student(student, mesh, dtype=DTYPES[config.student.dtype])
+        self.student, groups = self._shard_student(student, mesh, DTYPES[config.student.dtype], train.weight_decay)
         self._place_teacher(config.teacher)
-        self.student = student
+        fp16 = config.student.dtype == "float16"
+        self._scaler = self._make_scaler(place.device.type, enabled=fp16)
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(student, train.weight_decay),
+            groups,
             lr=train.learning_rate,
             betas=train.adam_betas,
             eps=train.adam_eps,
-            fused=True,
+            fused=type(self._scaler) is GradScaler or not fp16,  # FSDP1's own gives a flag that fused AdamW cannot read
         )
-        self._scaler = GradScaler(device=place.device.type, enabled=fp16)
+
+    def _shard_student(self, student: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float) -> Any:
+        """-> (what to call, parameter groups)."""
+        fsdp.shard_student(student, mesh, dtype=dtype)
+        return student, parameter_groups(student, weight_decay)
+
+    def _shard_teacher(self, teacher: nn.Module, mesh: DeviceMesh, *, offload: bool) -> nn.Module:
+        """-> what to call."""
+        fsdp.shard_teacher(teacher, mesh, offload=offload)
+        return teacher
+
+    def _make_scaler(self, device_type: str, *, enabled: bool) -> GradScaler:
+        return GradScaler(device=device_type, enabled=enabled)
 
     def _mesh(self, shard_size: int) -> DeviceMesh:
         world_size = self.place.world_size
@@ -70,7 +84,7 @@ class FsdpEngine:
     def _place_teacher(self, config: TeacherConfig) -> None:
         shard_size = self._shard_size if config.sharding == "shard" else 1
         if shard_size > 1 or config.offload:
-            fsdp.shard_teacher(self.teacher, self._mesh(shard_size), offload=config.offload)
+            self.teacher = self._shard_teacher(self.teacher, self._mesh(shard_size), offload=config.offload)
         else:
             self.teacher.requires_grad_(False).eval().to(self.place.device)
         if config.offload and self.place.device.type == "cpu":
@@ -79,9 +93,12 @@ class FsdpEngine:
     def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> None:
         """See `Engine`; times world_size, because FSDP averages the gradients over the ranks."""
         if self._has_replicas:
-            self.student.set_requires_all_reduce(is_last)
+            self._let_replicas_wait(not is_last)
         loss = self.student(**inputs, num_items_in_batch=num_items).loss
         self._scaler.scale(loss * self.place.world_size).backward()
+
+    def _let_replicas_wait(self, wait: bool) -> None:
+        self.student.set_requires_all_reduce(not wait)
 
     def step(self, learning_rate: float) -> Tensor:
         """See `Engine`."""
@@ -111,20 +128,20 @@ class FsdpEngine:
     def full_state_dict(self) -> dict[str, Tensor]:
         """See `Engine`."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(self.module, options=options)
+        return get_model_state_dict(self.student, options=options)
 
     def save(self, folder: Path) -> None:
         """See `Engine`; torch.distributed.checkpoint, readable at any number of ranks."""
-        model, optimizer = get_state_dict(self.module, self.optimizer)
+        model, optimizer = get_state_dict(self.student, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "scaler": self._scaler.state_dict()}
         dcp.save(state, checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""
-        model, optimizer = get_state_dict(self.module, self.optimizer)
+        model, optimizer = get_state_dict(self.student, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "scaler": self._scaler.state_dict()}
         dcp.load(state, checkpoint_id=folder)
         set_state_dict(
-            self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            self.student, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
         self._scaler.load_state_dict(state["scaler"])

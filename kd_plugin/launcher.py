@@ -34,7 +34,7 @@ def launch(argv: Sequence[str], *, script: str, default: str, allowed: Sequence[
 
     `argv` is `CONFIG [section.key=value ...]`. `--local_rank=N` or `--local_rank N` in it is ignored (LOCAL_RANK
     says the same), `-v` shows tracebacks. Where the file's `train.parallel` is not among `allowed`, `default`
-    replaces it; an override on the command line stands.
+    replaces it; an override on the command line stands, unless it is `auto`.
     """
     rest = [arg for arg in _without_local_rank(argv) if arg not in _VERBOSE]
     if not rest or rest[0] in ("-h", "--help"):
@@ -45,7 +45,8 @@ def launch(argv: Sequence[str], *, script: str, default: str, allowed: Sequence[
         with one_line_errors(verbose=any(arg in _VERBOSE for arg in argv), exit_code=2):
             config = load_config(rest[0], rest[1:])
             overridden = any(arg.startswith("train.parallel=") for arg in rest[1:])
-            run_training(config if overridden else _with_parallel(config, script, default, allowed))
+            stands = overridden and config.train.parallel != "auto"
+            run_training(config if stands else _with_parallel(config, script, default, allowed))
     except Stop as stop:
         return int(str(stop.code))
     return 0

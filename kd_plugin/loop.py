@@ -159,26 +159,10 @@ def _plain(config: DistillConfig) -> DistillConfig:
     return config.model_copy(update={**neutral, "terms": terms, "metrics": True})
 
 
-@contextmanager
-def _at_temperature_one(session: Session) -> Iterator[None]:
-    """Let plugin and head measure cross-entropy, divergence at temperature 1 and agreement for a while."""
-    plugin, head, config = (
-        session.plugin,
-        session.engine.module.get_output_embeddings(),
-        session.config.distill,
-    )
-    plain = _plain(config)
-    plugin.config = head.distill_config = plain
-    try:
-        yield
-    finally:
-        plugin.config = head.distill_config = config
-
-
 def evaluate(session: Session, step: int) -> dict[str, float]:
     """Held-out perplexity, losses at temperature 1, agreement, over all ranks. All ranks call this."""
     engine = session.engine
-    with session.timed("eval"), _at_temperature_one(session):
+    with session.timed("eval"), session.plugin.objective(_plain(session.config.distill)):
         engine.student.eval()
         try:
             for batch in session.held_out():

@@ -204,7 +204,10 @@ def _engine(config: RunConfig, place: Placement, mode: str, accumulation: int, m
         from kd_plugin.engine_deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(material.student, material.teacher, config, place, accumulation)
-    from kd_plugin.engine_fsdp import FsdpEngine
+    if mode == "fsdp1":
+        from kd_plugin.engine_fsdp1 import Fsdp1Engine as FsdpEngine
+    else:
+        from kd_plugin.engine_fsdp import FsdpEngine
 
     return FsdpEngine(material.student, material.teacher, config, place, mode)
 
@@ -293,7 +296,7 @@ def _samples(session: Session, material: _Material) -> dict[str, str]:
     if not log.sample_prompt:
         return {}
     engine.student.eval()
-    models = {"teacher": material.teacher, "student": engine.module}
+    models = {"teacher": engine.teacher, "student": engine.student}
     samples = continuations(models, material.tokenizer, log.sample_prompt, log.sample_tokens)
     for name, text in samples.items():
         session.writer.text(f"sample/{name}", text)

@@ -169,7 +169,9 @@ def test_train_ignores_local_rank(config_file: Path, started: list[RunConfig]) -
     [
         ("1", [], "single"),
         ("2", [], "fsdp"),
+        ("2", ["train.parallel=auto"], "fsdp"),
         ("2", ["train.parallel=ddp"], "ddp"),
+        ("2", ["train.parallel=fsdp1"], "fsdp1"),
         ("2", ["train.parallel=deepspeed"], "deepspeed"),
     ],
 )

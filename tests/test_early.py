@@ -88,6 +88,14 @@ def test_groups_of_shards_must_divide_the_ranks(tmp_path: Path) -> None:
         assert line == "train.shard_size is 4, wanted a divisor of the 6 ranks: set it to 1, 2, 3, 6 or null"
 
 
+def test_fsdp1_has_no_groups_of_one(tmp_path: Path) -> None:
+    alone = config(tmp_path, train={"shard_size": 1, "parallel": "fsdp1"})
+    for mode in ("fsdp1", None):
+        (line,) = early_problems(alone, mode=mode)
+        assert "set train.parallel to ddp" in line
+    assert early_problems(alone, mode="fsdp", world_size=2, accumulation=1) == []
+
+
 def test_what_fsdp_does_is_not_asked_of_deepspeed(tmp_path: Path) -> None:
     both = {"train": {"shard_size": 2, "parallel": "deepspeed"}, "teacher": {"sharding": "replicate", "offload": True}}
     size, offload = early_problems(config(tmp_path, **both), mode="deepspeed", world_size=4, accumulation=1)

@@ -19,6 +19,7 @@ from kd_plugin.precision import automatic_dtype, with_dtypes
 __all__ = ["Choice", "Estimate", "EstimateError", "estimate"]
 
 GIB = 2**30
+_NODE = 8  # GPUs of a usual node, as one group of shards
 _USABLE = 0.9  # of a GPU's memory; the rest is left to the CUDA context, NCCL and fragmentation
 
 
@@ -103,8 +104,10 @@ def _choices(setup: Setup, gpu_memory_gib: float | None) -> tuple[Choice, ...]:
     elif setup.is_zero:
         layouts = [(f"zero{stage}", world) for stage in (1, 2, 3)]
     else:
-        groups = sorted({grouped, world} - {1})
-        layouts = [("ddp", grouped if grouped > 1 else world), *(("fsdp", size) for size in groups)]
+        node = {_NODE} if world % _NODE == 0 else set()
+        groups = sorted({grouped, world, *node} - {1})
+        cut = "fsdp1" if setup.mode == "fsdp1" else "fsdp"
+        layouts = [("ddp", grouped if grouped > 1 else world), *((cut, size) for size in groups)]
     sharded = (False, True) if world > 1 and setup.teacher is not None else (False,)
     found = [_choice(setup, layout, cut, gpu_memory_gib) for layout in layouts for cut in sharded]
     return tuple(sorted(found, key=lambda choice: (choice.step_bytes, choice.peak_bytes)))

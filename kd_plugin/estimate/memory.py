@@ -3,7 +3,7 @@
 Notable decisions:
 - the peak is what stays plus the worst phase; phases follow one another, so they are never added;
 - FSDP2 cuts dimension 0, so rank 0 has ceil(rows / W) rows: with many ranks and small matrices that is more
-  than 1 / W. ZeRO cuts flat ranges, and leaves parameters below its threshold whole;
+  than 1 / W. FSDP1 and ZeRO cut flat ranges, and ZeRO leaves parameters below its threshold whole;
 - buffers that a library takes and no formula here covers (NCCL, cuBLAS, fragmentation, the CUDA context) are
   left out and said to be.
 """
@@ -80,7 +80,7 @@ def heads(setup: Setup) -> tuple[Line, ...]:
 
 def _whole_head(setup: Setup, side: str, model: ModelSizes, item: int, vocab: str, *, gathered: bool) -> Line:
     """FSDP2 keeps the buffer of its last gather in a forward pass, beside the copy that the module reads."""
-    copies = 2 if gathered and not setup.is_zero else 1
+    copies = 2 if gathered and not setup.is_zero and setup.mode != "fsdp1" else 1
     width = "D" if side == "student" else "E"
     how = f"{vocab} {model.vocab_size} x {width} {model.width} x {item} B"
     how = f"2 x {how}: as gathered, and as read" if copies == 2 else how
@@ -157,6 +157,8 @@ def shard_numel(setup: Setup, weight: Weight) -> int:
     ranks = setup.group_ranks
     if setup.mode == "fsdp":
         return -(-weight.rows // ranks) * weight.columns
+    if setup.mode == "fsdp1":
+        return -(-weight.numel // ranks)
     if setup.mode == "zero3":
         return weight.numel if weight.numel <= setup.persistence else -(-weight.numel // ranks)
     return weight.numel
@@ -168,7 +170,8 @@ def _student_states(setup: Setup) -> list[Line]:
     kept = sum(shard_numel(setup, weight) for weight in every)
     if not setup.is_zero:
         learnt = sum(shard_numel(setup, weight) for weight in trained)
-        cut = f"ceil(rows / {setup.group_ranks}) of each" if setup.mode == "fsdp" else "whole"
+        cuts = {"fsdp": f"ceil(rows / {setup.group_ranks}) of each", "fsdp1": f"1 / {setup.group_ranks}"}
+        cut = cuts.get(setup.mode, "whole")
         return [
             Line("student parameters", _FLOAT * kept, f"{kept:,} x 4 B (fp32 masters), {cut}"),
             Line("student gradients", _FLOAT * learnt, f"{learnt:,} x 4 B, reduced in fp32"),
@@ -212,7 +215,8 @@ def _teacher_parameters(setup: Setup, teacher: ModelSizes) -> Line:
     item, ranks = setup.teacher_item, setup.teacher_ranks
     if ranks == 1:
         return Line("teacher", item * teacher.numel, f"{teacher.numel:,} x {item} B, whole on each rank")
-    spread = setup.spread(mode="zero3" if setup.is_zero else "fsdp", teacher_sharded=True)
+    mode = "zero3" if setup.is_zero else "fsdp1" if setup.mode == "fsdp1" else "fsdp"
+    spread = setup.spread(mode=mode, teacher_sharded=True)
     kept = sum(shard_numel(spread, weight) for unit in teacher.units for weight in unit.weights)
     return Line("teacher", item * kept, f"{kept:,} x {item} B, cut over {ranks} ranks")
 
@@ -263,7 +267,7 @@ def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
 
 def _head_gradient(setup: Setup) -> list[Line]:
     student, item, ranks = setup.student, setup.student_item, setup.group_ranks
-    if setup.mode in ("single", "ddp", "fsdp"):
+    if not setup.is_zero:
         if setup.exchange == "stats" and setup.student_head_in_rows:
             size = -(-student.vocab_size // ranks) * student.width * _FLOAT
             if setup.copies > 1:
@@ -277,7 +281,7 @@ def _head_gradient(setup: Setup) -> list[Line]:
 
 def _layers_backward(setup: Setup) -> list[Line]:
     student, item, lines = setup.student, setup.student_item, []
-    if setup.mode in ("single", "ddp", "fsdp"):
+    if not setup.is_zero:
         lines.append(_working_copy(student, item))
     reduced = 0 if setup.is_zero else _FLOAT
     size = student.largest_layer * (item + reduced)

@@ -10,7 +10,8 @@ from kd_plugin.estimate.meta import ModelSizes
 from kd_plugin.estimate.setup import Line, Setup, chunk_rows
 
 _UNKNOWN = "the CUDA context, NCCL's and cuBLAS's buffers, fragmentation, scratch of compiled kernels, and time"
-_NAMES = {"single": "one process", "ddp": "ddp (replicated)", "fsdp": "fsdp (FSDP2)"}
+_NAMES = {"single": "one process", "ddp": "ddp (replicated)", "fsdp": "fsdp (FSDP2)", "fsdp1": "fsdp1 (FSDP1)"}
+_FSDP = {"fsdp": "FSDP2", "fsdp1": "FSDP1"}
 
 
 class Table(NamedTuple):
@@ -205,8 +206,8 @@ def _layout(found: Estimate, choice: Choice) -> str:
 
 
 def _mode(mode: str, copies: int) -> str:
-    if mode == "fsdp" and copies > 1:
-        return f"hsdp (FSDP2, {copies} copies)"
+    if mode in ("fsdp", "fsdp1") and copies > 1:
+        return f"hsdp ({_FSDP[mode]}, {copies} copies)"
     return _NAMES.get(mode, f"ZeRO-{mode[-1]}")
 
 

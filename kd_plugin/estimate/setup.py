@@ -38,11 +38,11 @@ class Setup:
     """None where `soft_weight` is 0: the loss never asks it."""
     config: RunConfig
     mode: str
-    """single, ddp, fsdp, zero0, zero1, zero2 or zero3."""
+    """single, ddp, fsdp (FSDP2), fsdp1, zero0, zero1, zero2 or zero3."""
     teacher_sharded: bool
     world_size: int
     shard_ranks: int
-    """Ranks that one copy of a model is cut over by FSDP2; fewer than all of them under HSDP."""
+    """Ranks that one copy of a model is cut over by FSDP; fewer than all of them under HSDP."""
     exchange: str
     rows: int
     """Rows n in the loss, per rank and micro-batch."""
@@ -86,7 +86,7 @@ class Setup:
     @property
     def group_ranks(self) -> int:
         """Ranks that share one copy of the student, gather its parameters and exchange for the heads."""
-        return self.shard_ranks if self.mode == "fsdp" else self.world_size
+        return self.shard_ranks if self.is_fsdp else self.world_size
 
     @property
     def copies(self) -> int:
@@ -121,9 +121,14 @@ class Setup:
         return self.mode.startswith("zero")
 
     @property
+    def is_fsdp(self) -> bool:
+        """Whether FSDP2 or FSDP1 cuts the student."""
+        return self.mode in ("fsdp", "fsdp1")
+
+    @property
     def gathers_student(self) -> bool:
         """Whether the student's parameters are cut over the ranks."""
-        return self.mode in ("fsdp", "zero3") and self.world_size > 1
+        return (self.is_fsdp or self.mode == "zero3") and self.world_size > 1
 
     @property
     def student_head_in_rows(self) -> bool:
@@ -184,7 +189,7 @@ def make_setup(
     shard_ranks = world_size if mode in ("single", "deepspeed") else config.train.shard_size or world_size
     if mode == "deepspeed":
         mode = f"zero{zero_stage(config.deepspeed)}"
-    elif mode == "fsdp" and shard_ranks < min(2, world_size):
+    elif mode in ("fsdp", "fsdp1") and shard_ranks < min(2, world_size):
         mode = "ddp"  # the same layout
     setup = Setup(
         student=student,

@@ -41,7 +41,8 @@ def make_ids(rank: int) -> Tensor:
 
 
 def make_config(case: str, folder: Path = Path("nowhere"), row_kernel: str = "compile") -> RunConfig:
-    """A run on `folder`/student and `folder`/teacher; `case` is an exchange, or EXCHANGE:SHARD_SIZE."""
+    """A run on `folder`/student and `folder`/teacher; `case` is EXCHANGE[:SHARD_SIZE][@train.parallel]."""
+    case, _, parallel = case.partition("@")
     exchange, _, shard_size = case.partition(":")
     return RunConfig.model_validate(
         {
@@ -49,7 +50,7 @@ def make_config(case: str, folder: Path = Path("nowhere"), row_kernel: str = "co
             "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
             "distill": {"exchange": exchange, "chunk_size": CHUNK, "row_kernel": row_kernel},
             "data": {"seq_len": LENGTH},
-            "train": {"micro_batch_size": BATCH, "parallel": "fsdp", "shard_size": shard_size or None},
+            "train": {"micro_batch_size": BATCH, "parallel": parallel or "fsdp", "shard_size": shard_size or None},
         }
     )
 

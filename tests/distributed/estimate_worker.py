@@ -1,4 +1,4 @@
-"""Measure one training step of tiny models under FSDP2: `estimate_worker.py FOLDER CASE...`.
+"""Measure one training step of tiny models under FSDP: `estimate_worker.py FOLDER CASE...`.
 
 Writes FOLDER/measured_<ranks>.json: for each case, the bytes that rank 0 received in a step, and the peak of
 its allocations above what it held before.
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import kd_plugin as kd
 from benchmarks.received import Received
-from kd_plugin.parallel import fsdp
+from kd_plugin.parallel import fsdp, fsdp1
 from kd_plugin.workspace import release_workspace
 from tests.allocations import allocator_record
 from tests.distributed.estimate_cases import make_config, make_ids, make_models
@@ -28,11 +28,15 @@ def make_step(case: str, row_kernel: str) -> Callable[[], None]:
     ranks = dist.get_world_size()
     config = make_config(case, row_kernel=row_kernel)
     student, teacher = make_models()
-    kd.attach(student, teacher, config.distill)
+    plugin = kd.attach(student, teacher, config.distill)
     mesh = fsdp.make_mesh("cpu", ranks, shard_size=config.train.shard_size)
-    fsdp.shard_student(student, mesh, dtype=torch.float32)
-    if ranks > 1:
-        fsdp.shard_teacher(teacher, mesh)
+    if config.train.parallel == "fsdp1":
+        student = fsdp1.wrap_student(student, mesh, torch.device("cpu"), dtype=torch.float32)
+        plugin.teacher = fsdp1.wrap_teacher(teacher, mesh, torch.device("cpu"))
+    else:
+        fsdp.shard_student(student, mesh, dtype=torch.float32)
+        if ranks > 1:
+            fsdp.shard_teacher(teacher, mesh)
     ids = make_ids(dist.get_rank())
 
     def step() -> None:

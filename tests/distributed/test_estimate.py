@@ -1,9 +1,10 @@
-"""Estimated bytes and peaks against those of real steps of FSDP2 over gloo."""
+"""Estimated bytes and peaks against those of real steps of FSDP over gloo."""
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
 CASES = [(1, "weight"), *((ranks, exchange) for ranks in (2, 4) for exchange in ("weight", "logits", "stats"))]
 CASES += [(4, f"{exchange}:2") for exchange in ("weight", "logits", "stats")]  # two copies of two shards
+CASES += [(2, "weight@fsdp1"), (2, "stats@fsdp1"), (4, "weight:2@fsdp1")]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def estimated(folder: Path, ranks: int, case: str) -> Estimate:
 
 @pytest.mark.parametrize(("ranks", "case"), CASES)
 def test_the_bytes_of_a_step_are_the_estimates(folder: Path, ranks: int, case: str) -> None:
-    found, exchange = estimated(folder, ranks, case), case.partition(":")[0]
+    found, exchange = estimated(folder, ranks, case), re.split("[:@]", case)[0]
     received = sum(measured(folder, ranks)[case]["received"].values())
     others = sum(line.num_bytes for line in found.parameters)
     assert found.setup.exchange == exchange

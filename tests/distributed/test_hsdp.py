@@ -36,6 +36,7 @@ RUNS = [
     run("one_micro_batch", train={**PLAIN, "micro_batch_size": 2}),
     *(run(name, train=PLAIN, distill={**STATS, "exchange": name}) for name in ("weight", "logits", "stats")),
     run("groups_of_one", train={**PLAIN, "shard_size": 1}),
+    run("fsdp1", train={**PLAIN, "parallel": "fsdp1"}),
     run("ddp", train={**PLAIN, "parallel": "ddp"}),
     run("replicated_teacher", train=PLAIN, teacher={"sharding": "replicate"}),
     run("offloaded", train=PLAIN, teacher={"offload": True}),

@@ -16,7 +16,7 @@ from tests.tiny import make_folder, run_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
-LAYOUTS = ("fsdp", "ddp", "zero0", "zero1", "zero2", "zero3")
+LAYOUTS = ("fsdp", "fsdp1", "ddp", "zero0", "zero1", "zero2", "zero3")
 
 
 def layout(name: str) -> dict[str, Any]:
@@ -33,7 +33,9 @@ def run(name: str, of: str, *, train: dict[str, Any] | None = None, **more: Any)
     return {"name": name, "sections": sections, **rest}
 
 
-HALF = (("fsdp", "bfloat16"), ("fsdp", "float16"), ("zero0", "bfloat16"), ("zero3", "bfloat16"))
+HALF = [(name, dtype) for name in ("fsdp", "fsdp1") for dtype in ("bfloat16", "float16")]
+HALF += [("zero0", "bfloat16"), ("zero3", "bfloat16")]
+SAVING = ("fsdp", "fsdp1", "ddp", "zero2", "zero3")
 SAVED = {"max_steps": 4, "save_every": 2}
 RUNS = [
     *(run(name, name) for name in LAYOUTS),
@@ -42,19 +44,22 @@ RUNS = [
     run("zero2_4x1", "zero2", train={"micro_batch_size": 4, "export": False}),
     *(
         run(f"{name}_replicated", name, train={"export": False}, teacher={"sharding": "replicate"})
-        for name in ("fsdp", "zero3")
+        for name in ("fsdp", "fsdp1", "zero3")
     ),
     run("zero3_offloaded", "zero3", train={"export": False}, teacher={"offload": True}),
     *(
         entry
-        for name in ("fsdp", "ddp", "zero2", "zero3")
+        for name in SAVING
         for entry in (
             run(f"{name}_whole", name, train=SAVED, output=f"{name}_saved", keep=2),
             run(f"{name}_resumed", name, train={**SAVED, "resume": True}, output=f"{name}_saved"),
         )
     ),
     *(run(f"{name}_{dtype}", name, student={"dtype": dtype}) for name, dtype in HALF),
-    run("zero3_sampled", "zero3", train={"max_steps": 1}, log={"sample_prompt": "the fox", "sample_tokens": 4}),
+    *(
+        run(f"{name}_sampled", name, train={"max_steps": 1}, log={"sample_prompt": "the fox", "sample_tokens": 4})
+        for name in ("fsdp1", "zero3")
+    ),
 ]
 
 
@@ -104,7 +109,8 @@ def test_two_ranks_export_what_one_process_exports(results: dict[str, Any], sing
         assert (found[key] - value).abs().max() < 1e-5, key
 
 
-OTHERWISE = ["fsdp_1x4", "zero3_1x4", "zero2_4x1", "fsdp_replicated", "zero3_replicated", "zero3_offloaded"]
+OTHERWISE = ["fsdp_1x4", "zero3_1x4", "zero2_4x1", "fsdp_replicated", "fsdp1_replicated", "zero3_replicated"]
+OTHERWISE += ["zero3_offloaded"]
 
 
 @pytest.mark.parametrize("name", OTHERWISE)
@@ -115,7 +121,7 @@ def test_micro_batches_and_the_teachers_layout_change_nothing(
     assert curve(results[name], "grad_norm") == pytest.approx(curve(single, "grad_norm"), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["fsdp", "ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("name", SAVING)
 def test_resuming_continues_bit_for_bit(results: dict[str, Any], name: str) -> None:
     whole, resumed = results[f"{name}_whole"], results[f"{name}_resumed"]
     assert curve(resumed, "step") == [3, 4]
@@ -151,6 +157,7 @@ def test_only_rank_zero_speaks_and_says_what_was_filled_in(launched: str) -> Non
     )
 
 
-def test_sharded_models_continue_a_prompt(folder: Path, launched: str) -> None:
-    samples = json.loads((folder / "zero3_sampled" / "summary.json").read_text())["samples"]
+@pytest.mark.parametrize("name", ["fsdp1", "zero3"])
+def test_sharded_models_continue_a_prompt(folder: Path, launched: str, name: str) -> None:
+    samples = json.loads((folder / f"{name}_sampled" / "summary.json").read_text())["samples"]
     assert samples["prompt"] == "the fox" and samples["teacher"] and samples["student"] is not None

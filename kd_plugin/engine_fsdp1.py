@@ -1,0 +1,46 @@
+"""The FSDP1 adapter: as the FSDP2 one, but for what FSDP1 has of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+from kd_plugin.engine import parameter_groups
+from kd_plugin.engine_fsdp import FsdpEngine
+from kd_plugin.parallel import fsdp1
+
+__all__ = ["Fsdp1Engine"]
+
+
+class Fsdp1Engine(FsdpEngine):
+    """Student in FSDP1, teacher in FSDP1 or whole on each rank; see `kd_plugin.engine.Engine`."""
+
+    def _shard_student(self, student: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float) -> Any:
+        groups = parameter_groups(student, weight_decay)  # before they are flat
+        return fsdp1.wrap_student(student, mesh, self.place.device, dtype=dtype), groups
+
+    def _shard_teacher(self, teacher: nn.Module, mesh: DeviceMesh, *, offload: bool) -> nn.Module:
+        return fsdp1.wrap_teacher(teacher, mesh, self.place.device, offload=offload)
+
+    def _make_scaler(self, device_type: str, *, enabled: bool) -> GradScaler:
+        return ShardedGradScaler(device=device_type, enabled=enabled)
+
+    def _let_replicas_wait(self, wait: bool) -> None:
+        """FSDP1 cannot put off the all-reduce between copies without keeping whole gradients."""
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """See `Engine`. On a CPU, FSDP1 would hand out views of what it frees (`cpu_offload`)."""
+        on_cpu = self.place.device.type == "cpu"
+        options = StateDictOptions(full_state_dict=True, cpu_offload=not on_cpu)
+        state = get_model_state_dict(self.student, options=options)
+        return {} if on_cpu and self.place.rank else state
+
+    def _clip(self) -> Tensor:
+        limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
+        return self.student.clip_grad_norm_(limit)
