@@ -77,6 +77,24 @@ def still_there(slot: HeadSlot, head: nn.Module, side: str) -> None:
         )
 
 
+def check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that would train with the student, or a student that would be frozen with the teacher."""
+    if teacher is student:
+        raise ValueError("student and teacher are one model: pass copy.deepcopy(student) as the teacher")
+    held = {id(parameter) for parameter in teacher.parameters()}
+    if teacher in set(student.modules()):
+        head = student.get_output_embeddings()
+        if head is not None and any(id(parameter) in held for parameter in head.parameters()):  # a peft model's base
+            raise ValueError("the teacher is a part of the student and would train with it: load the teacher by itself")
+        return
+    shared = [name for name, p in student.named_parameters() if p.requires_grad and id(p) in held]
+    if shared:
+        raise ValueError(
+            f"student and teacher share {len(shared)} parameter(s), such as {shared[0]}, which would be frozen with "
+            "the teacher: copy.deepcopy the layers that the student takes over"
+        )
+
+
 def is_tied(model: nn.Module, head: nn.Module) -> bool:
     """Whether the head's weight is the input embedding's."""
     embedding = model.get_input_embeddings()

@@ -47,6 +47,8 @@ class Problem:
     """False under no_grad: autograd's own `needs_input_grad` does not know of it."""
     workspace_bytes: int = 0
     """Out: bytes held above the inputs at the loop's peak."""
+    group_rows: int | None = None
+    """Out: valid rows of all ranks that agreed on the chunks (`ChunkPlan.group_rows`)."""
     dense_bytes: int = 0
     """Out: bytes that the fp32 logits of all rows would have taken, both models' together."""
 
@@ -137,6 +139,7 @@ class _Loop:
             "student", weight[:vocab_size], self.dtype, rounded=problem.rounded_logits, hidden_dtype=hidden.dtype
         )
         self.plan = _plan(problem, hidden.device)
+        problem.group_rows = self.plan.group_rows
         capacity = max(self.plan.chunk, 2)  # row_kernels.run never compiles for a single row
         self.student = buffer("student", capacity, vocab_size, self.dtype, hidden.device)
         self.teacher = None

@@ -176,7 +176,7 @@ class DistillConfig(Section):
     """What crosses the wire for sharded heads. `weight`: each head, once per micro-batch. `logits`:
     the student's head, and chunk by chunk the teacher's logits, of whose head every rank keeps some rows.
     `stats`: hidden states and a few numbers per token; every rank keeps its own rows of both heads.
-    `auto` is the one that moves fewest bytes, under FSDP2 with an untied head; else `weight`."""
+    `auto` is the one that moves fewest bytes, as the first step that trains prints."""
 
     row_kernel: Literal["auto", "compile", "triton", "eager"] = "auto"
     """What computes one chunk's rows: `compile` is torch.compile, `triton` a Triton kernel (CUDA),

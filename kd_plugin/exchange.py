@@ -93,6 +93,11 @@ class Exchange:
         """The ranks that exchange."""
         return self.group if self._rows is None else self._rows.group
 
+    @property
+    def within_copies(self) -> bool:
+        """Whether only some of the ranks exchange, as in each copy of a model under HSDP."""
+        return num_ranks(self._shard_group) < num_ranks(self.group)
+
     def cuts_teacher(self, hidden: Tensor, weight: Tensor, student_size: int) -> bool:
         """Whether each rank keeps only rows of the teacher's head (modes `logits` and `stats`).
 
@@ -166,10 +171,16 @@ class Exchange:
             )
         if wanted != "auto":
             return wanted
-        cut_here = num_ranks(self.group) > 1 and row_shards(weight) is not None and not elsewhere
-        if not cut_here or self.teacher_width is None or make_objective(self.config).by_rank:
-            return "weight"  # the wrapper gathers the student's head anyway, or there is none to gather
-        return self._cheapest(hidden, weight, student_size)
+        if num_ranks(self.group) == 1 or self.teacher_width is None or make_objective(self.config).by_rank:
+            return "weight"
+        found, text = self._volumes(hidden, weight, student_size)
+        if elsewhere:
+            del found["stats"]
+        mode = min(found, key=lambda name: found[name])
+        if dist.get_rank(self.group) == 0:
+            listed = ", ".join(f"{name} {volume / 1e6:.4g} MB" for name, volume in found.items())
+            logger.info("distill.exchange: auto -> %s (per rank and micro-batch: %s; %s)", mode, listed, text)
+        return mode
 
     def _idle(self, mode: str) -> str | None:
         """Why `mode` would do no more than `weight` does."""
@@ -179,26 +190,26 @@ class Exchange:
             return "soft_weight is 0, and there is no teacher"
         return None
 
-    def _cheapest(self, hidden: Tensor, weight: Tensor, vocab_size: int) -> str:
-        """The mode with the fewest bytes, printed once with its arithmetic."""
+    def _volumes(self, hidden: Tensor, weight: Tensor, vocab_size: int) -> tuple[dict[str, float], str]:
+        """Bytes of each mode, and what they follow from. Collective.
+
+        Of a student's head that its wrapper does not leave in rows (ZeRO, FSDP1, DDP, tied to an embedding that has
+        been gathered) only the teacher's share is counted: its own traffic is the same in every mode.
+        """
         ranks, width, item = num_ranks(self._shard_group), hidden.shape[-1], hidden.element_size()
         rows = hidden.numel() // width
         rows = max(all_gather_object(rows, self.group, "numbers of rows (once, in the first step)"))
         assert self.teacher_width is not None
-        student = Head(vocab_size, width, ranks, item, _REDUCE_BYTES if weight.requires_grad else 0)
+        cut = row_shards(weight) is not None
+        reduced = _REDUCE_BYTES if weight.requires_grad else 0
+        student = Head(vocab_size, width, ranks if cut else 1, item, reduced)
         teacher = Head(vocab_size, self.teacher_width, self._teacher_ranks(), item)
         numbers = shards.exchanged_numbers(make_objective(self.config))
-        found = volumes(student, teacher, rows, ranks=ranks, numbers=numbers)
-        mode = min(found, key=lambda name: found[name])
-        if dist.get_rank(self.group) == 0:
-            listed = ", ".join(f"{name} {volume / 1e6:.4g} MB" for name, volume in found.items())
-            kept = "" if weight.requires_grad else ", the student's head is frozen"
-            kept += "" if teacher.ranks > 1 else ", the teacher's head is there anyway"
-            logger.info(
-                "distill.exchange: auto -> %s (per rank and micro-batch: %s; W %d, rows %d, V %d, D %d, E %d%s)",
-                *(mode, listed, ranks, rows, vocab_size, width, self.teacher_width, kept),
-            )
-        return mode
+        text = f"W {ranks}, rows {rows}, V {vocab_size}, D {width}, E {self.teacher_width}"
+        text += "" if cut else ", the student's head is whole in each"
+        text += "" if weight.requires_grad else ", the student's head is frozen"
+        text += "" if teacher.ranks > 1 else ", the teacher's head is there anyway"
+        return volumes(student, teacher, rows, ranks=ranks, numbers=numbers), text
 
     def _teacher_ranks(self) -> int:
         """Ranks that cut the teacher's head, where `weight` would have it gathered."""

@@ -152,6 +152,8 @@ class LossSums(NamedTuple):
     """Which metrics mean something for this objective."""
     workspace_bytes: int = 0
     dense_bytes: int = 0
+    group_rows: int | None = None
+    """Valid rows of all ranks with which this one agreed on its chunks; None if with none."""
 
 
 def loss_sums(
@@ -190,9 +192,8 @@ def loss_sums(
 def packed(loss_sum: Tensor, statistics: Tensor, problem: chunks.Problem) -> LossSums:
     """The sums with what else is known of the call."""
     num_valid = torch.full((), problem.num_rows, dtype=torch.int64, device=statistics.device)
-    return LossSums(
-        loss_sum, statistics, num_valid, problem.objective.measured, problem.workspace_bytes, problem.dense_bytes
-    )
+    measured, held, dense = problem.objective.measured, problem.workspace_bytes, problem.dense_bytes
+    return LossSums(loss_sum, statistics, num_valid, measured, held, dense, problem.group_rows)
 
 
 def normalised(sums: LossSums, num_items: int | float | Tensor | None) -> DistillOutput:

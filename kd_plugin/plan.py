@@ -1,7 +1,8 @@
 """Which rows each chunk takes; agreed between ranks where chunks contain collectives.
 
 A collective inside the chunk loop that one rank runs four times and another three hangs both, or, worse, pairs
-chunks that do not belong together. So the number of chunks is settled before the first one, by one all-gather.
+chunks that do not belong together. So the number of chunks is settled before the first one, by one all-gather of
+the numbers of valid rows, which also says how many rows the mean over all of them has.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class ChunkPlan:
     num_rows: int
     chunk: int
     num_chunks: int
+    group_rows: int | None = None
+    """Rows of all ranks that agreed; None where no rank asked another."""
 
     def of(self, index: int) -> tuple[slice | Tensor, int]:
         """Flat indices of the rows of chunk `index`, and their number."""
@@ -57,6 +60,7 @@ def agreed_plan(rows: Tensor | None, num_rows: int, chunk_size: int, group: Any,
     """The same number of chunks, of the same length, on every rank of `group`. One all-gather."""
     own = torch.tensor([num_rows], device=host_device(group, device))
     with located(lambda: f"{num_rows} valid rows here"):
-        most = int(all_gather(own, group, "counts of valid rows").max())
+        counts = all_gather(own, group, "counts of valid rows").tolist()
+    most = max(counts)
     chunk = min(chunk_size, max(most, 1))
-    return ChunkPlan(rows, num_rows, chunk, -(-most // chunk))
+    return ChunkPlan(rows, num_rows, chunk, -(-most // chunk), sum(counts))

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +60,17 @@ class Plugin:
         this rank's wall time in student_ms (backbone), teacher_ms (backbone), loss_ms, summed over forwards.
         """
         return self._measures.take(self.config, self._slot.module.weight.device, self.group, self.chunk_size)
+
+    @contextmanager
+    def objective(self, config: DistillConfig) -> Iterator[None]:
+        """Compute the loss as `config` says for a while, as an evaluation does; what crosses the wire stays."""
+        head = next(module for module in self._slot.module.modules() if isinstance(module, DistillHead))
+        before = self.config
+        self.config = head.distill_config = config
+        try:
+            yield
+        finally:
+            self.config = head.distill_config = before
 
     @property
     def chunk_size(self) -> int:
@@ -189,7 +201,8 @@ class Plugin:
         loss_sum = self._through_heads(hidden, call, inputs)
         assert call.sums is not None
         self._measures.add(call.sums)
-        loss = per_item(loss_sum, call.sums.num_valid, num_items, self.group)
+        counted = None if self.exchange.within_copies else call.sums.group_rows
+        loss = per_item(loss_sum, call.sums.num_valid, num_items, self.group, counted)
         loss = loss if auxiliary_loss is None else loss + auxiliary_loss.to(loss)
         return model_output(loss, causal_lm.unwrap(self.student).config)
 
@@ -232,6 +245,9 @@ class Plugin:
             return self._slot.module(hidden, call)
 
     def _run_teacher(self, inputs: dict[str, Any], consumer: Consumer) -> None:
+        model = causal_lm.unwrap(self.teacher)
+        if model.training:  # set by the train() of a module that it is a part of
+            model.eval()
         shared = {name: value for name, value in inputs.items() if name not in _NOT_FOR_TEACHER}
         with torch.no_grad():
             self.teacher(**shared, kd_consumer=consumer)
@@ -250,7 +266,9 @@ def attach(
     Args:
         student: a Hugging Face causal language model or encoder-decoder, not yet sharded.
         teacher: likewise, sharded already or later (then set `plugin.teacher` to what wraps it: DDP, FSDP1, a
-            DeepSpeed engine); it is frozen and set to eval, and serves one student. None if `soft_weight` is 0.
+            DeepSpeed engine). One wrapper around both will do: a module that holds student and teacher, or the
+            teacher as a submodule of the student. It is frozen, set to eval, and serves one student. None if
+            `soft_weight` is 0.
         config: the objective; default `DistillConfig()`.
         group: ranks over which the data is split; default: all.
         tokenizers: `(student_tokenizer, teacher_tokenizer)`, compared if given.
@@ -262,13 +280,14 @@ def attach(
     step over all ranks, as the Hugging Face Trainer passes it: then loss = local sum / num_items_in_batch and
     the caller undoes the wrapper's averaging), `loss_rows` (flat indices of the rows that count, found on the
     host) and `token_weights` (`[B, S]`, by row: that of the token which row s predicts). Without
-    `num_items_in_batch` one collective counts the valid tokens of all ranks, and the loss is scaled so that
-    gradients averaged over the ranks are those of the global mean; over several micro-batches that is a mean of
-    means. The output has a loss and no logits. A mixture of experts' router loss is added, as the model would.
+    `num_items_in_batch` one collective counts the valid tokens of all ranks (in exchange logits and stats the one
+    that settles the chunks anyway), and the loss is scaled so that gradients averaged over the ranks are those of
+    the global mean; over several micro-batches that is a mean of means. The output has a loss and no logits. A
+    mixture of experts' router loss is added, as the model would.
 
     Raises:
         ValueError: a head that is sharded, quantised or not linear, logits changed in an unknown way, a student
-            attached twice or to itself, or tokenizers that differ.
+            attached twice or to a teacher with parameters of its own, or tokenizers that differ.
     """
     config = DistillConfig() if config is None else config
     if isinstance(teacher, DistillConfig):
@@ -277,10 +296,8 @@ def attach(
     model = causal_lm.unwrap(student)
     if config.soft_weight and teacher is None:
         raise ValueError(f"soft_weight is {config.soft_weight:g} but teacher is None: pass one, or set soft_weight=0")
-    if teacher is not None and causal_lm.unwrap(teacher) is model:
-        raise ValueError("student and teacher are one model: pass copy.deepcopy(student) as the teacher")
-    if teacher is not None and causal_lm.unwrap(teacher) in set(model.modules()):  # as a peft model's base is
-        raise ValueError("the teacher is a part of the student and would train with it: load the teacher by itself")
+    if teacher is not None:
+        causal_lm.check_apart(model, causal_lm.unwrap(teacher))
     if tokenizers is not None:
         check_tokenizers(*tokenizers)
     plugin = Plugin(student, teacher, config, group)

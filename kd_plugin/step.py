@@ -33,12 +33,19 @@ def row_targets(
     return labels
 
 
-def per_item(loss_sum: Tensor, num_valid: Tensor, num_items: int | Tensor | None, group: Any) -> Tensor:
-    """Divide by `num_items`; without it, count over all ranks and undo the wrapper's averaging over them."""
+def per_item(
+    loss_sum: Tensor, num_valid: Tensor, num_items: int | Tensor | None, group: Any, group_rows: int | None = None
+) -> Tensor:
+    """Divide by `num_items`; without it, count over all ranks and undo the wrapper's averaging over them.
+
+    `group_rows` is that count, where the ranks of `group` have told each other already.
+    """
     if num_items is not None:
         items = checks.divisor(num_items, 0)
         return loss_sum / (items.to(loss_sum.device) if isinstance(items, Tensor) else items)
     valid, ranks = num_valid.clone(), num_ranks(group)
+    if group_rows is not None:
+        return loss_sum * ranks / max(group_rows, 1)
     if ranks > 1:
         all_reduce(valid, group, "numbers of valid tokens (pass num_items_in_batch, and it is not needed)")
     return loss_sum * ranks / valid.clamp_min(1)

@@ -85,6 +85,7 @@ class _Loop:
         transform = row_kernels.IDENTITY if teacher is None else teacher.transform
         self.spec = RowSpec(problem.objective, problem.student_transform, transform, with_gradient=grads)
         self.plan = agreed_plan(problem.rows, problem.num_rows, problem.chunk_size, shard.group, hidden.device)
+        problem.group_rows = self.plan.group_rows
         self.gather = RowGather(self.plan, shard.group, self._rows_to_send(hidden), "the hidden states")
         rounded = problem.rounded_logits
         self.operand = Operand("student", self.weight, self.dtype, rounded=rounded, hidden_dtype=hidden.dtype)

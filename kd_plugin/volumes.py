@@ -74,7 +74,7 @@ def stats_bytes(
 def volumes(
     student: Head, teacher: Head, rows: float, *, ranks: int, numbers: tuple[int, int] = _KL_NUMBERS
 ) -> dict[str, float]:
-    """What `auto` compares under FSDP2."""
+    """What `auto` compares."""
     return {
         "weight": weight_bytes(student, teacher),
         "logits": logits_bytes(student, teacher, rows, ranks=ranks),

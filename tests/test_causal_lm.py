@@ -140,6 +140,14 @@ def test_a_model_that_is_to_teach_itself_is_refused() -> None:
     refused(model, model, "student and teacher are one model", "copy.deepcopy")
 
 
+def test_a_teacher_that_shares_trainable_parameters_is_refused() -> None:
+    student, teacher = make_model("llama"), make_model("llama", seed=2)
+    student.model.layers[0] = teacher.model.layers[0]
+    refused(student, teacher, "share 9 parameter(s), such as model.layers.0", "copy.deepcopy")
+    teacher.requires_grad_(False)
+    kd.attach(student, teacher, config_of()).detach()  # frozen already, and so meant
+
+
 def test_without_soft_loss_no_teacher_is_needed() -> None:
     student, batch = make_model("llama"), make_batch()
     wanted = student(**batch).loss.item()

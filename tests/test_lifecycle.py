@@ -49,6 +49,33 @@ def test_a_teacher_serves_one_student():
     kd.attach(make_model("llama", seed=3), teacher, CONFIG).detach()
 
 
+@pytest.mark.parametrize("inside", ["the student", "a module that holds both"])
+def test_a_teacher_may_be_a_submodule_and_stays_in_eval_mode(inside):
+    def models():
+        return make_model("llama", seed=1), make_model("llama", seed=2, attention_dropout=0.9)
+
+    batch = make_batch()
+    student, teacher = models()
+    kd.attach(student, teacher, CONFIG)
+    loss = student(**batch).loss
+    loss.backward()
+    wanted = loss.item(), student.lm_head.weight.grad
+
+    student, teacher = models()
+    whole = torch.nn.ModuleList([student, teacher])
+    if inside == "the student":
+        student.teacher, whole = teacher, student
+    kd.attach(student, teacher, CONFIG)
+    whole.train()  # as trainers do before each step
+    assert teacher.training
+    loss = student(**batch).loss
+    loss.backward()
+    assert loss.item() == wanted[0]
+    assert torch.equal(student.lm_head.weight.grad, wanted[1])
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not teacher.model.layers[0].self_attn.training
+
+
 def test_detach_leaves_a_forward_that_was_put_on_top(caplog):
     student, _, plugin = attached()
     below = student.forward

@@ -48,10 +48,11 @@ def settled(setup: Setup) -> str:
         return "weight"
     if configured != "auto":
         return configured
-    if not setup.student_head_in_rows or teacher is None or len(exchanges(setup)) == 1:
+    if teacher is None or setup.by_rank:
         return "weight"
     item = setup.student_item  # of both heads: the plugin's rule knows the hidden states' only
-    own, other = _student_head(setup)._replace(item_bytes=item), _teacher_head(setup, teacher)._replace(item_bytes=item)
+    own, other = _student_head(setup), _teacher_head(setup, teacher)._replace(item_bytes=item)
+    own = own if setup.student_head_in_rows else own._replace(ranks=1)
     other = other._replace(ranks=1) if teacher.tied else other
     numbers = shards.exchanged_numbers(make_objective(setup.distill))
     found = volumes(own, other, setup.tokens, ranks=setup.group_ranks, numbers=numbers)
@@ -75,7 +76,10 @@ def _student_gathered(setup: Setup) -> tuple[float, str]:
         return 0.0, f"student's head is whole under {setup.mode}"
     if not head.reduced_bytes:
         return head.num_bytes, f"f V D x {head.item_bytes}"
-    return head.num_bytes, f"f V D x ({head.item_bytes} gathered + {head.reduced_bytes} reduced)"
+    size, how = head.num_bytes, f"f V D x ({head.item_bytes} gathered + {head.reduced_bytes} reduced)"
+    if setup.mode == "fsdp1" and not setup.student.tied:  # gathers a unit for backward whether or not that reads it
+        return size + head._replace(reduced_bytes=0).num_bytes, f"{how}, and gathered again in backward"
+    return size, how
 
 
 def _teacher_gathered(setup: Setup) -> tuple[float, str]:
@@ -139,16 +143,20 @@ def parameters(setup: Setup) -> tuple[Line, ...]:
 
 
 def _copies(setup: Setup) -> list[Line]:
-    """HSDP's all-reduce: once per step, but of rows that stay cut in the loss (`stats`) in every micro-batch."""
+    """HSDP's all-reduce: once per step; in every micro-batch under FSDP1, and of rows that `stats` leaves cut."""
     if setup.copies == 1:
         return []
     ranks, copies, student = setup.group_ranks, setup.copies, setup.student
     own = student.trainable / ranks
     again = 0.0
-    if setup.exchange == "stats" and setup.student_head_in_rows and student.head_trainable:
-        again = (setup.accumulation - 1) * student.head_numel / ranks
-    how = f"2 f' x {student.trainable:,} / {ranks} x 4 B, f' = {copies - 1} / {copies}, once per step"
-    how += f"; the head's part {setup.accumulation} times" if again else ""
+    how = f"2 f' x {student.trainable:,} / {ranks} x 4 B, f' = {copies - 1} / {copies}, "
+    if setup.mode == "fsdp1":
+        again = (setup.accumulation - 1) * own
+        how += "in every micro-batch"
+    else:
+        if setup.exchange == "stats" and setup.student_head_in_rows and student.head_trainable:
+            again = (setup.accumulation - 1) * student.head_numel / ranks
+        how += "once per step" + (f"; the head's part {setup.accumulation} times" if again else "")
     return [Line("gradients between copies", 2 * (copies - 1) / copies * (own + again) * _FLOAT, how)]
 
 
@@ -172,8 +180,9 @@ def _student(setup: Setup) -> list[Line]:
         ]
     rest = student.numel - student.head_numel
     rest_trained = trained - student.head_numel * student.head_trainable
-    # FSDP2 leaves its root whole, and neither embedding nor head need their weights in backward.
-    again = sum(unit.numel for unit in student.units if unit.name == "layer")
+    # FSDP leaves its root whole. Neither embedding nor head need their weights in backward, which FSDP1 does not know.
+    units = ("layer", "embedding") if setup.mode == "fsdp1" else ("layer",)
+    again = sum(unit.numel for unit in student.units if unit.name in units)
     twice = rest if setup.is_zero else again
     gathered = times * share * (rest + twice) * item
     reduced_item = item if setup.is_zero else _FLOAT

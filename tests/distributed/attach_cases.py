@@ -35,11 +35,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
         True,
     ),
     "opt": ("OPTConfig", {**HEADS, "num_hidden_layers": 2}, True),
+    "phi": ("PhiConfig", {**HEADS, "num_attention_heads": 2, "num_hidden_layers": 2}, False),  # its head has a bias
 }
-NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+NO_DROPOUT = dict.fromkeys(("dropout", "attention_dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
 
 # Each architecture also brings its own divergence.
-DIVERGENCES = {"llama": "forward_kl", "qwen3": "reverse_kl", "gpt2": "jsd", "gemma2": "soft_ce", "opt": "forward_kl"}
+DIVERGENCES = {"llama": "forward_kl", "qwen3": "reverse_kl", "gpt2": "jsd", "gemma2": "soft_ce"}
+DIVERGENCES |= {"opt": "forward_kl", "phi": "tvd"}
 
 METRICS = ("loss", "soft_loss", "hard_loss", "valid_tokens", "teacher_entropy", "student_entropy", "top1_agreement")
 METRICS += ("acceptance_rate", "kl_t1")
@@ -110,7 +112,10 @@ def make_model(architecture: str, width: int, vocab_size: int, seed: int) -> nn.
         pad_token_id=2,
     )
     torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if (bias := model.get_output_embeddings().bias) is not None:  # zero, which would test nothing
+        torch.nn.init.normal_(bias)
+    return model
 
 
 def make_models(architecture: str) -> tuple[nn.Module, nn.Module]:

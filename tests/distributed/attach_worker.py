@@ -147,10 +147,11 @@ def train(case: Case, rank: int) -> dict[str, Any]:
 def watch(case: Case, rank: int) -> list[Collective]:
     """The collectives of the third step, when every backend has settled.
 
-    The student's embedding is frozen, so that the one gradient of vocabulary size is the head's.
+    An embedding of its own is frozen, so that the one gradient of vocabulary size is the head's.
     """
     student, teacher = make_models(case.architecture)
-    student.get_input_embeddings().requires_grad_(False)
+    embedding = student.get_input_embeddings()
+    embedding.requires_grad_(embedding.weight is student.get_output_embeddings().weight)
     plugin = kd.attach(student, teacher, case.config)
     run = (DeepSpeedRun if case.wrapper.startswith("zero") else TorchRun)(case, student, teacher, plugin)
     for step in range(STEPS):

@@ -36,7 +36,11 @@ class Case:
     loss: str = "attached"
     """attached, or dense: the same wrapper with whole logits and autograd, no plugin"""
     teacher: str = "shard"
-    """shard, or offload (sharded, parameters kept in host memory)"""
+    """shard, offload (sharded, parameters kept in host memory), or part (in one wrapper with the student)"""
+    teacher_tied: bool | None = None
+    """None: as the student."""
+    head: str = "plain"
+    """plain, bias (the head has one, as Phi's), or softcap (Gemma 2, always tied)"""
     seed: int = 0
     """Of the batches."""
 
@@ -47,7 +51,13 @@ class Case:
         parts = [self.wrapper, "tied" if self.tied else "untied", self.exchange, self.divergence]
         parts += [f"{self.ranks}ranks", self.dtype, f"v{self.vocab_size}.{self.teacher_vocab_size}", self.batch]
         parts += [f"x{self.accumulation}", f"c{self.chunk_size}", self.loss, self.teacher, f"s{self.seed}"]
+        parts += [self.head] if self.head != "plain" else []
+        parts += [] if self.teacher_tied is None else [f"teacher_{'tied' if self.teacher_tied else 'untied'}"]
         return "-".join(parts)
+
+    @property
+    def tied_teacher(self) -> bool:
+        return self.tied if self.teacher_tied is None else self.teacher_tied
 
     @property
     def steps(self) -> int:
@@ -72,10 +82,13 @@ class Case:
 
 def make_models(case: Case) -> tuple[nn.Module, nn.Module]:
     """(student, teacher) of different widths."""
-    architecture = "qwen3" if case.tied else "llama"
-    student = attach_cases.make_model(architecture, attach_cases.STUDENT_WIDTH, case.vocab_size, seed=1)
-    teacher = attach_cases.make_model(architecture, attach_cases.TEACHER_WIDTH, case.teacher_vocab_size, seed=2)
-    return student, teacher
+    architectures = {"bias": "phi", "softcap": "gemma2"}
+    student = architectures.get(case.head, "qwen3" if case.tied else "llama")
+    teacher = architectures.get(case.head, "qwen3" if case.tied_teacher else "llama")
+    return (
+        attach_cases.make_model(student, attach_cases.STUDENT_WIDTH, case.vocab_size, seed=1),
+        attach_cases.make_model(teacher, attach_cases.TEACHER_WIDTH, case.teacher_vocab_size, seed=2),
+    )
 
 
 def make_batch(case: Case, step: int, micro: int, rank: int) -> tuple[Tensor, Tensor]:

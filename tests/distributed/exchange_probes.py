@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kd_plugin as kd
 from benchmarks.received import Received
-from kd_plugin.parallel import fsdp
+from kd_plugin.parallel import fsdp, fsdp1, zero
 from tests.allocations import NewTensors
 from tests.distributed.attach_cases import make_model
 from tests.distributed.collectives import CollectiveLog, local_shard
@@ -26,7 +28,12 @@ VOCAB_SIZE, STUDENT_WIDTH, TEACHER_WIDTH, CHUNK = 1021, 16, 24, 8  # of the memo
 TRAFFIC_ROWS, TRAFFIC_VOCAB, TRAFFIC_WIDTH = 2048, 49152, 576
 # In the rounds of `make_config`: two for each of four softmaxes, the label's logit, agreement; no sums.
 NUMBERS = (10, 0)
-AUTO_ROWS = 120  # more than pay for `stats` where the teacher's head need not be gathered
+# More than pay for `stats` where the teacher's head need not be gathered, and as few as pay for its share alone
+AUTO_ROWS = (120, 40)
+# Divergence -> rounds of statistics per chunk
+ROUNDS = dict.fromkeys(("forward_kl", "soft_ce", "reverse_kl", "logit_mse"), 1)
+ROUNDS |= dict.fromkeys(("jsd", "tvd", "acceptance", "cosine"), 2)
+FEWER_ROWS = ("student tied", "ddp", "zero3")
 LOGITS_ROWS, LOGITS_VOCAB, LOGITS_WIDTH = 256, 4096, 64
 
 
@@ -95,6 +102,39 @@ def head_collectives(rank: int) -> dict[str, list[Any]]:
     return found
 
 
+def counting(rank: int) -> dict[str, dict[str, Any]]:
+    """By exchange: this rank's loss and collectives in a step whose tokens are counted, and given."""
+    found: dict[str, dict[str, Any]] = {}
+    for exchange in ("weight", "logits", "stats"):
+        student, _ = make_student(make_config(exchange), VOCAB_SIZE, (STUDENT_WIDTH, TEACHER_WIDTH))
+        input_ids = torch.randint(3, VOCAB_SIZE, (2, 11 + rank), generator=torch.Generator().manual_seed(rank))
+        targets = input_ids.masked_fill(input_ids % 3 == 0, -100)
+        items = torch.tensor(int((targets != -100).sum()))
+        dist.all_reduce(items)
+        _step(student, input_ids)
+        found[exchange] = {}
+        for name, given in (("counted", {}), ("given", {"num_items_in_batch": int(items)})):
+            with CollectiveLog() as log:
+                loss = student(input_ids, shift_labels=targets, **given).loss
+            found[exchange][name] = float(loss), [call.operation for call in log.calls]
+    return found
+
+
+def rounds(rank: int) -> dict[str, list[str]]:
+    """By divergence: the collectives of one more chunk in `stats` mode, sorted."""
+    found = {}
+    for divergence in ROUNDS:
+        student, _ = make_student(make_config("stats", divergence=divergence), 37, (STUDENT_WIDTH, TEACHER_WIDTH))
+        calls = []
+        for length in (CHUNK, CHUNK, 2 * CHUNK):  # the first compares the ranks' settings
+            input_ids = torch.full((1, length), 3)
+            with CollectiveLog() as log:
+                student(input_ids, shift_labels=input_ids, num_items_in_batch=length)
+            calls.append(Counter(call.operation for call in log.calls))
+        found[divergence] = sorted((calls[2] - calls[1]).elements())
+    return found
+
+
 def traffic(rank: int) -> dict[str, float]:
     """Bytes received in one step. `stats` has the real rows and `weight` the real heads: each ignores the other."""
     sizes = {
@@ -146,30 +186,63 @@ def groups(rank: int) -> dict[str, set[tuple[int, ...]]]:
     return log.found
 
 
+AUTOMATIC = ("sharded", "replicated", "tied", "frozen", "groups", "student tied", "ddp", "fsdp1")
+
+
 def automatic(rank: int) -> dict[str, list[str]]:
     """By layout: the mode that `auto` takes on this rank, and what rank 0 says about it."""
-    found = {}
-    for name in ("sharded", "replicated", "tied", "frozen", "groups"):
-        widths = enumerate((STUDENT_WIDTH, TEACHER_WIDTH))
-        student, teacher = (make_model("llama", width, VOCAB_SIZE, seed=i) for i, width in widths)
-        if name == "tied":
-            teacher.get_output_embeddings().weight = teacher.get_input_embeddings().weight
-        student.get_output_embeddings().requires_grad_(name != "frozen")
-        plugin = kd.attach(student, teacher, make_config("auto"))
-        mesh = fsdp.make_mesh("cpu", 4, shard_size=2 if name == "groups" else 4)
-        fsdp.shard_student(student, mesh, dtype=torch.float32)
-        if name != "replicated":
-            fsdp.shard_teacher(teacher, mesh)
-        log, handler = logging.getLogger("kd_plugin.exchange"), Messages()
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        with torch.no_grad():  # an evaluation, of other sizes
-            student(torch.full((1, 2), 3), shift_labels=torch.full((1, 2), 3), num_items_in_batch=1)
-        assert plugin.exchange.mode is None
-        _step(student, torch.full((2, AUTO_ROWS // 2), 3))
-        log.removeHandler(handler)
-        found[name] = [str(plugin.exchange.mode), *handler.found]
-    return found
+    return {name: _automatic(name) for name in AUTOMATIC}
+
+
+def automatic_zero3(rank: int) -> dict[str, list[str]]:
+    """The same for two ZeRO-3 engines."""
+    return {"zero3": _automatic("zero3")}
+
+
+def _automatic(name: str) -> list[str]:
+    widths = enumerate((STUDENT_WIDTH, TEACHER_WIDTH))
+    student, teacher = (make_model("llama", width, VOCAB_SIZE, seed=i) for i, width in widths)
+    for side, model in (("tied", teacher), ("student tied", student)):
+        if name == side:
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    student.get_output_embeddings().requires_grad_(name != "frozen")
+    plugin = kd.attach(student, teacher, make_config("auto"))
+    model, plugin.teacher = _wrapped(name, student, teacher)
+    log, handler = logging.getLogger("kd_plugin.exchange"), Messages()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    with torch.no_grad():  # an evaluation, of other sizes
+        model(torch.full((1, 2), 3), shift_labels=torch.full((1, 2), 3), num_items_in_batch=1)
+    assert plugin.exchange.mode is None
+    input_ids = torch.full((2, AUTO_ROWS[name in FEWER_ROWS] // 2), 3)
+    model(input_ids, shift_labels=input_ids, num_items_in_batch=input_ids.numel())
+    log.removeHandler(handler)
+    return [str(plugin.exchange.mode), *handler.found]
+
+
+def _wrapped(name: str, student: nn.Module, teacher: nn.Module) -> tuple[Any, Any]:
+    """What to call for each."""
+    ranks = dist.get_world_size()
+    mesh = fsdp.make_mesh("cpu", ranks, shard_size=2 if name == "groups" else ranks)
+    if name == "zero3":
+        import deepspeed
+
+        block: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        block["zero_allow_untested_optimizer"] = True
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        engines = [deepspeed.initialize(model=student, optimizer=optimizer, config=block)[0]]
+        engines.append(deepspeed.initialize(model=teacher, config=zero.teacher_config(block, precision="float32"))[0])
+        return tuple(engines)
+    if name == "fsdp1":
+        cpu = torch.device("cpu")
+        wrapped = fsdp1.wrap_student(student, mesh, cpu, dtype=torch.float32)
+        return wrapped, fsdp1.wrap_teacher(teacher, mesh, cpu)
+    if name != "replicated":
+        fsdp.shard_teacher(teacher, mesh)
+    if name == "ddp":
+        return DistributedDataParallel(student), teacher
+    fsdp.shard_student(student, mesh, dtype=torch.float32)
+    return student, teacher
 
 
 class Messages(logging.Handler):

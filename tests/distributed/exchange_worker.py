@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +26,23 @@ from tests.distributed.attach_worker import DeepSpeedRun, TorchRun
 from tests.distributed.exchange_cases import Case, count_valid, dense_loss, make_batch, make_models
 
 
+def is_tied(model: nn.Module) -> bool:
+    """Whether the head's weight is the embedding's."""
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+class Pair(nn.Module):
+    """Student and frozen teacher as parts of one module, for who has one wrapper for both."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The student's."""
+        return self.student(*args, **kwargs)
+
+
 def shard_by_layout(model: nn.Module, layout: str, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     """FSDP2 as users write it: the head in one unit with the final norm, or left to the root."""
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
@@ -34,18 +51,27 @@ def shard_by_layout(model: nn.Module, layout: str, mesh: DeviceMesh, policy: Mix
         fully_shard(layer, **options)
     if layout == "grouped":
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        tied = [embedding] if embedding.weight is head.weight else []
+        tied = [embedding] if is_tied(model) else []
         fully_shard([*tied, model.base_model.norm, head], reshard_after_forward=frozen, **options)
     fully_shard(model, reshard_after_forward=True if frozen else None, **options)
 
 
-def wrap_fsdp1(model: nn.Module, dtype: torch.dtype, *, tied: bool) -> nn.Module:
+def shard_pair(pair: Pair, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """FSDP2 with one root: the embeddings and heads of both models are its own."""
+    for model in (pair.student, pair.teacher):
+        for layer in fsdp.decoder_layers(model):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(pair, mesh=mesh, mp_policy=policy)
+
+
+def wrap_fsdp1(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """FSDP1 as its users write it; a tied head must stay in its embedding's unit."""
-    head = set() if tied else {type(model.get_output_embeddings())}
-    units = {type(layer) for layer in fsdp.decoder_layers(model)} | head
+    models = [module.student, module.teacher] if isinstance(module, Pair) else [module]
+    units = {layer for model in models for layer in fsdp.decoder_layers(model)}
+    units |= {head for model in models if (head := model.get_output_embeddings()) and not is_tied(model)}
     return FullyShardedDataParallel(
-        model,
-        auto_wrap_policy=ModuleWrapPolicy(units),
+        module,
+        auto_wrap_policy=CustomPolicy(lambda part: part in units),
         use_orig_params=True,
         mixed_precision=None if dtype == torch.float32 else MixedPrecision(param_dtype=dtype),
         device_id=torch.device("cpu"),
@@ -59,23 +85,29 @@ class WrappedRun(TorchRun):
         dtype = getattr(torch, case.dtype)
         self.module = self.model = student
         self.teacher, self.factor = teacher, case.ranks
+        together = Pair(student, teacher) if case.teacher == "part" else None
+        size = 2 if case.wrapper == "hsdp" else case.ranks
+        mesh = fsdp.make_mesh("cpu", case.ranks, shard_size=size)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         if case.wrapper == "ddp":
-            self.model = DistributedDataParallel(student)
+            self.model = DistributedDataParallel(together or student)
         elif case.wrapper == "fsdp1":
-            self.model = wrap_fsdp1(student, dtype, tied=case.tied)
-            self.teacher = wrap_fsdp1(teacher.requires_grad_(False), dtype, tied=case.tied)
+            self.model = wrap_fsdp1(together or student, dtype)
+            self.teacher = teacher if together else wrap_fsdp1(teacher, dtype)
+        elif together is not None:
+            assert case.wrapper == "root", "the other layouts have no unit for both"
+            self.model = together
+            shard_pair(together, mesh, policy)
+        elif case.wrapper in ("alone", "hsdp"):
+            fsdp.shard_student(student, mesh, dtype=dtype)
+            fsdp.shard_teacher(teacher, mesh, offload=case.teacher == "offload")
         else:
-            size = 2 if case.wrapper == "hsdp" else case.ranks
-            mesh = fsdp.make_mesh("cpu", case.ranks, shard_size=size)
-            if case.wrapper in ("alone", "hsdp"):
-                fsdp.shard_student(student, mesh, dtype=dtype)
-                fsdp.shard_teacher(teacher, mesh, offload=case.teacher == "offload")
-            else:
-                shard_by_layout(student, case.wrapper, mesh, MixedPrecisionPolicy(param_dtype=dtype))
-                shard_by_layout(teacher.requires_grad_(False), case.wrapper, mesh, MixedPrecisionPolicy())
+            shard_by_layout(student, case.wrapper, mesh, policy)
+            shard_by_layout(teacher, case.wrapper, mesh, MixedPrecisionPolicy())
         if case.loss == "dense" and case.wrapper in ("alone", "hsdp"):  # a plain head reads its weight in backward
-            student.get_output_embeddings().set_unshard_in_backward(True)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=case.learning_rate)
+            unit = student.get_input_embeddings() if case.tied else student.get_output_embeddings()
+            unit.set_unshard_in_backward(True)
+        self.optimizer = torch.optim.SGD(student.parameters(), lr=case.learning_rate)
 
     def parameters(self) -> dict[str, Tensor]:
         """Whole parameters by name."""
@@ -102,9 +134,13 @@ class EngineRun(DeepSpeedRun):
             "zero_optimization": {"stage": int(case.wrapper[-1]), "stage3_param_persistence_threshold": 0},
         }
         optimizer = torch.optim.SGD(student.parameters(), lr=case.learning_rate)
-        self.model, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=block)
-        self.teacher, *_ = deepspeed.initialize(model=teacher, config=zero.teacher_config(block, precision=case.dtype))
-        self.engines = [self.model, self.teacher]
+        together = Pair(student, teacher) if case.teacher == "part" else None
+        self.model, *_ = deepspeed.initialize(model=together or student, optimizer=optimizer, config=block)
+        self.teacher, self.engines = teacher, [self.model]
+        if together is None:
+            block = zero.teacher_config(block, precision=case.dtype)
+            self.teacher, *_ = deepspeed.initialize(model=teacher, config=block)
+            self.engines.append(self.teacher)
 
 
 def train(case: Case, rank: int) -> dict[str, Any]:

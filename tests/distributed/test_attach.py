@@ -159,16 +159,21 @@ def test_fsdp_gathers_each_head_once_and_reduces_its_gradient_once(result_of: Ca
     for head in ("student head", "teacher head"):
         gathers = [call for call in calls if call.parameter == head]
         assert [(call.phase, call.operation) for call in gathers] == [("forward", "_allgather_base_")]
-    rows = -(-VOCAB_SIZE // case.ranks) * case.ranks
-    of_head = [call for call in calls if "reduce_scatter" in call.operation and call.numel == rows * STUDENT_WIDTH]
-    assert len(of_head) == 1 and of_head[0].phase == "backward"
+    assert _reductions_of_the_head(calls) == ["backward"]
 
 
-def test_fsdp_gathers_a_tied_head_once(result_of: Callable[..., Any]) -> None:
+def test_fsdp_gathers_a_tied_head_once_and_reduces_its_gradient_once(result_of: Callable[..., Any]) -> None:
     """Neither the loss nor an embedding reads its weight in backward."""
     calls = result_of(TIED, "calls.pt")
     gathers = [(call.phase, call.operation) for call in calls if call.parameter == "student head"]
     assert gathers == [("forward", "_allgather_base_")]
+    assert _reductions_of_the_head(calls) == ["backward"]
+
+
+def _reductions_of_the_head(calls: list[Any]) -> list[str]:
+    """Their phases. The gradient is padded to equal shards."""
+    rows = -(-VOCAB_SIZE // 2) * 2
+    return [call.phase for call in calls if "reduce_scatter" in call.operation and call.numel == rows * STUDENT_WIDTH]
 
 
 @pytest.mark.parametrize("case", PAIRS["deepspeed"], ids=lambda case: case.name)
@@ -177,6 +182,16 @@ def test_zero3_gathers_every_parameter_once(result_of: Callable[..., Any], case:
     share = sum(-(-p.numel() // case.ranks) for model in make_models(case.architecture) for p in model.parameters())
     assert sum(call.numel for call in gathers) == share
     assert all(call.phase == "forward" for call in gathers)
+
+
+@pytest.mark.parametrize("case", PAIRS["deepspeed"], ids=lambda case: case.name)
+def test_zero3_reduces_every_gradient_once(result_of: Callable[..., Any], case: Case) -> None:
+    reduced = [call for call in result_of(case, "calls.pt") if "reduce" in call.operation and call.numel > 1]
+    student = make_models(case.architecture)[0]
+    student.get_input_embeddings().requires_grad_(False)
+    trained = [p.numel() for p in student.parameters() if p.requires_grad]
+    assert all(call.phase == "backward" for call in reduced)
+    assert sum(call.numel for call in reduced) == sum(trained)
 
 
 @pytest.mark.parametrize("name", list(PAIRS))

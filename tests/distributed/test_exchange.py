@@ -23,13 +23,18 @@ from tests.distributed.launch import launch_cases
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(500)]
 
-MODES = ("weight", "stats")
-DIVERGENCES = ("reverse_kl", "jsd", "tvd")
+MODES = ("weight", "logits", "stats")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 
 
-def square(wrapper: str, **changes: Any) -> list[Case]:
-    """Tied and untied, each mode."""
-    return [Case(wrapper, tied, mode, **changes) for tied in (True, False) for mode in MODES]
+def matrix(wrapper: str, **changes: Any) -> list[Case]:
+    """Tied and untied, each mode, each divergence."""
+    return [
+        Case(wrapper, tied, mode, divergence, **changes)
+        for tied in (True, False)
+        for mode in MODES
+        for divergence in DIVERGENCES
+    ]
 
 
 def splits(wrapper: str, ranks: int) -> list[Case]:
@@ -38,9 +43,9 @@ def splits(wrapper: str, ranks: int) -> list[Case]:
     return [Case(wrapper, False, mode, ranks=ranks, batch="split", accumulation=n) for mode in MODES for n in counts]
 
 
-def half(wrapper: str) -> dict[str, list[Case]]:
+def half(wrapper: str, *, tied: bool = False, ranks: int = 2) -> dict[str, list[Case]]:
     """bf16 on three batches: each mode, and the same wrapper without the plugin."""
-    cases = {mode: Case(wrapper, False, mode, dtype="bfloat16") for mode in MODES}
+    cases = {mode: Case(wrapper, tied, mode, dtype="bfloat16", ranks=ranks) for mode in MODES}
     cases["dense"] = replace(cases["weight"], loss="dense")
     return {name: [replace(case, seed=seed) for seed in range(3)] for name, case in cases.items()}
 
@@ -49,42 +54,50 @@ def flat(cases: dict[str, list[Case]]) -> list[Case]:
     return [case for several in cases.values() for case in several]
 
 
+TORCH = ("ddp", "fsdp1", "alone", "grouped", "root")
+HALF = [(wrapper, tied, 2) for wrapper in TORCH[1:] for tied in (True, False)]
+HALF += [(wrapper, tied, 2) for wrapper in ("zero1", "zero2", "zero3") for tied in (True, False)]
+HALF += [("hsdp", tied, 4) for tied in (True, False)]
 LAUNCHES: dict[str, list[Case]] = {
+    "one": [*splits("alone", 1), *splits("zero3", 1)],
     "torch": [
-        *(case for wrapper in ("ddp", "fsdp1", "alone", "grouped", "root") for case in square(wrapper)),
-        *(Case("alone", tied, mode, d) for tied in (True, False) for mode in MODES for d in DIVERGENCES),
+        *(case for wrapper in TORCH for case in matrix(wrapper)),
         *(Case("alone", False, mode, teacher_vocab_size=size) for mode in MODES for size in (31, 41)),
         *(Case("alone", tied, mode, teacher="offload") for tied, mode in ((False, "weight"), (True, "stats"))),
+        *(Case("alone", tied, mode, teacher_tied=not tied) for tied in (True, False) for mode in MODES),
+        *(Case(wrapper, False, mode, teacher="part") for wrapper in ("ddp", "fsdp1", "root") for mode in MODES),
+        *(Case("alone", head == "softcap", mode, head=head) for head in ("bias", "softcap") for mode in MODES),
         *splits("alone", 2),
-        *(Case(wrapper, False, mode, batch="early") for wrapper in ("ddp", "alone") for mode in (*MODES, "logits")),
-        *(Case(wrapper, wrapper == "ddp", "logits") for wrapper in ("ddp", "fsdp1", "alone", "grouped", "root")),
-        *flat(half("alone")),
-        *flat(half("fsdp1")),
+        *(Case(wrapper, False, mode, batch="early") for wrapper in ("ddp", "fsdp1", "alone") for mode in MODES),
+        *(case for w, tied, n in HALF if n == 2 and w in TORCH for case in flat(half(w, tied=tied))),
     ],
     "deepspeed": [
-        *(case for wrapper in ("zero1", "zero2", "zero3") for case in square(wrapper)),
+        *(case for wrapper in ("zero1", "zero2", "zero3") for case in matrix(wrapper)),
         *splits("zero3", 2),
-        *(Case("zero3", False, mode, batch="early") for mode in (*MODES, "logits")),
-        *(Case("zero3", tied, "logits") for tied in (True, False)),
-        *flat(half("zero3")),
+        *(Case("zero2", False, "stats", batch="split", accumulation=n) for n in (1, 8)),
+        *(Case("zero3", False, mode, batch="early") for mode in MODES),
+        *(Case(wrapper, False, mode, teacher="part") for wrapper in ("zero2", "zero3") for mode in MODES),
+        *(Case("zero3", head == "softcap", mode, head=head) for head in ("bias", "softcap") for mode in MODES[1:]),
+        *(case for w, tied, _ in HALF if w not in (*TORCH, "hsdp") for case in flat(half(w, tied=tied))),
     ],
     "four": [
-        *square("hsdp", ranks=4),
-        *square("alone", ranks=4),
-        *(Case(wrapper, True, "logits", ranks=4) for wrapper in ("hsdp", "alone")),
-        Case("hsdp", False, "logits", ranks=4),
+        *matrix("hsdp", ranks=4),
+        *(Case("alone", tied, mode, ranks=4) for tied in (True, False) for mode in MODES),
         *(Case("hsdp", False, "stats", "tvd", ranks=4, teacher_vocab_size=size) for size in (31, 41)),
         *(Case("hsdp", False, mode, ranks=4, batch="split", accumulation=4) for mode in MODES),
         *(Case(wrapper, False, "stats", ranks=4) for wrapper in ("fsdp1", "root", "zero3")),
         *(Case(w, False, m, ranks=4, vocab_size=9, teacher_vocab_size=9) for w in ("alone", "zero3") for m in MODES),
         Case("alone", False, "stats", ranks=4, vocab_size=9, teacher_vocab_size=7),
-        *(Case("alone", False, mode, ranks=4, batch="ragged", chunk_size=256) for mode in (*MODES, "logits")),
+        *(Case("alone", False, mode, ranks=4, batch="ragged", chunk_size=256) for mode in MODES),
         *splits("alone", 4),
+        *(Case("zero3", False, "stats", ranks=4, batch="split", accumulation=n) for n in (1, 4)),
+        *(case for tied in (True, False) for case in flat(half("hsdp", tied=tied, ranks=4))),
     ],
 }
 PROBES = {
-    "torch": ["head_collectives", "memory", "mismatch", "agreement", "tensor_parallel"],
-    "four": ["memory", "traffic", "groups", "automatic", "mismatch", "agreement", "tensor_parallel"],
+    "deepspeed": ["automatic_zero3"],
+    "torch": ["head_collectives", "memory", "counting", "rounds", "mismatch", "agreement", "tensor_parallel"],
+    "four": ["memory", "counting", "traffic", "groups", "automatic", "mismatch", "agreement", "tensor_parallel"],
 }
 LAUNCHED = [case for cases in LAUNCHES.values() for case in cases]
 FLOAT32 = [case for case in LAUNCHED if case.dtype == "float32"]
@@ -148,19 +161,22 @@ def test_every_wrapper_and_exchange_trains_like_one_dense_process(result_of: Cal
     assert max((start[name] - value).abs().max() for name, value in expected.items()) > 1e-3
 
 
-@pytest.mark.parametrize("wrapper", ["alone", "fsdp1", "zero3"])
-def test_bf16_errs_as_much_as_the_wrapper_with_a_dense_loss(result_of: Callable[..., Any], wrapper: str) -> None:
+@pytest.mark.parametrize(("wrapper", "tied", "ranks"), HALF)
+def test_bf16_errs_as_much_as_the_wrapper_with_a_dense_loss(
+    result_of: Callable[..., Any], wrapper: str, tied: bool, ranks: int
+) -> None:
     def error(case: Case) -> float:
         found, expected = result_of(case)["parameters"], dense(case)
         return sum(float((found[name].double() - value).square().sum()) for name, value in expected.items()) ** 0.5
 
-    errors = {name: sum(map(error, cases)) for name, cases in half(wrapper).items()}
+    errors = {name: sum(map(error, cases)) for name, cases in half(wrapper, tied=tied, ranks=ranks).items()}
     assert errors["dense"] > 1e-3, "bf16 that changes nothing would test nothing"
     for mode in MODES:
         assert errors[mode] <= 1.2 * errors["dense"], errors
 
 
-SHARDED = [case for case in LAUNCHED if case.wrapper != "ddp" and case.loss == "attached"]
+SHARDED = [case for case in LAUNCHED if case.wrapper != "ddp" and case.loss == "attached" and case.ranks > 1]
+SHARDED = [case for case in SHARDED if case.teacher != "part" or case.wrapper in ("fsdp1", "zero3")]  # else not cut
 
 
 @pytest.mark.parametrize("case", SHARDED, ids=lambda case: case.name)
@@ -185,6 +201,25 @@ def test_statistics_never_send_a_head_or_its_gradient(result_of: Callable[..., A
             assert sum(call.numel == rows * probes.STUDENT_WIDTH for call in reduced) == times
             largest = max(call.numel for call in calls[mode])
             assert (largest >= rows // 2 * probes.STUDENT_WIDTH) == (mode == "weight")
+
+
+@pytest.mark.parametrize("name", ["torch", "four"])
+def test_one_collective_settles_the_chunks_and_counts_the_tokens(result_of: Callable[..., Any], name: str) -> None:
+    for found in result_of(probe=(name, "counting")):
+        for exchange, ways in found.items():
+            (counted, calls), (given, fewer) = ways["counted"], ways["given"]
+            assert counted == pytest.approx(LAUNCHES[name][0].ranks * given, rel=1e-6)
+            assert len(calls) - len(fewer) == (exchange == "weight")
+            assert len(calls) > 2
+
+
+def test_a_chunk_of_statistics_takes_one_round_or_two(result_of: Callable[..., Any]) -> None:
+    """Besides the gather of the hidden states and the reduction of their gradient."""
+    for found in result_of(probe=("torch", "rounds")):
+        for divergence, rounds in probes.ROUNDS.items():
+            gathers = ["_allgather_base_", "_allgather_base_"]
+            expected = [*gathers, "_reduce_scatter_base_"] + ["allreduce_"] * (rounds - 1)
+            assert sorted(expected) == found[divergence], divergence
 
 
 @pytest.mark.parametrize("name", ["torch", "four"])
@@ -222,26 +257,42 @@ def test_copies_of_sharded_models_exchange_within_their_group(result_of: Callabl
         assert sizes["backward"] == {group, copies}, "the gradient of its rows goes to the other copy"
 
 
-def test_auto_counts_what_weight_really_gathers(result_of: Callable[..., Any]) -> None:
-    def volumes_of(ranks: int, teacher_ranks: int, reduced: int = 4) -> dict[str, float]:
-        student = volumes.Head(probes.VOCAB_SIZE, probes.STUDENT_WIDTH, ranks, 4, reduced)
-        teacher = volumes.Head(probes.VOCAB_SIZE, probes.TEACHER_WIDTH, teacher_ranks, 4)
-        return volumes.volumes(student, teacher, probes.AUTO_ROWS, ranks=ranks, numbers=probes.NUMBERS)
+def volumes_of(ranks: int, student_ranks: int, teacher_ranks: int, *, rows: int, reduced: int = 4) -> dict[str, float]:
+    student = volumes.Head(probes.VOCAB_SIZE, probes.STUDENT_WIDTH, student_ranks, 4, reduced)
+    teacher = volumes.Head(probes.VOCAB_SIZE, probes.TEACHER_WIDTH, teacher_ranks, 4)
+    return volumes.volumes(student, teacher, rows, ranks=ranks, numbers=probes.NUMBERS)
 
-    expected = {
-        "sharded": ("stats", volumes_of(4, 4), "W 4, "),
-        "replicated": ("weight", volumes_of(4, 1), "the teacher's head is there anyway"),
-        "tied": ("weight", volumes_of(4, 1), "the teacher's head is there anyway"),
-        "frozen": ("weight", volumes_of(4, 4, reduced=0), "the student's head is frozen"),
-        "groups": ("stats", volumes_of(2, 2), "W 2, "),
-    }
-    everyone = result_of(probe=("four", "automatic"))
-    for name, (mode, sizes, words) in expected.items():
-        assert [found[name][0] for found in everyone] == [mode] * 4
-        (message,) = everyone[0][name][1:]
-        assert words in message
-        assert all(f"{exchange_mode} {size / 1e6:.4g} MB" in message for exchange_mode, size in sizes.items())
-    saved = expected["sharded"][1]["weight"] - expected["replicated"][1]["weight"]
+
+MANY, FEW = probes.AUTO_ROWS
+SHARDED_BYTES = volumes_of(4, 4, 4, rows=MANY)
+# launch, layout: the mode, the bytes of each, words of the line that says it
+AUTOMATIC: dict[tuple[str, str], tuple[str, dict[str, float], str]] = {
+    ("four", "sharded"): ("stats", SHARDED_BYTES, "W 4, "),
+    ("four", "replicated"): ("weight", volumes_of(4, 4, 1, rows=MANY), "the teacher's head is there anyway"),
+    ("four", "tied"): ("weight", volumes_of(4, 4, 1, rows=MANY), "the teacher's head is there anyway"),
+    ("four", "frozen"): ("weight", volumes_of(4, 4, 4, rows=MANY, reduced=0), "the student's head is frozen"),
+    ("four", "groups"): ("stats", volumes_of(2, 2, 2, rows=MANY), "W 2, "),
+    ("four", "student tied"): ("stats", volumes_of(4, 1, 4, rows=FEW), "the student's head is whole in each"),
+    ("four", "ddp"): ("stats", volumes_of(4, 1, 4, rows=FEW), "the student's head is whole in each"),
+    ("four", "fsdp1"): ("weight", volumes_of(4, 1, 4, rows=MANY), "the student's head is whole in each"),
+    ("deepspeed", "zero3"): ("stats", volumes_of(2, 1, 2, rows=FEW), "the student's head is whole in each"),
+}
+
+
+@pytest.mark.parametrize(("launch_name", "layout"), AUTOMATIC)
+def test_auto_counts_what_weight_really_gathers(result_of: Callable[..., Any], launch_name: str, layout: str) -> None:
+    mode, sizes, words = AUTOMATIC[launch_name, layout]
+    everyone = result_of(probe=(launch_name, "automatic_zero3" if layout == "zero3" else "automatic"))
+    assert [found[layout][0] for found in everyone] == [mode] * LAUNCHES[launch_name][0].ranks
+    (message,) = everyone[0][layout][1:]
+    assert all(len(found[layout]) == 1 for found in everyone[1:]), "only rank 0 speaks"
+    assert words in message
+    assert all(f"{exchange_mode} {size / 1e6:.4g} MB" in message for exchange_mode, size in sizes.items())
+    assert min(sizes, key=lambda name: sizes[name]) == mode
+
+
+def test_a_teacher_that_is_whole_saves_its_gather() -> None:
+    saved = SHARDED_BYTES["weight"] - volumes_of(4, 4, 1, rows=MANY)["weight"]
     assert saved == pytest.approx(3 / 4 * probes.VOCAB_SIZE * probes.TEACHER_WIDTH * 4)
 
 
