@@ -82,12 +82,14 @@ def check_apart(student: nn.Module, teacher: nn.Module) -> None:
     if teacher is student:
         raise ValueError("student and teacher are one model: pass copy.deepcopy(student) as the teacher")
     held = {id(parameter) for parameter in teacher.parameters()}
-    if teacher in set(student.modules()):
-        head = student.get_output_embeddings()
-        if head is not None and any(id(parameter) in held for parameter in head.parameters()):  # a peft model's base
+    inside = next((name for name, module in student.named_modules() if module is teacher), None)
+    if inside is not None:
+        head = find_head(student, "student").module
+        if any(id(parameter) in held for parameter in head.parameters()):  # a peft model's base
             raise ValueError("the teacher is a part of the student and would train with it: load the teacher by itself")
-        return
-    shared = [name for name, p in student.named_parameters() if p.requires_grad and id(p) in held]
+    own = student.named_parameters(remove_duplicate=False)
+    own = ((name, p) for name, p in own if inside is None or not name.startswith(f"{inside}."))
+    shared = [name for name, p in own if p.requires_grad and id(p) in held]
     if shared:
         raise ValueError(
             f"student and teacher share {len(shared)} parameter(s), such as {shared[0]}, which would be frozen with "

@@ -128,6 +128,8 @@ def parallel_mode(config: RunConfig, world_size: int) -> str:
     mode = config.train.parallel
     if mode == "auto":
         return "fsdp" if world_size > 1 else "single"
+    if mode == "fsdp1" and world_size == 1:
+        return "single"  # FSDP1 has nothing to do there, and says so at length
     if mode == "single" and world_size > 1:
         raise EngineError(
             f"train.parallel is single but {world_size} processes were started: "

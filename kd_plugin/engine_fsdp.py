@@ -38,7 +38,7 @@ class FsdpEngine:
     """Student under FSDP2, teacher under FSDP2 or whole on each rank; see `kd_plugin.engine.Engine`."""
 
     student: Any
-    """The same module as `module`, an FSDPModule."""
+    """FSDP2: `module` itself, now an FSDPModule; FSDP1: the wrapper around it."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, config: RunConfig, place: Placement, mode: str):
         train = config.train
@@ -55,13 +55,8 @@ class FsdpEngine:
         self._place_teacher(config.teacher)
         fp16 = config.student.dtype == "float16"
         self._scaler = self._make_scaler(place.device.type, enabled=fp16)
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=train.learning_rate,
-            betas=train.adam_betas,
-            eps=train.adam_eps,
-            fused=type(self._scaler) is GradScaler or not fp16,  # FSDP1's own gives a flag that fused AdamW cannot read
-        )
+        settings = {"lr": train.learning_rate, "betas": train.adam_betas, "eps": train.adam_eps}
+        self.optimizer = torch.optim.AdamW(groups, **settings, fused=self._fused(fp16))
 
     def _shard_student(self, student: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float) -> Any:
         """-> (what to call, parameter groups)."""
@@ -72,6 +67,9 @@ class FsdpEngine:
         """-> what to call."""
         fsdp.shard_teacher(teacher, mesh, offload=offload)
         return teacher
+
+    def _fused(self, fp16: bool) -> bool:
+        return True
 
     def _make_scaler(self, device_type: str, *, enabled: bool) -> GradScaler:
         return GradScaler(device=device_type, enabled=enabled)
@@ -93,12 +91,12 @@ class FsdpEngine:
     def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> None:
         """See `Engine`; times world_size, because FSDP averages the gradients over the ranks."""
         if self._has_replicas:
-            self._let_replicas_wait(not is_last)
+            self._reduce_over_copies(is_last)
         loss = self.student(**inputs, num_items_in_batch=num_items).loss
         self._scaler.scale(loss * self.place.world_size).backward()
 
-    def _let_replicas_wait(self, wait: bool) -> None:
-        self.student.set_requires_all_reduce(not wait)
+    def _reduce_over_copies(self, now: bool) -> None:
+        self.student.set_requires_all_reduce(now)
 
     def step(self, learning_rate: float) -> Tensor:
         """See `Engine`."""

@@ -31,8 +31,11 @@ class Fsdp1Engine(FsdpEngine):
     def _make_scaler(self, device_type: str, *, enabled: bool) -> GradScaler:
         return ShardedGradScaler(device=device_type, enabled=enabled)
 
-    def _let_replicas_wait(self, wait: bool) -> None:
-        """FSDP1 cannot put off the all-reduce between copies without keeping whole gradients."""
+    def _fused(self, fp16: bool) -> bool:
+        return not fp16  # the flag of ShardedGradScaler has a shape that fused AdamW cannot read
+
+    def _reduce_over_copies(self, now: bool) -> None:
+        """In every micro-batch: putting it off (`no_sync`) would keep whole gradients."""
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """See `Engine`. On a CPU, FSDP1 would hand out views of what it frees (`cpu_offload`)."""

@@ -94,8 +94,8 @@ class Exchange:
         return self.group if self._rows is None else self._rows.group
 
     @property
-    def within_copies(self) -> bool:
-        """Whether only some of the ranks exchange, as in each copy of a model under HSDP."""
+    def in_groups(self) -> bool:
+        """Whether groups of ranks exchange among themselves, as in each copy of a model under HSDP."""
         return num_ranks(self._shard_group) < num_ranks(self.group)
 
     def cuts_teacher(self, hidden: Tensor, weight: Tensor, student_size: int) -> bool:
@@ -197,22 +197,26 @@ class Exchange:
         been gathered) only the teacher's share is counted: its own traffic is the same in every mode.
         """
         ranks, width, item = num_ranks(self._shard_group), hidden.shape[-1], hidden.element_size()
-        rows = hidden.numel() // width
-        rows = max(all_gather_object(rows, self.group, "numbers of rows (once, in the first step)"))
+        told = hidden.numel() // width, self._teacher_ranks()  # all must decide alike, so from the same numbers
+        everyone = all_gather_object(told, self.group, "numbers of rows (once, in the first step)")
+        rows, teacher_ranks = (max(numbers) for numbers in zip(*everyone, strict=True))
         assert self.teacher_width is not None
-        cut = row_shards(weight) is not None
+        in_rows = row_shards(weight) is not None
         reduced = _REDUCE_BYTES if weight.requires_grad else 0
-        student = Head(vocab_size, width, ranks if cut else 1, item, reduced)
-        teacher = Head(vocab_size, self.teacher_width, self._teacher_ranks(), item)
+        student = Head(vocab_size, width, ranks if in_rows else 1, item, reduced)
+        teacher = Head(vocab_size, self.teacher_width, teacher_ranks, item)
         numbers = shards.exchanged_numbers(make_objective(self.config))
         text = f"W {ranks}, rows {rows}, V {vocab_size}, D {width}, E {self.teacher_width}"
-        text += "" if cut else ", the student's head is whole in each"
+        text += "" if in_rows else ", the student's head is whole in each"
         text += "" if weight.requires_grad else ", the student's head is frozen"
         text += "" if teacher.ranks > 1 else ", the teacher's head is there anyway"
         return volumes(student, teacher, rows, ranks=ranks, numbers=numbers), text
 
     def _teacher_ranks(self) -> int:
-        """Ranks that cut the teacher's head, where `weight` would have it gathered."""
+        """Ranks that cut the teacher's head, where `weight` would have it gathered.
+
+        1 also where a flat shard of FSDP1 happens to hold all of it; the other ranks know better.
+        """
         if self.teacher_tied or self.teacher_head is None:
             return 1
         head = self.teacher_head

@@ -64,13 +64,18 @@ class Plugin:
     @contextmanager
     def objective(self, config: DistillConfig) -> Iterator[None]:
         """Compute the loss as `config` says for a while, as an evaluation does; what crosses the wire stays."""
-        head = next(module for module in self._slot.module.modules() if isinstance(module, DistillHead))
         before = self.config
-        self.config = head.distill_config = config
+        self._set_config(config)
         try:
             yield
         finally:
-            self.config = head.distill_config = before
+            self._set_config(before)
+
+    def _set_config(self, config: DistillConfig) -> None:
+        self.config = config
+        for module in self._slot.module.modules():  # peft's modules_to_save has two heads, of which one is at work
+            if isinstance(module, DistillHead):
+                module.distill_config = config
 
     @property
     def chunk_size(self) -> int:
@@ -201,7 +206,7 @@ class Plugin:
         loss_sum = self._through_heads(hidden, call, inputs)
         assert call.sums is not None
         self._measures.add(call.sums)
-        counted = None if self.exchange.within_copies else call.sums.group_rows
+        counted = None if self.exchange.in_groups else call.sums.group_rows
         loss = per_item(loss_sum, call.sums.num_valid, num_items, self.group, counted)
         loss = loss if auxiliary_loss is None else loss + auxiliary_loss.to(loss)
         return model_output(loss, causal_lm.unwrap(self.student).config)
@@ -287,7 +292,7 @@ def attach(
 
     Raises:
         ValueError: a head that is sharded, quantised or not linear, logits changed in an unknown way, a student
-            attached twice or to a teacher with parameters of its own, or tokenizers that differ.
+            attached twice or to a teacher that shares its parameters, or tokenizers that differ.
     """
     config = DistillConfig() if config is None else config
     if isinstance(teacher, DistillConfig):

@@ -43,9 +43,10 @@ def per_item(
     if num_items is not None:
         items = checks.divisor(num_items, 0)
         return loss_sum / (items.to(loss_sum.device) if isinstance(items, Tensor) else items)
-    valid, ranks = num_valid.clone(), num_ranks(group)
+    ranks = num_ranks(group)
     if group_rows is not None:
         return loss_sum * ranks / max(group_rows, 1)
+    valid = num_valid.clone()
     if ranks > 1:
         all_reduce(valid, group, "numbers of valid tokens (pass num_items_in_batch, and it is not needed)")
     return loss_sum * ranks / valid.clamp_min(1)

@@ -204,12 +204,11 @@ def _engine(config: RunConfig, place: Placement, mode: str, accumulation: int, m
         from kd_plugin.engine_deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(material.student, material.teacher, config, place, accumulation)
-    if mode == "fsdp1":
-        from kd_plugin.engine_fsdp1 import Fsdp1Engine as FsdpEngine
-    else:
-        from kd_plugin.engine_fsdp import FsdpEngine
+    from kd_plugin.engine_fsdp import FsdpEngine
+    from kd_plugin.engine_fsdp1 import Fsdp1Engine
 
-    return FsdpEngine(material.student, material.teacher, config, place, mode)
+    kind = Fsdp1Engine if mode == "fsdp1" else FsdpEngine
+    return kind(material.student, material.teacher, config, place, mode)
 
 
 def _announce(config: RunConfig, place: Placement, mode: str, accumulation: int) -> None:

@@ -194,6 +194,12 @@ def test_groups_of_shards_hold_more_and_gather_less(folder: Path) -> None:
     assert between["stats"] - between["weight"] == pytest.approx(2 * 2 * 3 / 4 * 64 * 32 / 2 * 4), "the head's: thrice"
     assert "gradients between copies" not in traffic(flat)
     assert {(choice.mode, choice.shard_ranks) for choice in grouped.choices} == {("ddp", 2), ("fsdp", 2), ("fsdp", 8)}
+    many = estimate(flat.setup.config, world_size=4096)
+    assert {(choice.mode, choice.shard_ranks) for choice in many.choices} == {
+        ("ddp", 4096),
+        ("fsdp", 8),
+        ("fsdp", 4096),
+    }
     whole = at(1)
     assert (whole.setup.mode, whole.setup.teacher_sharded) == ("ddp", False)
 
@@ -204,7 +210,7 @@ def traffic(found: Estimate) -> dict[str, float]:
 
 @pytest.mark.parametrize("sharding", ["shard", "replicate"])
 def test_an_offloaded_teacher_is_on_the_gpu_layer_by_layer(qwen: Path, sharding: str) -> None:
-    config = qwen_config(qwen, parallel="fsdp")
+    config = qwen_config(qwen, parallel="fsdp").model_copy(update={"distill": DistillConfig(exchange="weight")})
     plain, offloaded = (
         estimate(config.model_copy(update={"teacher": config.teacher.model_copy(update=update)}), world_size=8)
         for update in ({"sharding": sharding}, {"sharding": sharding, "offload": True})
@@ -215,6 +221,8 @@ def test_an_offloaded_teacher_is_on_the_gpu_layer_by_layer(qwen: Path, sharding:
     assert plain.memory.lasting_bytes - offloaded.memory.lasting_bytes == host.num_bytes
     gathered = {line.name for line in offloaded.memory.phases["teacher forward"]}
     assert "gathered parameters" in gathered
+    rows = estimate(config.model_copy(update={"distill": DistillConfig(exchange="stats")}), world_size=8)
+    assert "teacher head, own rows" not in lines(rows), "FSDP2's own are multiplied"
     on_cpu = estimate(offloaded.setup.config, world_size=8, device="cpu")
     assert "teacher" in lines(on_cpu) and on_cpu.memory.host == (), "a CPU has one memory"
 

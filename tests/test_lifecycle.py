@@ -76,6 +76,14 @@ def test_a_teacher_may_be_a_submodule_and_stays_in_eval_mode(inside):
     assert not teacher.model.layers[0].self_attn.training
 
 
+def test_a_submodule_that_shares_what_trains_is_refused():
+    student, teacher = make_model("llama", seed=1), make_model("llama", seed=2)
+    student.model.layers[0] = teacher.model.layers[0]
+    student.teacher = teacher
+    with pytest.raises(ValueError, match=r"share 9 parameter\(s\), such as model\.layers\.0"):
+        kd.attach(student, teacher, CONFIG)
+
+
 def test_detach_leaves_a_forward_that_was_put_on_top(caplog):
     student, _, plugin = attached()
     below = student.forward

@@ -212,6 +212,19 @@ def test_disabling_uses_the_original_of_a_saved_head() -> None:
     assert student(**batch).loss.item() != pytest.approx(base, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["inside", "head", "saved"])
+def test_another_objective_for_a_while_reaches_the_head_at_work(name: str) -> None:
+    architecture, settings = STUDENTS[name]
+    student, teacher = with_adapter(make_model(architecture, 1), **settings), make_model("llama", 2)
+    batch, other = make_batch(), config_of("jsd", hard_weight=2.0)
+    wanted = expected_loss(student, teacher, batch, other).loss.item()
+    plugin = kd.attach(student, teacher, config_of())
+    before = student(**batch).loss.item()
+    with plugin.objective(other):
+        assert student(**batch).loss.item() == pytest.approx(wanted, rel=1e-6)
+    assert student(**batch).loss.item() == before != pytest.approx(wanted, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["head", "saved"])
 def test_detach_gives_the_wrapper_back_and_peft_goes_on_working(name: str, tmp_path: Path) -> None:
     architecture, settings = STUDENTS[name]

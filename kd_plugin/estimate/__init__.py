@@ -20,7 +20,7 @@ __all__ = ["Choice", "Estimate", "EstimateError", "estimate"]
 
 GIB = 2**30
 _NODE = 8  # GPUs of a usual node, as one group of shards
-_USABLE = 0.9  # of a GPU's memory; the rest is left to the CUDA context, NCCL and fragmentation
+USABLE = 0.9  # of a GPU's memory; the rest is left to the CUDA context, NCCL and fragmentation
 
 
 @dataclass(frozen=True)
@@ -120,5 +120,5 @@ def _choice(setup: Setup, layout: tuple[str, int], teacher_sharded: bool, gpu_me
     step = setup.accumulation * exchanges(spread)[spread.exchange].num_bytes
     step += sum(line.num_bytes for line in parameters(spread))
     peak = memory(spread).peak_bytes
-    fits = None if gpu_memory_gib is None else peak <= _USABLE * gpu_memory_gib * GIB
+    fits = None if gpu_memory_gib is None else peak <= USABLE * gpu_memory_gib * GIB
     return Choice(mode, shard_ranks, teacher_sharded, spread.exchange, peak, step, fits)

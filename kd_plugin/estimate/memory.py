@@ -105,7 +105,7 @@ def _upcast_heads(setup: Setup, in_rows: bool) -> list[Line]:
 
 def loss(setup: Setup) -> tuple[Line, ...]:
     """What the loss allocates above its inputs (hidden states and heads)."""
-    student, teacher, chunk, ranks = setup.student, setup.teacher, setup.chunk, setup.group_ranks
+    student, teacher, chunk, ranks = setup.student, setup.teacher, setup.chunk, setup.exchange_ranks
     by_rows = setup.exchange == "stats" and ranks > 1
     rows = ranks * chunk if by_rows else max(chunk, 2)
     lines = [_chunk_buffers(setup, rows, by_rows)]
@@ -137,13 +137,13 @@ def _chunk_buffers(setup: Setup, rows: int, by_rows: bool) -> Line:
         )
     sides, columns = 1 if teacher is None else 2, setup.shard_rows if by_rows else setup.shared_vocab
     how = f"{sides} x 4 B x {rows} rows x {columns} token ids"
-    how += f" (W {setup.group_ranks} x C {setup.chunk} rows, V / W ids)" if by_rows else f" (C {rows}, V {columns})"
+    how += f" (W {setup.exchange_ranks} x C {setup.chunk} rows, V / W ids)" if by_rows else f" (C {rows}, V {columns})"
     return Line("chunk buffers", sides * _FLOAT * rows * columns, how)
 
 
 def _gathered(setup: Setup) -> list[Line]:
     """Hidden states of all ranks, and the gradient that goes back to them."""
-    rows, width, item = setup.group_ranks * setup.chunk, setup.student.width, setup.student_item
+    rows, width, item = setup.exchange_ranks * setup.chunk, setup.student.width, setup.student_item
     wide = 0 if setup.teacher is None else setup.teacher.width * setup.teacher_item
     upcast = item if item < _FLOAT else 0  # the product before it is made wide
     ahead = 2 if setup.rows > setup.chunk else 1  # the next chunk's are on their way
@@ -205,7 +205,7 @@ def _teacher_states(setup: Setup) -> list[Line]:
     if teacher is None:
         return []
     lines = [] if setup.teacher_streamed else [_teacher_parameters(setup, teacher)]
-    if setup.exchange != "weight":
+    if setup.exchange != "weight" and not setup.teacher_rows_held:
         size = setup.shard_rows * teacher.width * item
         lines.append(Line("teacher head, own rows", size, f"{setup.shard_rows} x E {teacher.width} x {item} B, a copy"))
     return lines
@@ -215,8 +215,8 @@ def _teacher_parameters(setup: Setup, teacher: ModelSizes) -> Line:
     item, ranks = setup.teacher_item, setup.teacher_ranks
     if ranks == 1:
         return Line("teacher", item * teacher.numel, f"{teacher.numel:,} x {item} B, whole on each rank")
-    mode = "zero3" if setup.is_zero else "fsdp1" if setup.mode == "fsdp1" else "fsdp"
-    spread = setup.spread(mode=mode, teacher_sharded=True)
+    sharded = {"ddp": "fsdp"}.get(setup.mode, "zero3" if setup.is_zero else setup.mode)
+    spread = setup.spread(mode=sharded, teacher_sharded=True)
     kept = sum(shard_numel(spread, weight) for unit in teacher.units for weight in unit.weights)
     return Line("teacher", item * kept, f"{kept:,} x {item} B, cut over {ranks} ranks")
 
@@ -273,8 +273,10 @@ def _head_gradient(setup: Setup) -> list[Line]:
             if setup.copies > 1:
                 return [Line("dW, summed", 3 * size, "the accumulated rows, scaled, and the sum over the copies, fp32")]
             return [Line("dW, scaled", size, "the accumulated rows, scaled in place, fp32")]
-        size = student.head_numel * (item + _FLOAT) + student.head_numel * _FLOAT / ranks
-        return [Line("dW on its way", size, f"V D x ({item} B gradient + 4 B to be reduced + 4 B / W)")]
+        again = item if setup.mode == "fsdp1" and setup.gathers_student and not student.tied else 0
+        size = student.head_numel * (again + item + _FLOAT) + student.head_numel * _FLOAT / ranks
+        how = f"V D x ({item} B gradient + 4 B to be reduced + 4 B / W"
+        return [Line("dW on its way", size, f"{how} + {again} B gathered)" if again else f"{how})")]
     size = student.head_numel * (item + _FLOAT)
     return [Line("dW, scaled", size, f"V D x (4 B accumulated + {item} B handed to ZeRO)")]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
-from kd_plugin.estimate import GIB, Choice, Estimate
+from kd_plugin.estimate import GIB, USABLE, Choice, Estimate
 from kd_plugin.estimate.meta import ModelSizes
 from kd_plugin.estimate.setup import Line, Setup, chunk_rows
 
@@ -192,7 +192,7 @@ def _described(found: Estimate, choice: Choice) -> str:
 
 def _limit(found: Estimate) -> str:
     assert found.gpu_memory_gib is not None
-    usable = 0.9 * found.gpu_memory_gib
+    usable = USABLE * found.gpu_memory_gib
     verdict = "fits" if found.memory.peak_bytes <= usable * GIB else "does not fit"
     return f"this {verdict} 90 % of {found.gpu_memory_gib:g} GiB = {usable:.3g} GiB"
 
@@ -206,7 +206,7 @@ def _layout(found: Estimate, choice: Choice) -> str:
 
 
 def _mode(mode: str, copies: int) -> str:
-    if mode in ("fsdp", "fsdp1") and copies > 1:
+    if mode in _FSDP and copies > 1:
         return f"hsdp ({_FSDP[mode]}, {copies} copies)"
     return _NAMES.get(mode, f"ZeRO-{mode[-1]}")
 

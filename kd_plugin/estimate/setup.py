@@ -81,11 +81,16 @@ class Setup:
     @property
     def shard_rows(self) -> int:
         """Most rows of a head on one rank, cut at the student's boundaries."""
-        return min(-(-self.student.vocab_size // self.group_ranks), self.shared_vocab)
+        return min(-(-self.student.vocab_size // self.exchange_ranks), self.shared_vocab)
+
+    @property
+    def exchange_ranks(self) -> int:
+        """Ranks that exchange for the heads: a group that shares one copy, which only FSDP2's parameters tell."""
+        return self.world_size if self.mode == "fsdp1" else self.group_ranks
 
     @property
     def group_ranks(self) -> int:
-        """Ranks that share one copy of the student, gather its parameters and exchange for the heads."""
+        """Ranks that share one copy of the student and gather its parameters."""
         return self.shard_ranks if self.is_fsdp else self.world_size
 
     @property
@@ -109,6 +114,17 @@ class Setup:
     def teacher_gathered(self) -> bool:
         """Whether its layers are made whole one by one, from other ranks or from host memory."""
         return self.teacher_sharded or self.config.teacher.offload
+
+    @property
+    def teacher_rows_held(self) -> bool:
+        """Whether `logits` and `stats` multiply the rows of the teacher's head that FSDP2 leaves on a rank as they are.
+
+        Else each rank keeps a copy of its rows.
+        """
+        teacher, ranks = self.teacher, self.group_ranks
+        if teacher is None or self.mode != "fsdp" or not self.teacher_sharded or self.teacher_streamed or teacher.tied:
+            return False
+        return -(-teacher.vocab_size // ranks) == -(-self.student.vocab_size // ranks)
 
     @property
     def by_rank(self) -> bool:
@@ -189,7 +205,7 @@ def make_setup(
     shard_ranks = world_size if mode in ("single", "deepspeed") else config.train.shard_size or world_size
     if mode == "deepspeed":
         mode = f"zero{zero_stage(config.deepspeed)}"
-    elif mode in ("fsdp", "fsdp1") and shard_ranks < min(2, world_size):
+    elif mode == "fsdp" and shard_ranks < min(2, world_size):
         mode = "ddp"  # the same layout
     setup = Setup(
         student=student,

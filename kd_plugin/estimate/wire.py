@@ -46,16 +46,16 @@ def settled(setup: Setup) -> str:
     configured, teacher = setup.distill.exchange, setup.teacher
     if setup.world_size == 1:
         return "weight"
+    if (teacher is None and configured != "stats") or setup.by_rank:
+        return "weight"
     if configured != "auto":
         return configured
-    if teacher is None or setup.by_rank:
-        return "weight"
     item = setup.student_item  # of both heads: the plugin's rule knows the hidden states' only
     own, other = _student_head(setup), _teacher_head(setup, teacher)._replace(item_bytes=item)
     own = own if setup.student_head_in_rows else own._replace(ranks=1)
     other = other._replace(ranks=1) if teacher.tied else other
     numbers = shards.exchanged_numbers(make_objective(setup.distill))
-    found = volumes(own, other, setup.tokens, ranks=setup.group_ranks, numbers=numbers)
+    found = volumes(own, other, setup.tokens, ranks=setup.exchange_ranks, numbers=numbers)
     return min(found, key=lambda name: found[name])
 
 
@@ -74,9 +74,9 @@ def _student_gathered(setup: Setup) -> tuple[float, str]:
     head = _student_head(setup)
     if not setup.gathers_student:
         return 0.0, f"student's head is whole under {setup.mode}"
-    if not head.reduced_bytes:
-        return head.num_bytes, f"f V D x {head.item_bytes}"
-    size, how = head.num_bytes, f"f V D x ({head.item_bytes} gathered + {head.reduced_bytes} reduced)"
+    size, how = head.num_bytes, f"f V D x {head.item_bytes}"
+    if head.reduced_bytes:
+        how = f"f V D x ({head.item_bytes} gathered + {head.reduced_bytes} reduced)"
     if setup.mode == "fsdp1" and not setup.student.tied:  # gathers a unit for backward whether or not that reads it
         return size + head._replace(reduced_bytes=0).num_bytes, f"{how}, and gathered again in backward"
     return size, how
@@ -110,12 +110,12 @@ def _logits(setup: Setup) -> Volume:
     student, how = _student_gathered(setup)
     tied, tied_how = _tied_teacher(setup)
     heads = _student_head(setup), _teacher_head(setup, setup.teacher)
-    own = teacher_logits_bytes(*heads, setup.rows, ranks=setup.group_ranks)
+    own = teacher_logits_bytes(*heads, setup.rows, ranks=setup.exchange_ranks)
     return Volume(student + own + tied, f"{how} + (W - 1) n E x {setup.teacher_item} + f n V x 4{tied_how}")
 
 
 def _stats(setup: Setup) -> Volume:
-    teacher, ranks = setup.teacher, setup.group_ranks
+    teacher, ranks = setup.teacher, setup.exchange_ranks
     m, k = numbers = shards.exchanged_numbers(make_objective(setup.distill))
     other = None if teacher is None else _teacher_head(setup, teacher)
     size = stats_bytes(_student_head(setup), other, setup.rows, ranks=ranks, numbers=numbers)
@@ -181,8 +181,11 @@ def _student(setup: Setup) -> list[Line]:
     rest = student.numel - student.head_numel
     rest_trained = trained - student.head_numel * student.head_trainable
     # FSDP leaves its root whole. Neither embedding nor head need their weights in backward, which FSDP1 does not know.
-    units = ("layer", "embedding") if setup.mode == "fsdp1" else ("layer",)
-    again = sum(unit.numel for unit in student.units if unit.name in units)
+    again = sum(unit.numel for unit in student.units if unit.name == "layer")
+    if setup.mode == "fsdp1":
+        learning = [unit for unit in student.units if any(weight.trainable for weight in unit.weights)]
+        again += sum(unit.numel for unit in learning if unit.name == "embedding")
+        rest_trained = sum(unit.numel for unit in learning) - student.head_numel * student.head_trainable  # flat, whole
     twice = rest if setup.is_zero else again
     gathered = times * share * (rest + twice) * item
     reduced_item = item if setup.is_zero else _FLOAT

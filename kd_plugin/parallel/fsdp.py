@@ -112,7 +112,8 @@ def sharded_over(weight: Tensor, numel: int) -> int | None:
     if isinstance(weight, DTensor):
         sizes = [weight.device_mesh.size(i) for i, cut in enumerate(weight.placements) if isinstance(cut, Shard)]
         return math.prod(sizes)
-    return 1 if weight.numel() == numel and not hasattr(weight, "ds_id") else None
+    here = weight.numel() == numel and weight.untyped_storage().size() > 0  # FSDP1 may leave a view of what it freed
+    return 1 if here and not hasattr(weight, "ds_id") else None
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -1,13 +1,17 @@
-"""FSDP1 units of a Hugging Face causal LM, for who cannot move to FSDP2 yet.
+"""FSDP1 units of a Hugging Face causal LM, for those who cannot move to FSDP2 yet.
 
 Notable decisions:
 - every decoder layer is a unit, and an untied head and its embedding are each one; a tied pair stays in the root,
   because one FSDP1 unit is one module, and the loss needs both to be whole together;
+- around a frozen model lies an empty unit: FSDP1 leaves its root whole after a forward pass, for a backward pass
+  that a teacher never has;
 - original parameters are kept (`use_orig_params`), so that frozen and trained ones share a unit and an optimizer
   finds its groups.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +40,9 @@ def wrap_teacher(
 ) -> FullyShardedDataParallel:
     """Wrap a frozen model, which computes in the dtype that it has; with `offload` its shards wait in host memory."""
     model.requires_grad_(False).eval()
-    return _wrap(model, mesh, device, cpu_offload=CPUOffload(offload_params=True) if offload else None)
+    there = offload and device.type != "cpu"  # else it is in host memory already, which FSDP1 would pin
+    inner = _wrap(model, mesh, device, cpu_offload=CPUOffload(offload_params=True) if there else None)
+    return FullyShardedDataParallel(inner, **_group(mesh), device_id=device, use_orig_params=True)
 
 
 def _wrap(model: nn.Module, mesh: DeviceMesh, device: torch.device, **options: object) -> FullyShardedDataParallel:
@@ -44,10 +50,14 @@ def _wrap(model: nn.Module, mesh: DeviceMesh, device: torch.device, **options: o
     units = set(decoder_layers(model)) | (set() if embedding.weight is head.weight else {embedding, head})
     return FullyShardedDataParallel(
         model,
-        device_mesh=mesh,
-        sharding_strategy=ShardingStrategy.FULL_SHARD if mesh.ndim == 1 else ShardingStrategy.HYBRID_SHARD,
+        **_group(mesh),
         auto_wrap_policy=CustomPolicy(units.__contains__),
         device_id=device,
         use_orig_params=True,
         **options,
     )
+
+
+def _group(mesh: DeviceMesh) -> dict[str, Any]:
+    strategy = ShardingStrategy.FULL_SHARD if mesh.ndim == 1 else ShardingStrategy.HYBRID_SHARD
+    return {"device_mesh": mesh, "sharding_strategy": strategy}

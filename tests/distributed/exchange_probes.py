@@ -199,6 +199,19 @@ def automatic_zero3(rank: int) -> dict[str, list[str]]:
     return {"zero3": _automatic("zero3")}
 
 
+def outside_zero3(rank: int) -> str:
+    """What the loss says of the weight of a ZeRO-3 engine's head, used past its forward."""
+    student, teacher = (make_model("llama", STUDENT_WIDTH, VOCAB_SIZE, seed=i) for i in range(2))
+    _wrapped("zero3", student, teacher)
+    hidden, targets = torch.randn(5, STUDENT_WIDTH), torch.full((5,), 3)
+    heads = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+    try:
+        kd.distill_loss(hidden, heads[0], hidden, heads[1], targets, config=make_config("weight"))
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
 def _automatic(name: str) -> list[str]:
     widths = enumerate((STUDENT_WIDTH, TEACHER_WIDTH))
     student, teacher = (make_model("llama", width, VOCAB_SIZE, seed=i) for i, width in widths)
@@ -271,12 +284,13 @@ def mismatch(rank: int) -> dict[str, tuple[str, float]]:
         "teacher width": {"exchange": "stats", "widths": (16, 32 if last else 24)},
         "teacher vocabulary, stats": {"exchange": "stats", "teacher_size": 41 if last else 37},
         "teacher vocabulary, weight": {"exchange": "weight", "teacher_size": 41 if last else 37},
+        "dtype": {"exchange": "stats", "dtype": torch.float64 if last else torch.float32},
     }
     found = {}
     for name, plant in plants.items():
         sizes = plant.pop("size", 37), plant.pop("teacher_size", 37)
-        widths = plant.pop("widths", (16, 24))
-        models = [make_model("llama", width, size, seed=0) for width, size in zip(widths, sizes, strict=True)]
+        widths, dtype = plant.pop("widths", (16, 24)), plant.pop("dtype", torch.float32)
+        models = [make_model("llama", width, size, seed=0).to(dtype) for width, size in zip(widths, sizes, strict=True)]
         kd.attach(*models, make_config(**plant))
         for model in models:
             shard_head(model)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import kd_plugin as kd
-from kd_plugin.parallel import fsdp, zero
+from kd_plugin.parallel import fsdp, fsdp1, zero
 from tests.distributed import exchange_probes
 from tests.distributed.attach_worker import DeepSpeedRun, TorchRun
 from tests.distributed.exchange_cases import Case, count_valid, dense_loss, make_batch, make_models
@@ -64,13 +64,13 @@ def shard_pair(pair: Pair, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> No
     fully_shard(pair, mesh=mesh, mp_policy=policy)
 
 
-def wrap_fsdp1(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """FSDP1 as its users write it; a tied head must stay in its embedding's unit."""
-    models = [module.student, module.teacher] if isinstance(module, Pair) else [module]
+def wrap_pair(pair: Pair, dtype: torch.dtype) -> nn.Module:
+    """FSDP1 with one root; a tied head must stay in its embedding's unit."""
+    models = [pair.student, pair.teacher]
     units = {layer for model in models for layer in fsdp.decoder_layers(model)}
-    units |= {head for model in models if (head := model.get_output_embeddings()) and not is_tied(model)}
+    units |= {model.get_output_embeddings() for model in models if not is_tied(model)}
     return FullyShardedDataParallel(
-        module,
+        pair,
         auto_wrap_policy=CustomPolicy(lambda part: part in units),
         use_orig_params=True,
         mixed_precision=None if dtype == torch.float32 else MixedPrecision(param_dtype=dtype),
@@ -92,8 +92,11 @@ class WrappedRun(TorchRun):
         if case.wrapper == "ddp":
             self.model = DistributedDataParallel(together or student)
         elif case.wrapper == "fsdp1":
-            self.model = wrap_fsdp1(together or student, dtype)
-            self.teacher = teacher if together else wrap_fsdp1(teacher, dtype)
+            if together is not None:
+                self.model = wrap_pair(together, dtype)
+            else:
+                self.model = fsdp1.wrap_student(student, mesh, torch.device("cpu"), dtype=dtype)
+                self.teacher = fsdp1.wrap_teacher(teacher, mesh, torch.device("cpu"))
         elif together is not None:
             assert case.wrapper == "root", "the other layouts have no unit for both"
             self.model = together
@@ -164,10 +167,19 @@ def train(case: Case, rank: int) -> dict[str, Any]:
             run.backward(loss)
         run.step()
     whole = [name for name, p in teacher.named_parameters() if _is_whole(p)]
+    whole += _gathered_units(run.teacher)
     seconds = time.perf_counter() - start
     result = {"parameters": run.parameters(), "whole_in_teacher": whole, "seconds": seconds}
     run.close()
     return result
+
+
+def _gathered_units(model: Any) -> list[str]:
+    """Units of FSDP1 whose flat parameters have not been freed; nothing public says it."""
+    if not isinstance(model, FullyShardedDataParallel):
+        return []
+    flat = {str(i): unit._flat_param for i, unit in enumerate(FullyShardedDataParallel.fsdp_modules(model))}
+    return [name for name, p in flat.items() if p is not None and p._full_param_padded.untyped_storage().size() > 0]
 
 
 def _is_whole(parameter: Tensor) -> bool:

@@ -74,7 +74,7 @@ LAUNCHES: dict[str, list[Case]] = {
     "deepspeed": [
         *(case for wrapper in ("zero1", "zero2", "zero3") for case in matrix(wrapper)),
         *splits("zero3", 2),
-        *(Case("zero2", False, "stats", batch="split", accumulation=n) for n in (1, 8)),
+        *(Case(f"zero{n}", False, "stats", batch="split", accumulation=times) for n in (1, 2) for times in (1, 8)),
         *(Case("zero3", False, mode, batch="early") for mode in MODES),
         *(Case(wrapper, False, mode, teacher="part") for wrapper in ("zero2", "zero3") for mode in MODES),
         *(Case("zero3", head == "softcap", mode, head=head) for head in ("bias", "softcap") for mode in MODES[1:]),
@@ -85,17 +85,22 @@ LAUNCHES: dict[str, list[Case]] = {
         *(Case("alone", tied, mode, ranks=4) for tied in (True, False) for mode in MODES),
         *(Case("hsdp", False, "stats", "tvd", ranks=4, teacher_vocab_size=size) for size in (31, 41)),
         *(Case("hsdp", False, mode, ranks=4, batch="split", accumulation=4) for mode in MODES),
-        *(Case(wrapper, False, "stats", ranks=4) for wrapper in ("fsdp1", "root", "zero3")),
+        *(Case(wrapper, False, "stats", ranks=4) for wrapper in ("fsdp1", "root")),
+        *(
+            Case(wrapper, False, mode, ranks=4)
+            for wrapper in ("ddp", "grouped", "zero1", "zero2", "zero3")
+            for mode in ("weight", "stats")
+        ),
         *(Case(w, False, m, ranks=4, vocab_size=9, teacher_vocab_size=9) for w in ("alone", "zero3") for m in MODES),
         Case("alone", False, "stats", ranks=4, vocab_size=9, teacher_vocab_size=7),
         *(Case("alone", False, mode, ranks=4, batch="ragged", chunk_size=256) for mode in MODES),
         *splits("alone", 4),
-        *(Case("zero3", False, "stats", ranks=4, batch="split", accumulation=n) for n in (1, 4)),
+        *(Case("zero3", False, m, ranks=4, batch="split", accumulation=n) for m in ("weight", "stats") for n in (1, 4)),
         *(case for tied in (True, False) for case in flat(half("hsdp", tied=tied, ranks=4))),
     ],
 }
 PROBES = {
-    "deepspeed": ["automatic_zero3"],
+    "deepspeed": ["automatic_zero3", "outside_zero3"],
     "torch": ["head_collectives", "memory", "counting", "rounds", "mismatch", "agreement", "tensor_parallel"],
     "four": ["memory", "counting", "traffic", "groups", "automatic", "mismatch", "agreement", "tensor_parallel"],
 }
@@ -311,6 +316,12 @@ def test_a_tensor_parallel_teachers_slices_are_its_logits(result_of: Callable[..
         assert max(found.values()) < 1e-12, found
 
 
+def test_a_partitioned_head_outside_of_its_forward_is_refused_by_name(result_of: Callable[..., Any]) -> None:
+    for message in result_of(probe=("deepspeed", "outside_zero3")):
+        assert "ZeRO-3 or FSDP1 has partitioned it away" in message
+        assert "kd_plugin.attach(student, teacher, config) before deepspeed.initialize" in message
+
+
 def test_slices_of_logits_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"ShardedLogits got \(2, 3, 5\); wanted \[rows, columns of this rank\]"):
         kd.ShardedLogits(torch.zeros(2, 3, 5), widths=[5])
@@ -332,6 +343,7 @@ def test_ranks_that_do_not_fit_together_are_refused_by_name(result_of: Callable[
     words |= {
         f"{side} {what}": f"the {side}'s {what}" for side in ("student", "teacher") for what in ("vocabulary", "width")
     }
+    words |= {"dtype": "the dtype of the student's head"}
     ranks = LAUNCHES[launch_name][0].ranks
     for found in result_of(probe=(launch_name, "mismatch")):
         for planted, (message, seconds) in found.items():

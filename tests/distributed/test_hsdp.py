@@ -36,7 +36,11 @@ RUNS = [
     run("one_micro_batch", train={**PLAIN, "micro_batch_size": 2}),
     *(run(name, train=PLAIN, distill={**STATS, "exchange": name}) for name in ("weight", "logits", "stats")),
     run("groups_of_one", train={**PLAIN, "shard_size": 1}),
-    run("fsdp1", train={**PLAIN, "parallel": "fsdp1"}),
+    *(
+        run(f"fsdp1_{name}", train={**PLAIN, "parallel": "fsdp1"}, distill={**STATS, "exchange": name})
+        for name in ("weight", "logits", "stats")
+    ),
+    run("fsdp1_offloaded", train={**PLAIN, "parallel": "fsdp1"}, teacher={"offload": True}),
     run("ddp", train={**PLAIN, "parallel": "ddp"}),
     run("replicated_teacher", train=PLAIN, teacher={"sharding": "replicate"}),
     run("offloaded", train=PLAIN, teacher={"offload": True}),
