@@ -35,8 +35,11 @@ TORCH = [
     Case("alone", tied=False, exchange="stats", adapter="saved"),
     Case("root", tied=True, exchange="stats"),
     Case("fsdp1", tied=False, exchange="weight"),
+    Case("fsdp1", tied=True, exchange="logits", adapter="two"),
+    Case("fsdp1", tied=False, exchange="stats", adapter="two"),
 ]
 DEEPSPEED = [
+    Case("zero1", tied=False, exchange="stats"),
     Case("zero2", tied=False, exchange="weight"),
     Case("zero2", tied=True, exchange="weight", adapter="two"),
     Case("zero3", tied=False, exchange="weight"),
@@ -49,6 +52,7 @@ DEEPSPEED = [
 FOUR = [
     Case("hsdp", tied=False, exchange="weight", ranks=4),
     Case("hsdp", tied=False, exchange="stats", ranks=4, adapter="two"),
+    Case("hsdp", tied=True, exchange="logits", ranks=4),
 ]
 LAUNCHES = {"torch": TORCH, "deepspeed": DEEPSPEED, "four": FOUR}
 
