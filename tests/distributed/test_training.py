@@ -46,6 +46,10 @@ RUNS = [
         run(f"{name}_replicated", name, train={"export": False}, teacher={"sharding": "replicate"})
         for name in ("fsdp", "fsdp1", "zero3")
     ),
+    *(
+        run(f"{name}_recomputed", name, train={"export": False, "activation_checkpointing": True})
+        for name in ("fsdp", "fsdp1", "zero3")
+    ),
     run("zero3_offloaded", "zero3", train={"export": False}, teacher={"offload": True}),
     *(
         entry
@@ -110,11 +114,11 @@ def test_two_ranks_export_what_one_process_exports(results: dict[str, Any], sing
 
 
 OTHERWISE = ["fsdp_1x4", "zero3_1x4", "zero2_4x1", "fsdp_replicated", "fsdp1_replicated", "zero3_replicated"]
-OTHERWISE += ["zero3_offloaded"]
+OTHERWISE += ["zero3_offloaded", *(f"{name}_recomputed" for name in ("fsdp", "fsdp1", "zero3"))]
 
 
 @pytest.mark.parametrize("name", OTHERWISE)
-def test_micro_batches_and_the_teachers_layout_change_nothing(
+def test_micro_batches_recomputation_and_the_teachers_layout_change_nothing(
     results: dict[str, Any], single: TrainResult, name: str
 ) -> None:
     assert curve(results[name]) == pytest.approx(curve(single), rel=2e-5)
