@@ -67,6 +67,10 @@ class Exchange:
     def check(self, head: Linear) -> None:
         """Before anything of the step: all ranks must be about to compute the same. Collective in the first call."""
         self._look_at(head.weight)
+        self.compare(head)
+
+    def compare(self, head: Linear) -> None:
+        """The same without a look at how the head is cut, for what comes before a wrapper has gathered it."""
         if self._checked or num_ranks(self.group) == 1:
             return
         settings = self.config.model_dump(exclude={"row_kernel"})  # of which any gives the same numbers

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -286,17 +286,25 @@ def mismatch(rank: int) -> dict[str, tuple[str, float]]:
         "teacher vocabulary, weight": {"exchange": "weight", "teacher_size": 41 if last else 37},
         "dtype": {"exchange": "stats", "dtype": torch.float64 if last else torch.float32},
     }
+    same = dict(plants)
+    for unit in ("fsdp2 root", "fsdp1"):  # whose gather comes before the student's forward
+        plants |= {f"{name}; {unit}": {**plant, "unit": unit} for name, plant in same.items()}
     found = {}
     for name, plant in plants.items():
+        unit = plant.pop("unit", "head")
         sizes = plant.pop("size", 37), plant.pop("teacher_size", 37)
         widths, dtype = plant.pop("widths", (16, 24)), plant.pop("dtype", torch.float32)
         models = [make_model("llama", width, size, seed=0).to(dtype) for width, size in zip(widths, sizes, strict=True)]
         kd.attach(*models, make_config(**plant))
-        for model in models:
-            shard_head(model)
+        student = models[0]
+        if unit == "fsdp1":
+            student = FullyShardedDataParallel(student, use_orig_params=True, device_id=torch.device("cpu"))
+        else:
+            for model in models[: 1 if unit == "fsdp2 root" else 2]:
+                (fully_shard if unit == "fsdp2 root" else shard_head)(model)
         start = time.perf_counter()
         try:
-            _step(models[0], torch.full((1, 6), 3))
+            _step(student, torch.full((1, 6), 3))
             message = "accepted"
         except ValueError as error:
             message = str(error)
