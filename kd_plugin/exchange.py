@@ -70,7 +70,7 @@ class Exchange:
         self.compare(head)
 
     def compare(self, head: Linear) -> None:
-        """The same without a look at how the head is cut, for what comes before a wrapper has gathered it."""
+        """The comparison alone, which may come before the student's forward. Collective in the first call."""
         if self._checked or num_ranks(self.group) == 1:
             return
         settings = self.config.model_dump(exclude={"row_kernel"})  # of which any gives the same numbers

@@ -26,7 +26,7 @@ from kd_plugin.chunks import rows_per_chunk
 from kd_plugin.collectives import located, of_others
 from kd_plugin.config import DistillConfig
 from kd_plugin.exchange import Consumer, Exchange
-from kd_plugin.first_call import BeforeFirstCall
+from kd_plugin.first_step import before_first_step
 from kd_plugin.head import DistillHead, HeadCall, teacher_head_forward
 from kd_plugin.measures import Measures
 from kd_plugin.metrics import num_ranks
@@ -110,8 +110,7 @@ class Plugin:
         self._student_forward = model.forward
         self._undo.append(ReplacedForward(model, self._distill_forward).restore)
         if num_ranks(self.group) > 1:
-            self._first_call = BeforeFirstCall(slot.module, self._compare_ranks)
-            self._undo.append(self._first_call.remove)
+            self._undo.append(before_first_step(slot.module, self._compare_ranks))
 
     def _compare_ranks(self) -> None:
         """Before a wrapper gathers the head, which would fail in its own words where the ranks' heads differ."""

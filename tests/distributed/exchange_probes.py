@@ -269,8 +269,11 @@ class Messages(logging.Handler):
         self.found.append(record.getMessage())
 
 
-def mismatch(rank: int) -> dict[str, tuple[str, float]]:
-    """Message and seconds of each planted difference on the last rank."""
+UNITS = ("head", "fsdp2 root", "fsdp1")  # the gather of the latter two comes before the student's forward
+
+
+def mismatch(rank: int) -> dict[tuple[str, str], tuple[str, float]]:
+    """By planted difference on the last rank, and unit of the head: message and seconds."""
     last = rank == dist.get_world_size() - 1
     plants: dict[str, dict[str, Any]] = {
         "exchange": {"exchange": "weight" if last else "stats"},
@@ -286,30 +289,64 @@ def mismatch(rank: int) -> dict[str, tuple[str, float]]:
         "teacher vocabulary, weight": {"exchange": "weight", "teacher_size": 41 if last else 37},
         "dtype": {"exchange": "stats", "dtype": torch.float64 if last else torch.float32},
     }
-    same = dict(plants)
-    for unit in ("fsdp2 root", "fsdp1"):  # whose gather comes before the student's forward
-        plants |= {f"{name}; {unit}": {**plant, "unit": unit} for name, plant in same.items()}
-    found = {}
-    for name, plant in plants.items():
-        unit = plant.pop("unit", "head")
-        sizes = plant.pop("size", 37), plant.pop("teacher_size", 37)
-        widths, dtype = plant.pop("widths", (16, 24)), plant.pop("dtype", torch.float32)
-        models = [make_model("llama", width, size, seed=0).to(dtype) for width, size in zip(widths, sizes, strict=True)]
-        kd.attach(*models, make_config(**plant))
-        student = models[0]
-        if unit == "fsdp1":
-            student = FullyShardedDataParallel(student, use_orig_params=True, device_id=torch.device("cpu"))
+    return {(name, unit): _refused(unit, **plant) for unit in UNITS for name, plant in plants.items()}
+
+
+def _refused(
+    unit: str,
+    *,
+    size: int = 37,
+    teacher_size: int = 37,
+    widths: tuple[int, int] = (16, 24),
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> tuple[str, float]:
+    """What the first step says, and after how many seconds."""
+    student, teacher = (
+        make_model("llama", width, vocab_size, seed=0).to(dtype)
+        for width, vocab_size in zip(widths, (size, teacher_size), strict=True)
+    )
+    kd.attach(student, teacher, make_config(**settings))
+    if unit == "head":
+        shard_head(student)
+        shard_head(teacher)
+    elif unit == "fsdp2 root":
+        fully_shard(student)
+    else:
+        student = FullyShardedDataParallel(student, use_orig_params=True, device_id=torch.device("cpu"))
+    start = time.perf_counter()
+    try:
+        _step(student, torch.full((1, 6), 3))
+        message = "accepted"
+    except ValueError as error:
+        message = str(error)
+    seconds = time.perf_counter() - start
+    dist.barrier()
+    return message, seconds
+
+
+def hooks(rank: int) -> dict[str, int]:
+    """By wrapper: global hooks of `attach` that are left after a first step, which follows one rank's own forward."""
+    everywhere, found = torch.nn.modules.module._global_forward_pre_hooks, {}
+    for name in ("ddp", "copies", "fsdp2 root"):
+        before = set(everywhere)
+        student, teacher = (make_model("llama", STUDENT_WIDTH, 37, seed=i) for i in range(2))
+        plugin = kd.attach(student, teacher, make_config("weight"))
+        model = student
+        if name == "ddp":
+            model = DistributedDataParallel(student)
+        elif name == "copies":  # FSDP2 units that gather nothing
+            mesh = fsdp.make_mesh("cpu", dist.get_world_size(), replicate=True)
+            fsdp.shard_student(student, mesh, dtype=torch.float32)
         else:
-            for model in models[: 1 if unit == "fsdp2 root" else 2]:
-                (fully_shard if unit == "fsdp2 root" else shard_head)(model)
-        start = time.perf_counter()
-        try:
-            _step(student, torch.full((1, 6), 3))
-            message = "accepted"
-        except ValueError as error:
-            message = str(error)
-        found[name] = message, time.perf_counter() - start
-        dist.barrier()
+            fully_shard(student)
+        if rank == 0 and name != "fsdp2 root":
+            with torch.no_grad():
+                student(torch.full((1, 6), 3))
+        dist.barrier()  # fails if rank 0 is in another collective
+        _step(model, torch.full((1, 6), 3))
+        found[name] = len(set(everywhere) - before)
+        plugin.detach()
     return found
 
 

@@ -101,7 +101,7 @@ LAUNCHES: dict[str, list[Case]] = {
 }
 PROBES = {
     "deepspeed": ["automatic_zero3", "outside_zero3"],
-    "torch": ["head_collectives", "memory", "counting", "rounds", "mismatch", "agreement", "tensor_parallel"],
+    "torch": ["head_collectives", "memory", "counting", "rounds", "hooks", "mismatch", "agreement", "tensor_parallel"],
     "four": ["memory", "counting", "traffic", "groups", "automatic", "mismatch", "agreement", "tensor_parallel"],
 }
 LAUNCHED = [case for cases in LAUNCHES.values() for case in cases]
@@ -346,8 +346,14 @@ def test_ranks_that_do_not_fit_together_are_refused_by_name(result_of: Callable[
     words |= {"dtype": "the dtype of the student's head"}
     ranks = LAUNCHES[launch_name][0].ranks
     for found in result_of(probe=(launch_name, "mismatch")):
-        for planted, (message, seconds) in found.items():
-            name = planted.split(";")[0].split(",")[0]
+        assert {unit for _, unit in found} == set(probes.UNITS)
+        for (planted, _), (message, seconds) in found.items():
+            name = planted.split(",")[0]
             assert words.get(name, name) in message, planted
             assert f"rank {ranks - 1}:" in message and "\n" not in message, message
             assert seconds < 10
+
+
+def test_what_waits_for_the_first_step_neither_hangs_a_rank_alone_nor_stays(result_of: Callable[..., Any]) -> None:
+    for found in result_of(probe=("torch", "hooks")):
+        assert found == {"ddp": 0, "copies": 0, "fsdp2 root": 0}
