@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,17 +33,16 @@ class BypassWatch:
         self._warned = False
         if isinstance(outermost, DistributedDataParallel):
             self._wrapper = weakref.ref(outermost)
-        found = weakref.WeakMethod(self._look_at)
+        _watches.add(self)
+        _listen()
 
-        def hook(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-            look_at = found()
-            if look_at is not None and isinstance(parent, DistributedDataParallel) and name == "module":
-                look_at(parent, child)
-
-        self.remove: Callable[[], None] = register_module_module_registration_hook(hook).remove
+    def remove(self) -> None:
         """Look for wrappers no longer."""
+        _watches.discard(self)
+        _listen()
 
-    def _look_at(self, wrapper: DistributedDataParallel, child: nn.Module | None) -> None:
+    def look_at(self, wrapper: DistributedDataParallel, child: nn.Module | None) -> None:
+        """A DDP wrapper is being put around `child`."""
         model = self._model()
         if child is not None and any(module is model for module in child.modules()):
             self._wrapper = weakref.ref(wrapper)
@@ -62,3 +60,23 @@ class BypassWatch:
                 "the student is called past its DistributedDataParallel wrapper, so each rank keeps its own gradients "
                 "and the ranks drift apart: call the wrapper, ddp(input_ids, labels=...), not ddp.module(...)"
             )
+
+
+_watches: weakref.WeakSet[BypassWatch] = weakref.WeakSet()
+_handles: list[Any] = []
+"""Of torch's one hook for all watches: a plugin that is dropped without detach() leaves nothing more behind, and the
+hook goes with the next one that is detached."""
+
+
+def _listen() -> None:
+    """Hear of modules that are put into others as long as there is a watch."""
+    if _watches and not _handles:
+        _handles.append(register_module_module_registration_hook(_heard))
+    elif not _watches and _handles:
+        _handles.pop().remove()
+
+
+def _heard(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if isinstance(parent, DistributedDataParallel) and name == "module":
+        for watch in list(_watches):
+            watch.look_at(parent, child)

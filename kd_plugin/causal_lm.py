@@ -1,29 +1,25 @@
-"""What is needed of a Hugging Face language model: its head, the hidden states it feeds it, and what it does
-to the logits afterwards.
+"""What is needed of a Hugging Face language model: its head, and the hidden states that it feeds it.
 
 Notable decisions:
 - hidden states come from the model's own forward, run with a stand-in where the head is: whatever a model does
   before its head (final norm, projection, width scaling, encoder and decoder) is done by the model itself;
-- what it does after the head (scale, soft-cap, bias) is measured by feeding known logits through that same
-  forward: attributes such as `logits_scaling` multiply in one architecture and divide in the next.
+- what it does after the head shows in what it makes of the stand-in's reply (see `logit_probe`).
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kd_plugin.row_kernels import LogitTransform
+from kd_plugin.logit_probe import NUM_ROWS, AfterHead, LogitsChanged, after_head, known_rows
 
-logger = logging.getLogger(__name__)
 
-_PROBE_LIMIT = 60.0  # probe logits reach from -60 to 60, beyond any soft-cap in use
-_SATURATING = 1e8
+class HeadCallsError(ValueError):
+    """A model makes its logits without its head, or with several calls of it."""
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -111,6 +107,7 @@ class _StandIn(nn.Module):
         self._head = (head,)  # a tuple: not registered as a submodule
         self._reply = reply
         self.hidden_states: Tensor | None = None
+        self.calls = 0
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -120,6 +117,7 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         self.hidden_states = hidden_states
+        self.calls += 1
         return self._reply(hidden_states)
 
 
@@ -128,32 +126,73 @@ def _no_rows(hidden_states: Tensor) -> Tensor:
     return hidden_states.new_empty(*hidden_states.shape[:-2], 0, 1)
 
 
-@torch.compiler.disable(recursive=False)
-def run_backbone(slot: HeadSlot, forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Hidden states `[B, S, D]` that `forward(**inputs)` feeds its head, which itself does not run.
+class Backbone(NamedTuple):
+    """What a model's forward gave without its head."""
 
-    Also what the model would add to its loss by itself: a mixture of experts' weighted router loss, or None.
+    hidden_states: Tensor  # [B, S, D], what the head would be given
+    output: Any
+    """Hugging Face's output, its logits without rows."""
+    after_head: AfterHead | None = None
+    """What happens to the logits after the head, where that was asked for."""
+
+
+@torch.compiler.disable(recursive=False)
+def run_backbone(
+    slot: HeadSlot, forward: Callable[..., Any], inputs: dict[str, Any], *, measure: tuple[int, str] | None = None
+) -> Backbone:
+    """Run `forward(**inputs)` up to the head, which itself does not run.
+
+    Args:
+        slot: where the head is.
+        forward: of the model that holds it.
+        inputs: without labels.
+        measure: the size of the vocabulary and the side's name, to learn from the same run what the model does to
+            its logits after the head; for a model whose weights were not there at `attach`.
+
+    Raises:
+        ValueError: the head was called never or more than once; `LogitsChanged`, when measuring.
     """
-    hidden_states, output = _run_with_stand_in(slot, forward, inputs, _no_rows)
+    if measure is None:
+        return Backbone(*run_with_stand_in(slot, forward, inputs, _no_rows))
+    vocab_size, side = measure
+
+    def known(hidden_states: Tensor) -> Tensor:
+        rows = known_rows(vocab_size).to(hidden_states.device)
+        return rows.expand(*hidden_states.shape[:-2], -1, -1).clone()
+
+    hidden_states, output = run_with_stand_in(slot, forward, inputs, known)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise LogitsChanged(
+            f"the {side} ({type(slot.parent).__name__}) returns no logits (return_dict=False?), so what it does to "
+            "them after the head cannot be measured: attach while its weights are present"
+        )
+    return Backbone(hidden_states, output, after_head(logits.reshape(-1, NUM_ROWS, vocab_size)[0], slot.parent, side))
+
+
+def router_loss(slot: HeadSlot, output: Any) -> Tensor | None:
+    """What the model would add to its loss by itself: a mixture of experts' weighted router loss, or None."""
     router_loss = getattr(output, "aux_loss", None)
     if not isinstance(router_loss, Tensor):
-        return hidden_states, None
+        return None
     coefficient = getattr(slot.parent, "router_aux_loss_coef", None)
     if coefficient is None:
         coefficient = slot.parent.config.get_text_config().router_aux_loss_coef
-    return hidden_states, coefficient * router_loss
+    return coefficient * router_loss
 
 
-def _accepts(forward: Callable[..., Any], name: str) -> bool:
+def accepts(forward: Callable[..., Any], name: str) -> bool:
+    """Whether a forward takes an argument of this name."""
     parameters = inspect.signature(forward).parameters
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 @torch.compiler.disable(recursive=False)
-def _run_with_stand_in(
+def run_with_stand_in(
     slot: HeadSlot, forward: Callable[..., Any], inputs: dict[str, Any], reply: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Any]:
-    if _accepts(forward, "use_cache"):
+    """Hidden states and output of `forward(**inputs)`, whose head returns `reply(hidden states)`."""
+    if accepts(forward, "use_cache"):
         inputs = {**inputs, "use_cache": False}
     head = slot.module
     stand_in = _StandIn(head, reply)
@@ -163,82 +202,9 @@ def _run_with_stand_in(
     finally:
         slot.put(head)
     if stand_in.hidden_states is None:
-        raise ValueError(f"{type(slot.parent).__name__}.forward never called its head {slot.name!r}: not supported")
+        raise HeadCallsError(f"{type(slot.parent).__name__}.forward never called its head {slot.name!r}: not supported")
+    if stand_in.calls > 1:
+        raise HeadCallsError(
+            f"{type(slot.parent).__name__}.forward called its head {slot.name!r} {stand_in.calls} times: not supported"
+        )
     return stand_in.hidden_states, output
-
-
-def logit_transform(model: nn.Module, slot: HeadSlot, side: str) -> tuple[LogitTransform, Tensor | None]:
-    """What the model does between its head and its logits -> (scale and soft-cap, added bias `[V]` or None).
-
-    Measured where the weights are present. Raises `ValueError` for anything but scale, soft-cap and bias.
-    """
-    declared = _declared_transform(model)
-    inputs = _probe_inputs(model)
-    if inputs is None or not _is_materialised(model):
-        if declared != LogitTransform():
-            logger.info("%s: %s taken from its configuration (weights not present)", side, declared)
-        return declared, None
-    vocab_size = slot.module.weight.shape[0]
-    ramp = torch.linspace(-_PROBE_LIMIT, _PROBE_LIMIT, vocab_size)
-    bias = _measure(model, slot, inputs, torch.zeros(vocab_size))
-    shaped = _measure(model, slot, inputs, ramp) - bias
-    if not bias.any():
-        for transform in (LogitTransform(), declared, _fit(model, slot, inputs, ramp, shaped)):
-            if torch.allclose(transform.apply(ramp), shaped, rtol=1e-4, atol=1e-4):
-                return transform, None
-    elif torch.allclose(ramp, shaped, rtol=1e-4, atol=1e-4):
-        return LogitTransform(), bias
-    raise ValueError(
-        f"the {side} ({type(model).__name__}) changes its logits after the head by more than a scale, a tanh "
-        "soft-cap or a bias: the loss would be computed on other logits than the model's; use DistillHead directly"
-    )
-
-
-def _measure(model: nn.Module, slot: HeadSlot, inputs: dict[str, Any], raw: Tensor) -> Tensor:
-    """The model's logits `[V]` when its head returns `raw` `[V]`."""
-    device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
-
-    def reply(hidden_states: Tensor) -> Tensor:
-        return raw.to(hidden_states.device).expand(*hidden_states.shape[:-1], -1).clone()
-
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        logits = _run_with_stand_in(slot, model.forward, inputs, reply)[1].logits
-    return logits.reshape(-1, raw.numel())[-1].float().cpu()
-
-
-def _fit(model: nn.Module, slot: HeadSlot, inputs: dict[str, Any], ramp: Tensor, shaped: Tensor) -> LogitTransform:
-    """Scale from the largest value if linear, otherwise soft-cap from saturation and scale from the centre."""
-    linear = LogitTransform(scale=float(shaped[-1] / ramp[-1]))
-    if torch.allclose(linear.apply(ramp), shaped, rtol=1e-4, atol=1e-4):
-        return linear
-    cap = float(_measure(model, slot, inputs, torch.full_like(ramp, _SATURATING))[0])
-    small = torch.full_like(ramp, 1e-3)
-    return LogitTransform(scale=float(_measure(model, slot, inputs, small)[0]) / 1e-3, softcap=cap)
-
-
-def _declared_transform(model: nn.Module) -> LogitTransform:
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    softcap = getattr(text, "final_logit_softcapping", None)
-    scale = getattr(text, "logit_scale", None)
-    return LogitTransform(float(scale) if isinstance(scale, int | float) else 1.0, float(softcap) if softcap else None)
-
-
-def _is_materialised(model: nn.Module) -> bool:
-    """Whether a forward can run here and now: no meta tensors, nothing sharded or partitioned."""
-    from torch.distributed.tensor import DTensor
-
-    parameters = list(model.parameters())
-    return not any(p.is_meta or isinstance(p, DTensor) or p.numel() == 0 for p in parameters)
-
-
-def _probe_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Two tokens for any text model; None for models that read something else."""
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        return None
-    device = next(model.parameters()).device
-    ids = torch.tensor([[0, 1]], device=device)
-    if getattr(model.config, "is_encoder_decoder", False):
-        return {"input_ids": ids, "decoder_input_ids": ids}
-    return {"input_ids": ids}

@@ -195,7 +195,8 @@ def linear_head(name: str, head: object, *, may_be_sharded: bool = False) -> Non
         raise ValueError(f"{name} is a {kind} with {quantised or 'packed'} weights: {_KEEP_OUT}")
     if may_be_sharded:
         return
-    if isinstance(weight, DTensor) or (hasattr(weight, "ds_id") and weight.numel() == 0):
+    # zero.Init partitions the weights of a model that is loaded; DeepSpeed's engine then numbers the modules too.
+    if isinstance(weight, DTensor) or (hasattr(weight, "ds_id") and weight.numel() == 0 and hasattr(head, "ds_id")):
         raise ValueError(
             f"{name} is sharded already: call attach() before fully_shard or deepspeed.initialize; {_TENSOR_PARALLEL}"
         )

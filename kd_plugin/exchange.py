@@ -17,10 +17,11 @@ from torch.nn import Linear
 from kd_plugin.collectives import all_gather_object
 from kd_plugin.config import DistillConfig
 from kd_plugin.head import HeadCall
+from kd_plugin.logit_probe import AfterHead
 from kd_plugin.metrics import num_ranks
 from kd_plugin.objective import make_objective
 from kd_plugin.parallel.fsdp import RowShards, held_rows, row_shards, sharded_over
-from kd_plugin.row_kernels import LogitTransform, shards
+from kd_plugin.row_kernels import shards
 from kd_plugin.teachers import HeadTeacher, ShardedHeadTeacher
 from kd_plugin.vocab_parallel import VocabShard, cut
 from kd_plugin.volumes import Head, volumes
@@ -56,7 +57,8 @@ class Exchange:
         self.teacher_width: int | None = None
         """Of the teacher's head, whole; set by `attach`, as what follows."""
         self.teacher_head: Linear | None = None
-        self.teacher_transform, self.teacher_logits_bias = LogitTransform(), None
+        self.teacher_after_head: AfterHead | None = None
+        """What the teacher does to its logits after its head; None until it has shown that in a forward."""
         self.teacher_tied = False
         """Whether the teacher's wrapper gathers its head with the embedding, whatever the loss needs."""
         self._rows: RowShards | None = None
@@ -136,8 +138,9 @@ class Exchange:
             call.teacher = self._as_source(self._teacher_rows, teacher.hidden)
 
         def use_hidden(hidden: Tensor) -> None:
-            assert rows is not None
-            call.teacher = self._as_source(rows, hidden.reshape(-1, hidden.shape[-1]))
+            held = self._rows_of_teacher(call.targets.device) or self._teacher_rows
+            assert held is not None
+            call.teacher = self._as_source(held, hidden.reshape(-1, hidden.shape[-1]))
 
         return Consumer(keep_rows, None if rows is None else use_hidden)
 
@@ -151,10 +154,11 @@ class Exchange:
         if found is None:
             return None
         weight, bias = found
-        if self.teacher_logits_bias is not None:
-            extra = self.teacher_logits_bias[shard.start : shard.stop].to(weight)
+        after = self.teacher_after_head or AfterHead()  # else not measured yet, and read again once it is
+        if after.bias is not None:
+            extra = after.bias[shard.start : shard.stop].to(weight)
             bias = extra if bias is None else bias + extra
-        return HeadTeacher(weight.new_empty(0, weight.shape[1]), weight, bias, self.teacher_transform)
+        return HeadTeacher(weight.new_empty(0, weight.shape[1]), weight, bias, after.transform)
 
     def _as_source(self, rows: HeadTeacher, hidden: Tensor) -> HeadTeacher | ShardedHeadTeacher:
         assert self._shard is not None

@@ -19,7 +19,8 @@ from kd_plugin.collectives import all_reduce
 from kd_plugin.config import DistillConfig
 from kd_plugin.fused_loss import DistillOutput, LossSums, loss_sums, make_problem, normalised, packed
 from kd_plugin.low_rank import LowRank
-from kd_plugin.parallel.fsdp import row_shards
+from kd_plugin.parallel.fsdp import row_shards, whole_shape
+from kd_plugin.plain_head import check_plain
 from kd_plugin.row_kernels import LogitTransform
 from kd_plugin.teachers import HeadTeacher, TeacherSource
 from kd_plugin.vocab_parallel import VocabParallelDistill, VocabShard
@@ -97,12 +98,15 @@ class DistillHead(nn.Linear):
                 "the forward of lm_head has been replaced, as device_map does over several devices: load the student "
                 "without device_map, or call accelerate.hooks.remove_hook_from_module(student, recurse=True)"
             )
+        check_plain("lm_head", lm_head)
         self.__dict__.update(lm_head.__dict__)
         self.__dict__.pop("forward", None)  # accelerate leaves the original there when it removes a hook
-        self.out_features, self.in_features = lm_head.weight.shape  # peft's copy of a tied head has them swapped
+        # peft's copy of a tied head has them swapped
+        self.out_features, self.in_features = whole_shape(lm_head.weight, lm_head)
         self.distill_config = config
-        self.transform = transform or LogitTransform()
-        self._logits_bias = None if logits_bias is None else (logits_bias,)  # a tuple: not registered as a buffer
+        own = type(lm_head).forward is not nn.Linear.forward and not isinstance(lm_head, DistillHead)
+        self._taken_from = (lm_head,) if own else ()  # a tuple: not registered as a submodule
+        self.set_after_head(transform or LogitTransform(), logits_bias)
 
     def forward(
         self,
@@ -126,6 +130,8 @@ class DistillHead(nn.Linear):
         if isinstance(targets, HeadCall):
             return self._call(hidden_states, targets)
         if targets is None and teacher is None:
+            if self._taken_from:  # a subclass with a forward of its own, on the same parameters
+                return type(self._taken_from[0]).forward(self._taken_from[0], hidden_states)
             return super().forward(hidden_states)
         if isinstance(teacher, (tuple, list)):
             teacher = _from_tuple(teacher, hidden_states)
@@ -137,6 +143,11 @@ class DistillHead(nn.Linear):
         checks.token_weights(token_weights, hidden_states)
         sums = self._sums(hidden_states, targets, teacher, token_weights, rows=None)
         return normalised(sums, num_items)
+
+    def set_after_head(self, transform: LogitTransform, logits_bias: Tensor | None) -> None:
+        """What the model does to these logits, where it could not be measured when the head was made."""
+        self.transform = transform
+        self._logits_bias = None if logits_bias is None else (logits_bias,)  # a tuple: not registered as a buffer
 
     def on_shards(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
         """The loss on the rows of the weight that FSDP2 left here. Not through `__call__`, which would gather them."""

@@ -11,7 +11,6 @@ that is where every wrapper (DDP, FSDP1, FSDP2, ZeRO-3) guarantees a whole weigh
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,26 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_plugin import causal_lm, checks, lora
-from kd_plugin.bypass import BypassWatch
+from kd_plugin import causal_lm, checks
 from kd_plugin.chunks import rows_per_chunk
 from kd_plugin.collectives import located, of_others
 from kd_plugin.config import DistillConfig
 from kd_plugin.exchange import Consumer, Exchange
 from kd_plugin.first_step import before_first_step
-from kd_plugin.head import DistillHead, HeadCall, teacher_head_forward
+from kd_plugin.head import HeadCall
+from kd_plugin.labels import check_same_rows
 from kd_plugin.measures import Measures
 from kd_plugin.metrics import num_ranks
 from kd_plugin.objective import make_objective
-from kd_plugin.parallel.fsdp import row_shards
-from kd_plugin.replaced import ReplacedForward, is_replaced
-from kd_plugin.step import model_output, per_item, row_targets
+from kd_plugin.step import model_output, per_item
+from kd_plugin.student_side import StudentSide
+from kd_plugin.teacher_side import TeacherSide
 from kd_plugin.teachers import HeadTeacher
+from kd_plugin.token_ids import check_inputs, embedded_ids
 from kd_plugin.vocabulary import check_tokenizers
-
-# Inputs of one model's own bookkeeping, of no use to the other.
-_NOT_FOR_TEACHER = {"past_key_values", "use_cache", "cache_position", "inputs_embeds", "output_attentions"}
-_NOT_FOR_TEACHER |= {"output_hidden_states", "return_dict", "logits_to_keep"}
 
 
 class Plugin:
@@ -57,11 +53,18 @@ class Plugin:
     def metrics(self) -> dict[str, float]:
         """Means per valid token since the last call, over all ranks. One collective: call it on every rank.
 
+        Where there was no token, that is said, as nothing was distilled then.
+
         Keys: loss, soft_loss, hard_loss, teacher_entropy, student_entropy (nats), top1_agreement,
         acceptance_rate, kl_t1, valid_tokens, temperature, chunk_size, logits_avoided_gib, loss_peak_gib, and
         this rank's wall time in student_ms (backbone), teacher_ms (backbone), loss_ms, summed over forwards.
         """
-        return self._measures.take(self.config, self._slot.module.weight.device, self.group, self.chunk_size)
+        values = self._measures.take(self.config, self._student.linear.weight.device, self.group, self.chunk_size)
+        if not values["valid_tokens"]:
+            self._student.watch.nothing_measured()
+        else:
+            self._student.watch.measured()
+        return values
 
     @contextmanager
     def objective(self, config: DistillConfig) -> Iterator[None]:
@@ -75,9 +78,7 @@ class Plugin:
 
     def _set_config(self, config: DistillConfig) -> None:
         self.config = config
-        for module in self._slot.module.modules():  # peft's modules_to_save has two heads, of which one is at work
-            if isinstance(module, DistillHead):
-                module.distill_config = config
+        self._student.set_config(config)
 
     @property
     def chunk_size(self) -> int:
@@ -88,7 +89,7 @@ class Plugin:
     @property
     def student_vocab_size(self) -> int:
         """Rows of the student's head, whole."""
-        return causal_lm.unwrap(self._slot.module).out_features
+        return self._student.vocab_size
 
     def detach(self) -> None:
         """Give both models back as they were; state_dict keys never changed. Calling it twice does nothing."""
@@ -98,73 +99,19 @@ class Plugin:
     # -- attaching ------------------------------------------------------------------------------------------
 
     def _attach_student(self) -> None:
-        model = causal_lm.unwrap(self.student)
-        self._slot = slot = causal_lm.find_head(model, "student")
-        lora.check_student(model, slot)
-        transform, logits_bias = causal_lm.logit_transform(model, slot, "student")
-        make = functools.partial(DistillHead, config=self.config, transform=transform, logits_bias=logits_bias)
-        self._undo += lora.replace_head(slot, make)
-        self._student_head_module = slot.module
-        self._bypass = BypassWatch(model, self.student)
-        self._undo.append(self._bypass.remove)
-        self._student_forward = model.forward
-        self._undo.append(ReplacedForward(model, self._distill_forward).restore)
+        self._student = side = StudentSide(self.student, self._distill_forward, self.config)
+        self._undo.append(side.restore)
         if num_ranks(self.group) > 1:
-            self._undo.append(before_first_step(slot.module, self._compare_ranks))
+            self._undo.append(before_first_step(side.slot.module, self._compare_ranks))
 
     def _compare_ranks(self) -> None:
         """Before a wrapper gathers the head, which would fail in its own words where the ranks' heads differ."""
-        self.exchange.compare(causal_lm.unwrap(self._slot.module))
+        self.exchange.compare(self._student.linear)
 
     def _attach_teacher(self) -> None:
-        if is_replaced(model := causal_lm.unwrap(self.teacher)):
-            raise ValueError(
-                "this teacher serves another student already: detach that plugin, or load the teacher twice"
-            )
-        self._freeze(model)
-        slot = causal_lm.find_head(model, "teacher")
-        checks.linear_head("the teacher's head", causal_lm.unwrap(slot.module), may_be_sharded=True)
-        checks.not_tensor_parallel("the teacher's head", causal_lm.unwrap(slot.module), model)
-        transform, logits_bias = causal_lm.logit_transform(model, slot, "teacher")
-        model_forward, head = model.forward, causal_lm.unwrap(slot.module)
-        head_forward = head.forward
-        tied = causal_lm.is_tied(model, head)  # its wrapper gathers both together, and waits for both to have run
-        self.exchange.teacher_size, self.exchange.teacher_width = head.out_features, head.in_features
-        self.exchange.teacher_head, self.exchange.teacher_tied = head, tied
-        self.exchange.teacher_transform, self.exchange.teacher_logits_bias = transform, logits_bias
-
-        def forward(*args: Any, kd_consumer: Consumer | None = None, **kwargs: Any) -> Any:
-            if kd_consumer is None:
-                return model_forward(*args, **kwargs)
-            with self._measures.watch.region("teacher", head.weight.device):
-                hidden, _ = causal_lm.run_backbone(slot, model_forward, kwargs)
-            causal_lm.still_there(slot, head, "teacher")
-            if not (kd_consumer.needs_head or tied):
-                return kd_consumer.use_hidden(hidden)
-            return slot.module(hidden, kd_consumer)
-
-        def call_head(hidden_states: Tensor, kd_consumer: Consumer | None = None) -> Tensor:
-            if kd_consumer is None:
-                return head_forward(hidden_states)
-            kd_consumer.use(teacher_head_forward(head, hidden_states, transform, logits_bias))
-            return hidden_states.new_zeros(())
-
-        self._undo.append(ReplacedForward(model, forward).restore)
-        self._undo.append(ReplacedForward(head, call_head).restore)
-
-    def _freeze(self, teacher: nn.Module) -> None:
-        trainable = [p for p in teacher.parameters() if p.requires_grad]
-        modes = [(module, module.training) for module in teacher.modules()]  # some may differ from the rest
-
-        def restore() -> None:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-            for module, training in modes:
-                module.training = training
-
-        teacher.requires_grad_(False)
-        teacher.eval()
-        self._undo.append(restore)
+        self._teacher = side = TeacherSide(self.teacher, self.exchange, self._measures.watch)
+        self._undo.append(side.restore)
+        check_same_rows(self._student.convention, side.convention)
 
     # -- one step -------------------------------------------------------------------------------------------
 
@@ -180,17 +127,27 @@ class Plugin:
         **kwargs: Any,
     ) -> Any:
         """The student's forward. Without labels, the original one."""
-        inputs = {**inspect.signature(self._student_forward).bind_partial(*args).arguments, **kwargs}
+        student = self._student
+        inputs = {**inspect.signature(student.own_forward).bind_partial(*args).arguments, **kwargs}
         labels = inputs.pop("labels", labels)
         if labels is None and shift_labels is None:
-            return self._student_forward(**inputs)
-        model_config, ignore = causal_lm.unwrap(self.student).config, self.config.ignore_index
-        targets = row_targets(inputs, labels, shift_labels, model_config, ignore)
+            return student.own_forward(**inputs)
+        targets = student.targets(inputs, labels, shift_labels)
+        self._check_inputs(inputs)
         inputs.pop("logits_to_keep", None)
         mode, chunk_size = self.exchange.mode or self.config.exchange, self.config.chunk_size
         with located(lambda: f"{targets.numel()} rows, exchange {mode}, chunk_size {chunk_size}"):
-            with of_others("in its forward"):
-                return self._loss(inputs, targets, loss_rows, token_weights, num_items_in_batch)
+            with of_others("in its forward"), student.watch.our_forward():
+                output = self._loss(inputs, targets, loss_rows, token_weights, num_items_in_batch)
+        student.watch.loss_ran()
+        return output
+
+    @torch.compiler.disable
+    def _check_inputs(self, inputs: dict[str, Any]) -> None:
+        models = {"student": self._student.model}
+        if self.config.soft_weight:
+            models["teacher"] = causal_lm.unwrap(self.teacher)
+        check_inputs(inputs, {role: (model, embedded_ids(model)) for role, model in models.items()})
 
     @torch.compiler.disable(recursive=False)
     def _loss(
@@ -201,12 +158,11 @@ class Plugin:
         token_weights: Tensor | None,
         num_items: int | Tensor | None,
     ) -> Any:
-        self._bypass.check()
-        causal_lm.still_there(self._slot, self._student_head_module, "student")
-        self.exchange.check(causal_lm.unwrap(self._slot.module))
+        self.exchange.check(self._student.linear)
         device = targets.device
         with self._measures.watch.region("student", device):
-            hidden, auxiliary_loss = causal_lm.run_backbone(self._slot, self._student_forward, inputs)
+            backbone = self._student.backbone(inputs)
+        hidden, auxiliary_loss = backbone.hidden_states, causal_lm.router_loss(self._student.slot, backbone.output)
         checks.loss_targets(targets, hidden.shape[:-1], self.config)
         checks.token_weights(token_weights, hidden)
         weights = None if token_weights is None else token_weights.reshape(-1)
@@ -217,14 +173,14 @@ class Plugin:
         counted = None if self.exchange.in_groups else call.sums.group_rows
         loss = per_item(loss_sum, call.sums.num_valid, num_items, self.group, counted)
         loss = loss if auxiliary_loss is None else loss + auxiliary_loss.to(loss)
-        return model_output(loss, causal_lm.unwrap(self.student).config)
+        return model_output(loss, backbone.output, self._student.model.config)
 
     @torch.compiler.disable
     def _through_heads(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
         """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
         if inputs.get("inputs_embeds") is not None and self.config.soft_weight:
             raise ValueError("the student got inputs_embeds, which the teacher cannot read: pass input_ids")
-        weight = causal_lm.unwrap(self._slot.module).weight
+        weight = self._student.linear.weight
         if self.exchange.cuts_teacher(hidden, weight, self.student_vocab_size):
             return self._with_teacher_rows(hidden, call, inputs)
         if not self.config.soft_weight:
@@ -251,19 +207,11 @@ class Plugin:
         return loss_sum
 
     def _student_head(self, hidden: Tensor, call: HeadCall) -> Tensor:
-        head = causal_lm.unwrap(self._slot.module)
         with self._measures.watch.region("loss", hidden.device):
-            if call.shard is not None and row_shards(head.weight) is not None:
-                return lora.on_shards(head, hidden, call)  # past the hooks that would gather the weight
-            return self._slot.module(hidden, call)
+            return self._student.head(hidden, call)
 
     def _run_teacher(self, inputs: dict[str, Any], consumer: Consumer) -> None:
-        model = causal_lm.unwrap(self.teacher)
-        if model.training:  # set by the train() of a module that it is a part of
-            model.eval()
-        shared = {name: value for name, value in inputs.items() if name not in _NOT_FOR_TEACHER}
-        with torch.no_grad():
-            self.teacher(**shared, kd_consumer=consumer)
+        self._teacher.run(self.teacher, inputs, consumer)
 
 
 def attach(

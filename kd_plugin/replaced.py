@@ -12,36 +12,55 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
+_ACCELERATE = "_old_forward"
+"""Where accelerate keeps a module's own forward, which its hooks call once they have brought the weights."""
+
 
 class ReplacedForward:
     """Stands in `module.forward` until `restore`; a copy of the module gets its own class's forward back.
 
     An instance attribute, which every wrapper honours, instead of a class: `type(module)` is what
     `save_pretrained` writes down.
+
+    Args:
+        module: whose forward is replaced.
+        replacement: takes the arguments of the forward.
+        attribute: the instance attribute to stand in; another than `forward` where a library keeps the forward
+            that it calls elsewhere (see `innermost`).
     """
 
-    def __init__(self, module: nn.Module, replacement: Callable[..., Any]) -> None:
-        self._module = module
-        self._own = module.__dict__.get("forward")
-        self._original = module.forward
+    def __init__(self, module: nn.Module, replacement: Callable[..., Any], attribute: str = "forward") -> None:
+        self._module, self._attribute = module, attribute
+        self._own = module.__dict__.get(attribute)
+        self.original: Callable[..., Any] = getattr(module, attribute)
+        """What runs where the replacement does not."""
         self._replacement = replacement
-        self._active = True
-        functools.update_wrapper(self, self._original)  # the Hugging Face Trainer reads the signature
-        module.forward = self
+        self.active = True
+        """False once it has stepped aside."""
+        # The Hugging Face Trainer reads the signature; the attributes of another such object are not to be taken over.
+        functools.update_wrapper(self, self.original, updated=())
+        setattr(module, attribute, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The replacement while active, afterwards the original."""
-        return (self._replacement if self._active else self._original)(*args, **kwargs)
+        """The replacement while active, afterwards the original.
+
+        accelerate's `unwrap_model` binds whatever it finds under its own wrapper to the module a second time; the
+        module then comes as the first argument, which it never is otherwise.
+        """
+        if args and args[0] is self._module:
+            args = args[1:]
+        return (self._replacement if self.active else self.original)(*args, **kwargs)
 
     def restore(self) -> None:
         """Put back what was there, unless something has been put on top meanwhile: then only step aside."""
-        self._active = False
-        if self._module.__dict__.get("forward") is not self:
+        self.active = False
+        there = self._module.__dict__.get(self._attribute)
+        if there is not self and getattr(there, "__func__", None) is not self:
             logger.warning("the forward of %s was replaced after attach(); it stays", type(self._module).__name__)
         elif self._own is None:
-            del self._module.forward
+            delattr(self._module, self._attribute)
         else:
-            self._module.forward = self._own
+            setattr(self._module, self._attribute, self._own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._module))
@@ -54,5 +73,25 @@ class ReplacedForward:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether a plugin stands in this module's forward."""
-    return isinstance(module.__dict__.get("forward"), ReplacedForward)
+    """Whether a plugin stands in this module's forward, also under what others have wrapped around it since."""
+    forward = module.__dict__.get("forward")
+    for _ in range(20):  # of accelerate's wrappers each names the next in `__wrapped__`
+        if isinstance(forward, ReplacedForward):
+            if forward.active:
+                return True
+            forward = forward._own
+        else:
+            forward = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
+        if forward is None:
+            break
+    inner = module.__dict__.get(_ACCELERATE)
+    return isinstance(inner, ReplacedForward) and inner.active
+
+
+def innermost(module: nn.Module) -> str:
+    """The attribute that holds the forward which runs where the weights are.
+
+    accelerate's offloading keeps weights on the meta device and replaces `forward` by one that brings them, calls
+    `_old_forward`, and takes them away again.
+    """
+    return _ACCELERATE if hasattr(module, "_hf_hook") and _ACCELERATE in module.__dict__ else "forward"

@@ -1,36 +1,14 @@
-"""What surrounds the loss in one forward of an attached student: labels in, Hugging Face's output out."""
+"""What follows the loss in one forward of an attached student: one division, and Hugging Face's output."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd_plugin import checks
 from kd_plugin.collectives import all_reduce
 from kd_plugin.metrics import num_ranks
-
-
-def row_targets(
-    inputs: dict[str, Any],
-    labels: Tensor | None,  # [B, S], unshifted for a causal LM
-    shift_labels: Tensor | None,  # [B, S], by row
-    model_config: Any,
-    ignore_index: int,
-) -> Tensor:
-    """Label of each row `[B, S]`. For an encoder-decoder, adds `decoder_input_ids` to `inputs` as the model would."""
-    if shift_labels is not None:
-        return shift_labels
-    assert labels is not None
-    if not getattr(model_config, "is_encoder_decoder", False):
-        return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
-        start = torch.full_like(labels[:, :1], model_config.decoder_start_token_id)
-        shifted = torch.cat([start, labels[:, :-1]], dim=1)
-        inputs["decoder_input_ids"] = shifted.masked_fill(shifted == ignore_index, model_config.pad_token_id)
-    return labels
 
 
 def per_item(
@@ -52,9 +30,16 @@ def per_item(
     return loss_sum * ranks / valid.clamp_min(1)
 
 
-def model_output(loss: Tensor, model_config: Any) -> Any:
-    """The loss in the output class of Hugging Face's models."""
+def model_output(loss: Tensor, own_output: Any, model_config: Any) -> Any:
+    """The loss in the class of the model's own output, or in the usual one where that has no loss."""
     from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
+    from transformers.utils import ModelOutput
 
+    kind = type(own_output)
+    if isinstance(own_output, ModelOutput) and "loss" in kind.__dataclass_fields__:
+        try:
+            return kind(loss=loss)
+        except TypeError:  # other fields are required
+            pass
     encoder_decoder = getattr(model_config, "is_encoder_decoder", False)
     return (Seq2SeqLMOutput if encoder_decoder else CausalLMOutputWithPast)(loss=loss)

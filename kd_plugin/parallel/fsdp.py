@@ -34,6 +34,7 @@ __all__ = [
     "shard_student",
     "shard_teacher",
     "sharded_over",
+    "whole_shape",
 ]
 
 
@@ -105,6 +106,12 @@ def held_rows(
     start, stop = wanted[rank]
     here = slice(start - rank * each, stop - rank * each) if start < stop else slice(0, 0)
     return weight[here], None if head.bias is None else head.bias.to_local()[here]
+
+
+def whole_shape(weight: Tensor, head: nn.Linear) -> tuple[int, int]:
+    """`(V, D)` of a head's weight, however little of it is here."""
+    shape = tuple(getattr(weight, "ds_shape", weight.shape))  # of ZeRO-3
+    return shape if len(shape) == 2 else (head.out_features, head.in_features)  # of FSDP1, flat
 
 
 def sharded_over(weight: Tensor, numel: int) -> int | None:

@@ -1,0 +1,195 @@
+"""One small forward of a model at `attach`: what it does to its logits, and how it reads its labels.
+
+Notable decisions:
+- a stand-in in the head's place returns known logits, so what is learnt does not depend on the weights, and a model
+  that has just been initialised tells as much as a trained one;
+- the same rows stand in several places of the batch: what depends on the place, or on the hidden states, is noticed;
+- a model that cannot run here and now (weights on meta, partitioned, sharded; other inputs than text) is not an
+  error: its logits are measured in its first real forward (see `causal_lm.run_backbone`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from kd_plugin.causal_lm import HeadCallsError, HeadSlot, accepts, router_loss, run_with_stand_in
+from kd_plugin.labels import DECODER_INPUTS, OWN_IGNORE_INDEX, Convention, shift_of
+from kd_plugin.logit_probe import NUM_ROWS, AfterHead, LogitsChanged, after_head, known_rows
+
+_BATCH, _LENGTH = 2, 2 * NUM_ROWS
+
+
+class Observed(NamedTuple):
+    """What a model showed; None where it could not."""
+
+    after_head: AfterHead | None = None
+    convention: Convention | None = None
+    why: str = ""
+    """Why not, for a message."""
+    contradicts: bool = False
+    """Whether its own loss was seen, and follows no known convention."""
+
+
+def observe(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
+    """Run `model` on a few tokens with a stand-in for its head; it is left as it was.
+
+    Raises:
+        LogitsChanged: it changes its logits in a way that the loss cannot follow.
+        HeadCallsError: it makes its logits without its head, or with several calls of it.
+    """
+    if (why := _cannot_run(model)) is not None:
+        return Observed(why=why)
+    with _undisturbed(model):
+        try:
+            return _look(model, slot, side)
+        except (HeadCallsError, LogitsChanged):
+            raise
+        except Exception as error:  # whatever a model says of inputs that it was not made for
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            return Observed(why=f"a forward on {_LENGTH} tokens failed with {type(error).__name__}: {reason}")
+
+
+def _look(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
+    vocab_size = slot.module.weight.shape[0]
+    known, tokens = _Known(vocab_size), _tokens(model, vocab_size)
+    labels = tokens.flip(0, 1).clone()
+    labels[0, : NUM_ROWS + 1] = labels[1, NUM_ROWS:] = OWN_IGNORE_INDEX  # of the rows that are no random ones
+    inputs = {"input_ids": tokens}
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    if not accepts(model.forward, "labels"):
+        inputs |= {"decoder_input_ids": tokens} if encoder_decoder else {}
+        _, output = run_with_stand_in(slot, model.forward, inputs, known.reply)
+        return Observed(_consistent(output.logits, model, side), why="it takes no labels")
+    try:
+        hidden, output = run_with_stand_in(slot, model.forward, {**inputs, "labels": labels}, known.reply)
+    except HeadCallsError:  # fused losses read the head's weight; without labels the head must be called all the same
+        if encoder_decoder:
+            raise
+        _, output = run_with_stand_in(slot, model.forward, inputs, known.reply)
+        return Observed(_consistent(output.logits, model, side), why="its own loss does not call its head")
+    after = _consistent(output.logits, model, side)
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        return Observed(after, why="it computes no loss of labels")
+    auxiliary = router_loss(slot, output)
+    own = loss.detach() if auxiliary is None else (loss - auxiliary).detach()
+    shift = shift_of(own, output.logits.detach(), labels)
+    if shift is None:
+        return Observed(
+            after,
+            why=f"the own loss of {type(model).__name__} is not the mean cross-entropy of its logits, neither with "
+            "labels shifted by one nor as they are",
+            contradicts=True,
+        )
+    made = _decoder_inputs(model, slot, inputs, labels, hidden) if encoder_decoder else None
+    return Observed(after, Convention(shift, made))
+
+
+def _cannot_run(model: nn.Module) -> str | None:
+    """Why a forward cannot run here and now, on this rank alone; None if it can."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return f"it reads {model.main_input_name}"
+    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
+        return "it is sharded by FSDP already"
+    brought: set[int] = set()  # what accelerate's hooks bring for the time of a module's forward
+    for module in model.modules():
+        if hasattr(module, "_hf_hook"):
+            brought.update(id(p) for p in module.parameters())
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            return "it is sharded already"
+        if parameter.is_meta and id(parameter) not in brought:
+            return "its weights are on the meta device"
+        if parameter.numel() == 0 and hasattr(parameter, "ds_id"):
+            return "its weights are partitioned by zero.Init"
+        if parameter.numel() == 0:
+            return "a wrapper has taken its weights away"
+    return None
+
+
+def _tokens(model: nn.Module, vocab_size: int) -> Tensor:
+    """Token ids `[2, 8]`, none of them special where there are enough others."""
+    embedding = model.get_input_embeddings()
+    rows = vocab_size if embedding is None else min(vocab_size, getattr(embedding, "num_embeddings", vocab_size))
+    special: set[int] = set()
+    for name, value in vars(model.config.get_text_config()).items():
+        if name.endswith(("_token_id", "_token_ids")):
+            special.update(value if isinstance(value, (list, tuple)) else [value])
+    plain = [index for index in range(min(rows, 1000)) if index not in special] or [0]
+    count = _BATCH * _LENGTH
+    chosen = [plain[(7 * index) % len(plain)] for index in range(count)]
+    device = next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
+    return torch.tensor(chosen, device=device, dtype=torch.int64).view(_BATCH, _LENGTH)
+
+
+class _Known:
+    """Known logits `[2, 8, V]`: the rows of `known_rows` first in one sequence and backwards last in the other,
+    random ones beside them, with which the labels go."""
+
+    def __init__(self, vocab_size: int) -> None:
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        size = (_BATCH, _LENGTH, vocab_size)
+        self.logits = 3 * torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+        self.logits[0, :NUM_ROWS] = known_rows(vocab_size)
+        self.logits[1, NUM_ROWS:] = known_rows(vocab_size).flip(0)
+
+    def reply(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.shape[:-1].numel() != _BATCH * _LENGTH:
+            raise ValueError(f"the head is given {tuple(hidden_states.shape)} for {_BATCH} x {_LENGTH} tokens")
+        return self.logits.to(hidden_states.device).reshape(*hidden_states.shape[:-1], -1).clone()
+
+
+def _consistent(logits: Tensor, model: nn.Module, side: str) -> AfterHead:
+    """What was done to the known rows, the same wherever they stood and without anything trainable in it."""
+    seen = logits.reshape(_BATCH, _LENGTH, -1)
+    first, second = seen[0, :NUM_ROWS], seen[1, NUM_ROWS:].flip(0)
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
+        raise LogitsChanged(
+            f"the {side} ({type(model).__name__}) changes its logits after the head by what depends on the position or "
+            "on the hidden states: the loss would be computed on other logits than the model's; use DistillHead "
+            "directly"
+        )
+    if logits.requires_grad:
+        raise LogitsChanged(
+            f"the {side} ({type(model).__name__}) changes its logits after the head by trainable parameters, whose "
+            "gradient would be lost: freeze them, or use DistillHead directly"
+        )
+    return after_head(first, model, side)
+
+
+def _decoder_inputs(
+    model: nn.Module, slot: HeadSlot, inputs: dict[str, Tensor], labels: Tensor, hidden: Tensor
+) -> str | None:
+    """The way to make decoder inputs of labels that gives the decoder's `hidden` states `[2, 8, D]`, if any does."""
+    known = _Known(slot.module.weight.shape[0])
+    for name, make in DECODER_INPUTS.items():
+        try:
+            ids = make(model, labels.clone())
+            again, _ = run_with_stand_in(slot, model.forward, {**inputs, "decoder_input_ids": ids}, known.reply)
+        except Exception:  # the configuration lacks what this way needs
+            continue
+        if again.shape == hidden.shape and torch.allclose(again.float(), hidden.float(), rtol=1e-3, atol=1e-5):
+            return name
+    return None
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the body, with gradients (so that trainable parameters show); modes and random state come back."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    try:
+        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

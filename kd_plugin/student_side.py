@@ -1,0 +1,187 @@
+"""The student of a plugin: its head computes the loss, its own forward the hidden states, its own loss says how its
+labels are meant."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugin import causal_lm, lora
+from kd_plugin.bypass import BypassWatch
+from kd_plugin.config import DistillConfig
+from kd_plugin.head import DistillHead, HeadCall
+from kd_plugin.label_table import CONVENTIONS
+from kd_plugin.labels import Convention, LabelError, decoder_input_ids, row_targets
+from kd_plugin.logit_probe import AfterHead
+from kd_plugin.loss_watch import LossWatch
+from kd_plugin.parallel.fsdp import row_shards
+from kd_plugin.probe import Observed, observe
+from kd_plugin.replaced import ReplacedForward
+from kd_plugin.token_ids import check_labels
+
+logger = logging.getLogger(__name__)
+
+# Keywords that ask a forward for other outputs than its loss, and what to do instead.
+_REQUESTS = {
+    "fused_lm_head": (
+        "TRL's trainer asks for the outputs of its fused head (log_probs, entropy), which a distillation loss does not "
+        "have: let it take the loss that the model returns, `class DistillSFTTrainer(SFTTrainer): compute_loss = "
+        "transformers.Trainer.compute_loss`"
+    ),
+}
+
+
+class StudentSide:
+    """A student taken over.
+
+    Args:
+        student: as the user has it, perhaps compiled or in a wrapper already.
+        forward: takes the place of the model's own; it runs `backbone` and `head`.
+        config: the objective.
+
+    Raises:
+        ValueError: its head, its logits or its own loss cannot be followed.
+    """
+
+    def __init__(self, student: Any, forward: Callable[..., Any], config: DistillConfig) -> None:
+        self.model = causal_lm.unwrap(student)
+        self.config = config
+        self.slot = slot = causal_lm.find_head(self.model, "student")
+        self._undo: list[Callable[[], None]] = []
+        try:
+            lora.check_student(self.model, slot)
+            observed = observe(self.model, slot, "student")
+            self.convention, self._why_unknown = _convention_of(self.model, slot.parent, observed)
+            self._after_head = observed.after_head
+            after = observed.after_head or AfterHead()
+            make = functools.partial(DistillHead, config=config, transform=after.transform, logits_bias=after.bias)
+            self._undo += lora.replace_head(slot, make)
+            self._head_module = slot.module
+            self._bypass = BypassWatch(self.model, student)
+            self._undo.append(self._bypass.remove)
+            self.watch = LossWatch(self.model, slot.parent)
+            self._undo.append(self.watch.remove)
+            replaced = ReplacedForward(self.model, forward)
+            self.own_forward: Callable[..., Any] = replaced.original
+            """What the model's forward was before."""
+            self._undo.append(replaced.restore)
+        except Exception:
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        """Give the student back as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    @property
+    def linear(self) -> Any:
+        """The layer that multiplies by the head's weight, or peft's around it."""
+        return causal_lm.unwrap(self.slot.module)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the head, whole."""
+        return self.linear.out_features
+
+    def set_config(self, config: DistillConfig) -> None:
+        """Compute the loss as `config` says from now on."""
+        self.config = config
+        for head in self._heads():
+            head.distill_config = config
+
+    def _heads(self) -> list[DistillHead]:
+        """Of peft's modules_to_save there are two, of which one is at work."""
+        return [module for module in self.slot.module.modules() if isinstance(module, DistillHead)]
+
+    @torch.compiler.disable
+    def targets(self, inputs: dict[str, Any], labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
+        """The label of each row `[B, S]`; an encoder-decoder's `decoder_input_ids` are added to `inputs`.
+
+        Args:
+            inputs: of the forward, without labels.
+            labels: `[B, S]`, as the model takes them.
+            shift_labels: `[B, S]`, by row; goes before `labels`.
+
+        Raises:
+            ValueError: the caller wants other outputs, the convention is not known, or a label is out of range.
+        """
+        for name, cure in _REQUESTS.items():
+            if inputs.get(name):
+                raise ValueError(f"the student was called with {name}={inputs[name]}: {cure}")
+        given = labels if shift_labels is None else shift_labels
+        assert given is not None
+        check_labels(given, self.vocab_size, self.config.ignore_index)
+        if shift_labels is None and self.convention is None:
+            raise LabelError(
+                f"which row a label of {type(self.model).__name__} belongs to is not known ({self._why_unknown}): "
+                "attach while its weights are present, or pass shift_labels, the label of each row itself"
+            )
+        convention = self.convention or Convention(shift=False)
+        has_inputs = any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+        if getattr(self.model.config, "is_encoder_decoder", False) and not has_inputs:
+            ids = decoder_input_ids(self.slot.parent, given, convention, self.config.ignore_index)
+            inputs["decoder_input_ids"] = ids
+        return given if shift_labels is not None else row_targets(given, convention, self.config.ignore_index)
+
+    def backbone(self, inputs: dict[str, Any]) -> causal_lm.Backbone:
+        """Hidden states and output of the model's own forward.
+
+        The first such forward of a student whose weights came after `attach` also shows what it does to its logits.
+        """
+        self._bypass.check()
+        causal_lm.still_there(self.slot, self._head_module, "student")
+        measure = None if self._after_head is not None else (self.vocab_size, "student")
+        result = causal_lm.run_backbone(self.slot, self.own_forward, inputs, measure=measure)
+        if result.after_head is not None:
+            self._after_head = result.after_head
+            for head in self._heads():
+                head.set_after_head(*result.after_head)
+        return result
+
+    def head(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
+        """The loss sum of `call`, computed inside the head's own forward."""
+        linear = self.linear
+        if call.shard is not None and row_shards(linear.weight) is not None:
+            return lora.on_shards(linear, hidden_states, call)  # past the hooks that would gather the weight
+        loss_sum = self.slot.module(hidden_states, call)
+        assert call.sums is not None
+        if loss_sum.data_ptr() != call.sums.loss_sum.data_ptr():
+            raise ValueError(
+                "a forward hook on the student's head changed what it returned, which here is the loss and not logits: "
+                "take the hook off while a teacher is attached"
+            )
+        return loss_sum
+
+
+def _convention_of(model: nn.Module, parent: nn.Module, observed: Observed) -> tuple[Convention | None, str]:
+    """How the student reads its labels: as it showed, or by the table for a class of Transformers'; and why not.
+
+    Raises:
+        LabelError: it showed a loss of its own that is no plain cross-entropy.
+    """
+    if observed.convention is not None:
+        return observed.convention, ""
+    if observed.contradicts:
+        raise LabelError(
+            f"which row a label of the student belongs to cannot be known: {observed.why}; use DistillHead directly"
+        )
+    for kind in type(parent).__mro__:
+        if kind.__module__.startswith("transformers.") and kind.__name__ in CONVENTIONS:
+            logger.info("student: labels of a %s are read by the table (%s)", kind.__name__, observed.why)
+            return Convention(*CONVENTIONS[kind.__name__]), ""
+    if observed.after_head is None:
+        return None, f"{observed.why}, and {type(parent).__name__} is in no table"
+    shift = not getattr(model.config, "is_encoder_decoder", False)
+    logger.warning(
+        "the student (%s) has no loss of its own to learn from (%s): row s is taken to predict labels[s%s], as in "
+        "Hugging Face's %s; pass shift_labels, the label of each row itself, if that is wrong",
+        *(type(parent).__name__, observed.why, " + 1" if shift else ""),
+        "causal language models" if shift else "encoder-decoders",
+    )
+    return Convention(shift), ""

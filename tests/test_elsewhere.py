@@ -1,0 +1,73 @@
+"""Weights that are whole only inside their module's own forward: accelerate's offloading, the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch import nn
+
+import kd_plugin as kd
+from tests.test_fused_loss import config_of
+from tests.tiny_models import assert_same_gradients, expected_loss, gradients_of, make_batch, make_model
+
+CPU = torch.device("cpu")
+
+
+def head_only(model: nn.Module) -> nn.Module:
+    add_hook_to_module(model.get_output_embeddings(), AlignDevicesHook(CPU, offload=True))
+    return model
+
+
+def on_disk(model: nn.Module, folder: Path) -> nn.Module:
+    disk_offload(model, str(folder), execution_device=CPU)
+    return model
+
+
+OFFLOADED: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
+    "cpu_offload": lambda model, folder: cpu_offload(model, execution_device=CPU),
+    "disk_offload": on_disk,
+    "its head only": lambda model, folder: head_only(model),
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma2", "granite", "phi", "bart"])
+@pytest.mark.parametrize("way", OFFLOADED)
+def test_an_offloaded_teacher_gives_the_same_loss_as_a_whole_one(way: str, name: str, tmp_path: Path) -> None:
+    if way == "its head only" and name in ("llama_tied", "gemma2", "bart"):
+        pytest.skip("a tied head alone cannot be offloaded")
+    student, teacher, batch = make_model(name, seed=1), make_model(name, seed=2), make_batch()
+    config = config_of("jsd", chunk_size=5)
+    expected = expected_loss(student, teacher, batch, config).loss.item()
+    wanted = gradients_of(student, lambda: expected_loss(student, teacher, batch, config).loss)
+    teacher = OFFLOADED[way](teacher, tmp_path)
+    assert any(parameter.is_meta for parameter in teacher.parameters())
+    before = teacher(**batch).logits
+    plugin = kd.attach(student, teacher, config)
+    for _ in range(2):
+        assert student(**batch).loss.item() == pytest.approx(expected, rel=1e-9)
+    assert_same_gradients(gradients_of(student, lambda: student(**batch).loss), wanted, 1e-8)
+    assert any(parameter.is_meta for parameter in teacher.parameters())  # taken away again
+    assert torch.equal(teacher(**batch).logits, before)
+    plugin.detach()
+    assert torch.equal(teacher(**batch).logits, before)
+
+
+def test_an_offloaded_student_is_refused() -> None:
+    student = cpu_offload(make_model("llama"), execution_device=CPU)
+    with pytest.raises(ValueError, match=r"forward of lm_head has been replaced.*remove_hook_from_module"):
+        kd.attach(student, make_model("llama"), config_of())
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_head_still_on_meta_is_refused_when_it_is_needed(side: str) -> None:
+    """A buffer that nobody has written must not become a loss."""
+    models = {"student": make_model("llama"), "teacher": make_model("llama")}
+    kd.attach(models["student"], models["teacher"], config_of())
+    models[side].lm_head.weight = nn.Parameter(models[side].lm_head.weight.to("meta"), requires_grad=False)
+    with pytest.raises(ValueError, match="meta"):
+        models["student"](**make_batch())
