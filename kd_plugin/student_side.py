@@ -19,7 +19,7 @@ from kd_plugin.label_table import CONVENTIONS
 from kd_plugin.labels import Convention, LabelError, decoder_input_ids, row_targets
 from kd_plugin.logit_probe import AfterHead
 from kd_plugin.loss_watch import LossWatch
-from kd_plugin.parallel.fsdp import row_shards
+from kd_plugin.parallel.fsdp import row_shards, waits_for_engine
 from kd_plugin.probe import Observed, observe
 from kd_plugin.replaced import ReplacedForward
 from kd_plugin.token_ids import check_labels
@@ -52,6 +52,7 @@ class StudentSide:
         self.model = causal_lm.unwrap(student)
         self.config = config
         self.slot = slot = causal_lm.find_head(self.model, "student")
+        self._engine_seen = False
         self._undo: list[Callable[[], None]] = []
         try:
             lora.check_student(self.model, slot)
@@ -135,6 +136,12 @@ class StudentSide:
         The first such forward of a student whose weights came after `attach` also shows what it does to its logits.
         """
         self._bypass.check()
+        if not self._engine_seen and waits_for_engine(self.model):
+            raise ValueError(
+                "the student was loaded under zero.Init, which has partitioned its weights, and no engine gathers them: "
+                "call the engine of deepspeed.initialize(model=student, ...), or of what your trainer made of it"
+            )
+        self._engine_seen = True
         causal_lm.still_there(self.slot, self._head_module, "student")
         measure = None if self._after_head is not None else (self.vocab_size, "student")
         result = causal_lm.run_backbone(self.slot, self.own_forward, inputs, measure=measure)

@@ -19,7 +19,7 @@ from kd_plugin.exchange import Consumer, Exchange
 from kd_plugin.head import teacher_head_forward
 from kd_plugin.labels import Convention
 from kd_plugin.metrics import Stopwatch
-from kd_plugin.parallel.fsdp import whole_shape
+from kd_plugin.parallel.fsdp import waits_for_engine, whole_shape
 from kd_plugin.plain_head import check_plain
 from kd_plugin.probe import observe
 from kd_plugin.replaced import ReplacedForward, innermost, is_replaced
@@ -47,6 +47,7 @@ class TeacherSide:
                 "this teacher serves another student already: detach that plugin, or load the teacher twice"
             )
         self._exchange, self._watch = exchange, watch
+        self._engine_seen = False
         self._undo: list[Callable[[], None]] = []
         try:
             self._take_over(model)
@@ -86,6 +87,12 @@ class TeacherSide:
         model = causal_lm.unwrap(teacher)
         if model.training:  # set by the train() of a module that it is a part of
             model.eval()
+        if not self._engine_seen and waits_for_engine(model):
+            raise ValueError(
+                "the teacher was loaded under zero.Init, which has partitioned its weights, and no engine gathers them: "
+                "plugin.teacher, *_ = deepspeed.initialize(model=teacher, config=...) with stage 3 and no optimizer"
+            )
+        self._engine_seen = True
         shared = {name: value for name, value in inputs.items() if name not in _NOT_FOR_TEACHER}
         with torch.no_grad():
             teacher(**shared, kd_consumer=consumer)

@@ -34,6 +34,7 @@ __all__ = [
     "shard_student",
     "shard_teacher",
     "sharded_over",
+    "waits_for_engine",
     "whole_shape",
 ]
 
@@ -112,6 +113,12 @@ def whole_shape(weight: Tensor, head: nn.Linear) -> tuple[int, int]:
     """`(V, D)` of a head's weight, however little of it is here."""
     shape = tuple(getattr(weight, "ds_shape", weight.shape))  # of ZeRO-3
     return shape if len(shape) == 2 else (head.out_features, head.in_features)  # of FSDP1, flat
+
+
+def waits_for_engine(model: nn.Module) -> bool:
+    """Whether zero.Init has partitioned weights of `model` and no DeepSpeed engine is there to gather them."""
+    partitioned = any(hasattr(p, "ds_id") and p.numel() == 0 for p in model.parameters())
+    return partitioned and not hasattr(model, "ds_id")  # the engine numbers the modules, too
 
 
 def sharded_over(weight: Tensor, numel: int) -> int | None:

@@ -62,11 +62,16 @@ class Case:
     accumulation: int = 1
     row_kernel: str = "eager"
     chunk_size: int = 5
+    loading: str = "whole"
+    """whole, zero.Init (both models partitioned before attach, as from_pretrained does under ZeRO-3) or
+    teacher-first (the teacher sharded before attach)"""
+    exchange: str = "weight"
 
     @property
     def name(self) -> str:
         parts = [self.wrapper, self.architecture, f"{self.ranks}ranks", self.teacher, self.num_items]
-        return "-".join([*parts, f"x{self.accumulation}", self.row_kernel, f"c{self.chunk_size}"])
+        parts += [f"x{self.accumulation}", self.row_kernel, f"c{self.chunk_size}"]
+        return "-".join([*parts, *([] if self.loading == "whole" else [self.loading, self.exchange])])
 
     @property
     def config(self) -> kd.DistillConfig:
@@ -77,7 +82,7 @@ class Case:
             hard_weight=0.3,
             chunk_size=self.chunk_size,
             row_kernel=self.row_kernel,
-            exchange="weight",
+            exchange=self.exchange,
         )
 
 

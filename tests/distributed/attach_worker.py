@@ -43,7 +43,7 @@ class TorchRun:
         elif case.wrapper in ("fsdp", "replicate"):
             mesh = fsdp.make_mesh("cpu", case.ranks, replicate=case.wrapper == "replicate")
             fsdp.shard_student(student, mesh, dtype=torch.float32)
-        if case.wrapper != "single" and case.teacher == "shard":
+        if case.wrapper != "single" and case.teacher == "shard" and case.loading != "teacher-first":
             fsdp.shard_teacher(teacher, fsdp.make_mesh("cpu", case.ranks, replicate=False))
         self.optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
         # A counted loss is a mean per micro-batch; a given count leaves the averaging over ranks to be undone.
@@ -121,6 +121,7 @@ def train(case: Case, rank: int) -> dict[str, Any]:
     """Run `case` on this rank; `Trained`'s fields, and the teacher's parameters left whole."""
     student, teacher = make_models(case.architecture)
     numel = [parameter.numel() for parameter in teacher.parameters()]
+    _load(case, student, teacher)
     plugin = kd.attach(student, teacher, case.config)
     run = (DeepSpeedRun if case.wrapper.startswith("zero") else TorchRun)(case, student, teacher, plugin)
     losses = []
@@ -142,6 +143,19 @@ def train(case: Case, rank: int) -> dict[str, Any]:
     result["whole_in_teacher"] = [name for (name, p), whole in kept if _numel_here(p) >= whole]
     run.close()
     return result
+
+
+def _load(case: Case, student: nn.Module, teacher: nn.Module) -> None:
+    """What has happened to the models before the user attaches."""
+    if case.loading == "teacher-first":
+        fsdp.shard_teacher(teacher, fsdp.make_mesh("cpu", case.ranks, replicate=False))
+    elif case.loading == "zero.Init":
+        import deepspeed
+
+        block = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        for model in (student, teacher):
+            deepspeed.zero.Init(module=model, config_dict_or_path=block)
+            assert all(parameter.numel() == 0 for parameter in model.parameters())
 
 
 def watch(case: Case, rank: int) -> list[Collective]:
