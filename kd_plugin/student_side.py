@@ -138,7 +138,7 @@ class StudentSide:
         self._bypass.check()
         if not self._engine_seen and waits_for_engine(self.model):
             raise ValueError(
-                "the student was loaded under zero.Init, which has partitioned its weights, and no engine gathers them: "
+                "zero.Init has partitioned the student's weights when it was loaded, and no engine gathers them: "
                 "call the engine of deepspeed.initialize(model=student, ...), or of what your trainer made of it"
             )
         self._engine_seen = True

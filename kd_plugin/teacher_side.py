@@ -89,7 +89,7 @@ class TeacherSide:
             model.eval()
         if not self._engine_seen and waits_for_engine(model):
             raise ValueError(
-                "the teacher was loaded under zero.Init, which has partitioned its weights, and no engine gathers them: "
+                "zero.Init has partitioned the teacher's weights when it was loaded, and no engine gathers them: "
                 "plugin.teacher, *_ = deepspeed.initialize(model=teacher, config=...) with stage 3 and no optimizer"
             )
         self._engine_seen = True

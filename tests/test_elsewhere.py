@@ -71,3 +71,15 @@ def test_a_head_still_on_meta_is_refused_when_it_is_needed(side: str) -> None:
     models[side].lm_head.weight = nn.Parameter(models[side].lm_head.weight.to("meta"), requires_grad=False)
     with pytest.raises(ValueError, match="meta"):
         models["student"](**make_batch())
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_weights_that_wait_for_an_engine_are_refused_by_name(side: str) -> None:
+    """zero.Init leaves an empty parameter with its shape beside it."""
+    models = {"student": make_model("llama"), "teacher": make_model("llama")}
+    for number, parameter in enumerate(models[side].parameters()):
+        parameter.ds_id, parameter.ds_shape = number, parameter.shape
+        parameter.data = parameter.data.new_empty(0)
+    kd.attach(models["student"], models["teacher"], config_of())
+    with pytest.raises(ValueError, match=rf"partitioned the {side}'s weights.*deepspeed.initialize"):
+        models["student"](**make_batch())
