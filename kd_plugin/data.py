@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -26,11 +26,12 @@ from kd_plugin.columns import DataError, Record
 from kd_plugin.conversations import Spans, render
 from kd_plugin.data_sources import read_records, refuse_unused
 from kd_plugin.packing import Batch, PackedDataset, TrainBatches, collate, eval_batches, indices_for_step
+from kd_plugin.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kd_plugin.config import DataConfig
+    from kd_plugin.config import DataConfig, RunConfig
 
 __all__ = [
     "Batch",
@@ -38,6 +39,7 @@ __all__ = [
     "Document",
     "PackedDataset",
     "TrainBatches",
+    "check_all_ids",
     "collate",
     "encode",
     "eval_batches",
@@ -94,6 +96,31 @@ def load_datasets(
         PackedDataset(train, config.seq_len, ignore_index),
         PackedDataset(held_out, config.seq_len, ignore_index, keep_tail=True),
     )
+
+
+def check_all_ids(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: tuple[PackedDataset, PackedDataset],
+    embedded: Mapping[str, int],
+) -> None:
+    """Look at every id that a model will be given; without a soft loss the teacher reads the sample prompt only.
+
+    Args:
+        config: the run.
+        tokenizer: names the tokens in errors.
+        datasets: training and held-out sequences.
+        embedded: "student", "teacher" -> the number of ids that it embeds.
+
+    Raises:
+        VocabularyError: an id that one of them does not embed; the message has its document and place.
+    """
+    token = tokenizer.convert_ids_to_tokens
+    prompt = np.array(prompt_ids(tokenizer, config.log.sample_prompt or ""), dtype=np.int64)
+    check_ids(prompt, embedded, where=lambda index: f"token {index + 1}", token=token, what="log.sample_prompt")
+    readers = {role: rows for role, rows in embedded.items() if role == "student" or config.distill.soft_weight}
+    for name, dataset in zip(("training", "held-out"), datasets, strict=True):
+        check_ids(dataset.input_ids, readers, where=dataset.place, token=token, what=f"{name} data")
 
 
 def split_documents(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
