@@ -130,15 +130,18 @@ class _Conversation:
 
     def _check_given(self, text: str) -> None:
         for name in ("tools", "documents"):
-            if name in self.given:
-                without = {key: value for key, value in self.given.items() if key != name}
-                with self._one_line():
-                    plain = self.tokenizer.apply_chat_template(self.messages, tokenize=False, **without)
-                if plain == text:
-                    raise DataError(
-                        f"{self.where}: the chat template drops {name!r}: use a tokenizer whose template renders them, "
-                        "or leave such rows out"
-                    )
+            if name in self.given and self._render_without(name) == text:
+                raise DataError(
+                    f"{self.where}: the chat template drops {name!r}: use a tokenizer whose template renders them, "
+                    "or leave such rows out"
+                )
+
+    def _render_without(self, name: str) -> str | None:
+        others = {key: value for key, value in self.given.items() if key != name}
+        try:
+            return self.tokenizer.apply_chat_template(self.messages, tokenize=False, **others)
+        except Exception:  # it cannot do without, so what is given reaches the text
+            return None
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         taken = inspect.signature(self.tokenizer.apply_chat_template).parameters

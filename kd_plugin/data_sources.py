@@ -153,7 +153,7 @@ def _parquet_file(path: Path, text_column: str) -> Iterator[Record]:
         names = file.schema_arrow.names
         wanted = columns_of(form_of(names, text_column, str(path)), text_column)
         batches = file.iter_batches(columns=[name for name in names if name in wanted])
-        rows = (row for batch in batches for row in batch.to_pylist())
+        rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
         for number, row in enumerate(_read_through(rows, f"{path}: not a readable Parquet file"), 1):
             yield record_of(row, text_column, f"{path}: row {number}", padded=True)
 

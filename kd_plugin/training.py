@@ -96,6 +96,10 @@ def train(config: RunConfig) -> TrainResult:
     Raises:
         ValueError: a setting, a model or the data does not fit; the message says what to change.
     """
+    if not isinstance(config, RunConfig):
+        path = repr(str(config)) if isinstance(config, str | Path) else "PATH"
+        found = type(config).__name__
+        raise TrainError(f"kd.train wants a RunConfig, found {found}: kd.train(kd.load_config({path}))")
     place = start_process_group(config.train.process_group_timeout_s)
     try:
         with run_log(place.rank), progress_bars(place.rank == 0 and sys.stderr.isatty()):

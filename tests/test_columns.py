@@ -267,3 +267,14 @@ def test_parquet_rows_say_what_jsonl_rows_say(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": ["a"], "tools": [TOOLS]}), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"x\.parquet: row 1: 'tools' changes"):
         read(tmp_path / "x.parquet")
+
+
+def test_a_map_in_a_parquet_file_is_an_object(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    kind = pyarrow.list_(pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    tools = pyarrow.array([[[("name", "g"), ("c", "d")]]], type=kind)
+    parquet.write_table(pyarrow.table({"messages": [CHAT_OF_ONE], "tools": tools}), tmp_path / "x.parquet")
+    tokenizer = make_tokenizer("{% for tool in tools %}{{ tool.name + ' ' + tool.c + ' ' }}{% endfor %}" + CHAT)
+    assert shown(read(tmp_path / "x.parquet", tokenizer)[0]) == f"g d {ANSWERED}"
