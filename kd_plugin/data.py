@@ -53,7 +53,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _TEXTS_PER_CALL = 256  # fast tokenizers work on the texts of one call in parallel
-_AFTER_THE_END = 4  # tokens: the end token and the white space that a template leaves behind it
+_AFTER_THE_END = 4  # tokens: the end token, what a template leaves behind it, what a tokenizer adds
 
 
 class Document(NamedTuple):
@@ -196,21 +196,18 @@ def _read(
 
 
 def _cut_in_two(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
-    size = len(document.input_ids)
-    cut = size - max(1, round(size * fraction))
+    ids, trained, where = document
+    cut = len(ids) - max(1, round(len(ids) * fraction))
     if cut < 1:
-        raise DataError(f"one document of {size} token(s) cannot be cut in two; name held-out text with data.eval")
-    logger.info("data.eval_fraction: the last %d of the only document's %d tokens are held out", size - cut, size)
-    parts = [
-        Document(document.input_ids[part], document.trained[part], document.where)
-        for part in (slice(cut), slice(cut, None))
-    ]
-    return parts[:1], parts[1:]
+        raise DataError(f"one document of {len(ids)} token(s) cannot be cut in two; name held-out text with data.eval")
+    rest = len(ids) - cut
+    logger.info("data.eval_fraction: the last %d of the only document's %d tokens are held out", rest, len(ids))
+    return [Document(ids[:cut], trained[:cut], where)], [Document(ids[cut:], trained[cut:], where)]
 
 
 def _plain(record: Record, ids: list[int], tokenizer: PreTrainedTokenizerBase, added: Added) -> Document | None:
     text = record.values["text"]
-    ids = ids[added.once(ids)]
+    ids = ids[added.once(ids, closed=_is_closed(text, ids, tokenizer))]
     return _ended(ids, [True] * len(ids), text, tokenizer, record.where) if text else None
 
 
@@ -222,7 +219,7 @@ def _completion(record: Record, tokenizer: PreTrainedTokenizerBase, added: Added
     ids, trained = _marked(text, [(len(prompt), len(text))], tokenizer, special=True)
     if added.after:  # no character has made these, so no mark has reached them
         trained[-len(added.after) :] = [True] * len(added.after)
-    once = added.once(ids)
+    once = added.once(ids, closed=_is_closed(text, ids, tokenizer))
     return _ended(ids[once], trained[once], text, tokenizer, record.where)
 
 
@@ -256,12 +253,11 @@ class Added(NamedTuple):
     before: list[int]
     after: list[int]
 
-    def once(self, ids: list[int]) -> slice:
-        """The part of a text's `ids` without what the text had at its beginning or end already."""
+    def once(self, ids: list[int], *, closed: bool = False) -> slice:
+        """The part of a text's `ids` without what the text had at its beginning or, if it is `closed`, end already."""
         begin, end = len(self.before), len(self.after)
-        doubled_begin = begin and ids[:begin] == ids[begin : 2 * begin] == self.before
-        doubled_end = end and len(ids) >= begin + 2 * end and ids[-end:] == ids[-2 * end : -end] == self.after
-        return slice(begin if doubled_begin else 0, len(ids) - (end if doubled_end else 0))
+        begun = begin and ids[:begin] == ids[begin : 2 * begin] == self.before
+        return slice(begin if begun else 0, len(ids) - (end if closed else 0))
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> Added:
@@ -292,8 +288,12 @@ def _ended(
 ) -> Document:
     """The document, ended once: texts often have the end token already, and templates a line feed behind it."""
     end = tokenizer.eos_token_id
-    if end is not None and ids[-1:] != [end]:
-        closed = text.rstrip().endswith(tokenizer.eos_token) and end in ids[-_AFTER_THE_END:]
-        if not closed:
-            ids, trained = [*ids, end], [*trained, trained_end]
+    if end is not None and ids[-1:] != [end] and not _is_closed(text, ids, tokenizer):
+        ids, trained = [*ids, end], [*trained, trained_end]
     return Document(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool), where)
+
+
+def _is_closed(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the end token is the last thing that `text` says, and is among its last `ids`."""
+    end = tokenizer.eos_token
+    return end is not None and text.rstrip().endswith(end) and tokenizer.eos_token_id in ids[-_AFTER_THE_END:]

@@ -14,6 +14,7 @@ import torch
 
 import kd_plugin as kd
 from kd_plugin.config import RunConfig, TeacherConfig
+from kd_plugin.data import DataError
 from kd_plugin.early import SetupError, early_problems
 from kd_plugin.models import ModelError, load_teacher, load_tokenizer, resolve_source
 from kd_plugin.sources import resolve_tokenizer
@@ -241,3 +242,18 @@ def test_train_wants_a_configuration_and_says_how_to_get_one() -> None:
         ValueError, match=r"^kd\.train wants a RunConfig, found DistillConfig: .*kd\.load_config\(PATH\)"
     ):
         kd.train(kd.DistillConfig())
+
+
+def test_a_parquet_file_that_breaks_in_the_middle_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"text": [f"text number {i}" for i in range(999)]}), path, compression="snappy")
+    content = bytearray(path.read_bytes())
+    content[20:2000] = bytes(1980)
+    path.write_bytes(content)
+    folder = tiny.make_folder(tmp_path / "tiny")
+    with pytest.raises(DataError, match=r"x\.parquet: not a readable Parquet file \(.+\)$") as caught:
+        kd.train(tiny.run_config(folder, data={"train": str(path)}))
+    assert "\n" not in str(caught.value)

@@ -76,24 +76,21 @@ def test_a_start_token_that_nobody_adds_stays_as_it_is_written(tmp_path: Path) -
     assert [shown(document) for document in read(source)] == ["<BOS> <BOS> A <EOS>", "<BOS> A <EOS>"]
 
 
-def test_an_end_token_is_seen_behind_a_template_s_last_white_space(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after", ["", "<eos>"])
+def test_an_end_token_is_seen_behind_a_template_s_last_white_space(tmp_path: Path, after: str) -> None:
     from tokenizers import Regex, pre_tokenizers
 
-    tokenizer = tokenizer_that_adds("<bos>")
-    split = pre_tokenizers.Split(Regex(" |(?=\n)"), "removed")
-    tokenizer._tokenizer.pre_tokenizer = split
-    rows = [
-        {"text": "a <eos>\n"},
-        {"prompt": "a ", "completion": "b <eos>\n"},
-        {"text": "a <eos> b c d"},
-        {"text": "a\n"},
-    ]
+    tokenizer = tokenizer_that_adds("<bos>", after)
+    tokenizer._tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" |(?=\n)"), "removed")
+    texts = ["a <eos>\n", "a <eos> b c", "a\n", "<eos> \n"]
+    rows = [*({"text": text} for text in texts), {"prompt": "a ", "completion": "b <eos>\n"}]
     found = [shown(document) for document in read(write_jsonl(tmp_path / "x.jsonl", *rows), tokenizer)]
     assert found == [
         "<BOS> A <EOS> <UNK>",
-        "<bos> a B <EOS> <UNK>",
-        "<BOS> A <EOS> B C D <EOS>",
+        "<BOS> A <EOS> B C <EOS>",
         "<BOS> A <UNK> <EOS>",
+        "<BOS> <EOS> <UNK>",
+        "<bos> a B <EOS> <UNK>",
     ]
 
 
