@@ -109,7 +109,8 @@ class DataConfig(Section):
 
     train: str = "python_docs"
     """`python_docs` (built in), a .txt/.jsonl/.parquet file, directory or glob, or a dataset name. A .txt
-    file is one document; rows have `text`, `prompt` and `completion`, or `messages`."""
+    file is one document; rows have `text`, `prompt` and `completion`, or `messages` (and `tools`, `documents`,
+    `chat_template_kwargs`, if the chat template knows them)."""
 
     eval: str | None = None
     """Held-out text in the same forms; null holds out `eval_fraction` of the training documents."""

@@ -33,15 +33,15 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; one line per fault: `file:line: section.key: what (got ...)`."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `section.key=value` overrides, check everything.
+def load_config(path: str | Path, overrides: Sequence[str] | str = ()) -> RunConfig:
+    """Read a YAML file, apply `section.key=value` overrides (one, or a list of them), check everything.
 
     Raises ConfigError with every fault found, one line each.
     """
     path = Path(path)
     text = _read(path)
     document, lines = _parse(path, text)
-    changes, faults = _parse_overrides(overrides)
+    changes, faults = _parse_overrides([overrides] if isinstance(overrides, str) else overrides)
     merged: Any = OmegaConf.merge(document, *(change for _, change in changes))
     where = _Places(path, lines, [keys for keys, _ in changes])
     try:
@@ -122,6 +122,9 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[list[tuple[Keys, DictCon
     changes: list[tuple[Keys, DictConfig]] = []
     faults: list[str] = []
     for token in overrides:
+        if not isinstance(token, str):
+            faults.append(f"{_COMMAND_LINE}: {token!r}: is no text; write 'section.key=value'")
+            continue
         name, equals, value = token.partition("=")
         keys = tuple(name.split("."))
         fault = ""

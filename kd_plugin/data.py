@@ -2,8 +2,10 @@
 
 Notable decisions:
 - plain text is trained on whole; of a prompt with completion only the completion, of a conversation only what
-  the assistant says (by the chat template's own marks, or else by rendering it turn by turn);
-- each document ends with the tokenizer's end token, so that a model learns to stop;
+  the assistant says. What else a row may hold is in `kd_plugin.columns`, how it is rendered in `.conversations`;
+- a document begins with the tokenizer's start token where the tokenizer adds one, and once: text that was rendered
+  with a chat template has it already. Conversations begin as their template has it;
+- each document ends with the tokenizer's end token, once, so that a model learns to stop;
 - held-out documents are chosen by their content, so that copies of one document are never on both sides and
   neither seed nor order matters. A single document is cut in two instead.
 Packing and batches are in `kd_plugin.packing`, whose names are offered here too.
@@ -14,20 +16,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kd_plugin.data_sources import DataError, Record, read_records, refuse_unused
+from kd_plugin.columns import DataError, Record
+from kd_plugin.conversations import Spans, render
+from kd_plugin.data_sources import read_records, refuse_unused
 from kd_plugin.packing import Batch, PackedDataset, TrainBatches, collate, eval_batches, indices_for_step
+from kd_plugin.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kd_plugin.config import DataConfig
+    from kd_plugin.config import DataConfig, RunConfig
 
 __all__ = [
     "Batch",
@@ -35,19 +39,21 @@ __all__ = [
     "Document",
     "PackedDataset",
     "TrainBatches",
+    "check_all_ids",
     "collate",
     "encode",
     "eval_batches",
     "indices_for_step",
     "load_datasets",
     "load_documents",
+    "prompt_ids",
     "split_documents",
 ]
 
 logger = logging.getLogger(__name__)
 
 _TEXTS_PER_CALL = 256  # fast tokenizers work on the texts of one call in parallel
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_AFTER_THE_END = 4  # tokens: the end token, what a template leaves behind it, what a tokenizer adds
 
 
 class Document(NamedTuple):
@@ -58,6 +64,9 @@ class Document(NamedTuple):
 
     trained: np.ndarray
     """bool [n]: whether the token is a target."""
+
+    where: str = ""
+    """Its place in the data, for errors."""
 
 
 def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Document], list[Document]]:
@@ -89,6 +98,31 @@ def load_datasets(
     )
 
 
+def check_all_ids(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: tuple[PackedDataset, PackedDataset],
+    embedded: Mapping[str, int],
+) -> None:
+    """Look at every id that a model will be given; without a soft loss the teacher reads the sample prompt only.
+
+    Args:
+        config: the run.
+        tokenizer: names the tokens in errors.
+        datasets: training and held-out sequences.
+        embedded: "student", "teacher" -> the number of ids that it embeds.
+
+    Raises:
+        VocabularyError: an id that one of them does not embed; the message has its document and place.
+    """
+    token = tokenizer.convert_ids_to_tokens
+    prompt = np.array(prompt_ids(tokenizer, config.log.sample_prompt or ""), dtype=np.int64)
+    check_ids(prompt, embedded, where=lambda index: f"token {index + 1}", token=token, what="log.sample_prompt")
+    readers = {role: rows for role, rows in embedded.items() if role == "student" or config.distill.soft_weight}
+    for name, dataset in zip(("training", "held-out"), datasets, strict=True):
+        check_ids(dataset.input_ids, readers, where=dataset.place, token=token, what=f"{name} data")
+
+
 def split_documents(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
     """Hold out about `fraction` of the documents (one at least); returns (training, held out).
 
@@ -108,9 +142,10 @@ def split_documents(documents: Sequence[Document], fraction: float) -> tuple[lis
     train = [document for document, digest in zip(documents, digests, strict=True) if digest not in chosen]
     held_out = [document for document, digest in zip(documents, digests, strict=True) if digest in chosen]
     if not train:
+        lower = "lower it, or " if len(copies) > 1 else ""
         raise DataError(
             f"data.eval_fraction {fraction} of {len(documents)} documents ({len(copies)} different) leaves "
-            "nothing to train on; lower it, or name held-out text with data.eval"
+            f"nothing to train on; {lower}name held-out text with data.eval"
         )
     return train, held_out
 
@@ -121,19 +156,18 @@ def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Ite
     Raises:
         DataError: a conversation that the chat template cannot render, or renders unlike its beginning.
     """
-    records = iter(records)
+    records, added = iter(records), added_tokens(tokenizer)
     while group := list(itertools.islice(records, _TEXTS_PER_CALL)):
         texts = [record.values["text"] for record in group if record.form == "text"]
         # An empty list is refused by tokenizers.
         encoded = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else ())
         for record in group:
             if record.form == "text":
-                ids = next(encoded)
-                document = _ended(ids, [True] * len(ids), tokenizer) if record.values["text"] else None
+                document = _plain(record, next(encoded), tokenizer, added)
             elif record.form == "messages":
-                document = _conversation(record.values["messages"], tokenizer, record.where)
+                document = _conversation(record, tokenizer)
             else:
-                document = _completion(record.values["prompt"], record.values["completion"], tokenizer)
+                document = _completion(record, tokenizer, added)
             yield document if document is not None and document.trained.any() else None
 
 
@@ -162,89 +196,47 @@ def _read(
 
 
 def _cut_in_two(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
-    size = len(document.input_ids)
-    cut = size - max(1, round(size * fraction))
+    ids, trained, where = document
+    cut = len(ids) - max(1, round(len(ids) * fraction))
     if cut < 1:
-        raise DataError(f"one document of {size} token(s) cannot be cut in two; name held-out text with data.eval")
-    logger.info("data.eval_fraction: the last %d of the only document's %d tokens are held out", size - cut, size)
-    parts = [Document(document.input_ids[part], document.trained[part]) for part in (slice(cut), slice(cut, None))]
-    return parts[:1], parts[1:]
+        raise DataError(f"one document of {len(ids)} token(s) cannot be cut in two; name held-out text with data.eval")
+    rest = len(ids) - cut
+    logger.info("data.eval_fraction: the last %d of the only document's %d tokens are held out", rest, len(ids))
+    return [Document(ids[:cut], trained[:cut], where)], [Document(ids[cut:], trained[cut:], where)]
 
 
-def _completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Document | None:
+def _plain(record: Record, ids: list[int], tokenizer: PreTrainedTokenizerBase, added: Added) -> Document | None:
+    text = record.values["text"]
+    ids = ids[added.once(ids, closed=_is_closed(text, ids, tokenizer))]
+    return _ended(ids, [True] * len(ids), text, tokenizer, record.where) if text else None
+
+
+def _completion(record: Record, tokenizer: PreTrainedTokenizerBase, added: Added) -> Document | None:
+    prompt, completion = record.values["prompt"], record.values["completion"]
     if not completion:
         return None
-    ids, trained = _marked(prompt + completion, [(len(prompt), len(prompt + completion))], tokenizer, special=True)
-    # An end token that the tokenizer adds itself has no characters, so no mark has reached it.
-    trained[-1] = True
-    return _ended(ids, trained, tokenizer)
+    text = prompt + completion
+    ids, trained = _marked(text, [(len(prompt), len(text))], tokenizer, special=True)
+    if added.after:  # no character has made these, so no mark has reached them
+        trained[-len(added.after) :] = [True] * len(added.after)
+    once = added.once(ids, closed=_is_closed(text, ids, tokenizer))
+    return _ended(ids[once], trained[once], text, tokenizer, record.where)
 
 
-def _conversation(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str) -> Document | None:
+def _conversation(record: Record, tokenizer: PreTrainedTokenizerBase) -> Document | None:
+    messages = record.values["messages"]
     if not any(turn["role"] == "assistant" for turn in messages):
         return None
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{where}: 'messages' need a chat template, which this tokenizer lacks; use an instruct model's"
-        )
-    from jinja2 import TemplateError  # comes with chat templates
-
-    try:
-        if _GENERATION_MARK.search(tokenizer.get_chat_template()):
-            text, spans = _generation_spans(messages, tokenizer)
-        else:
-            text, spans = _assistant_spans(messages, tokenizer, where)
-    except TemplateError as error:
-        raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error
+    text, spans = render(record, tokenizer)
     ids, trained = _marked(text, spans, tokenizer, special=False)
-    # Templates often close a turn themselves, with the end token and a line feed.
-    if tokenizer.eos_token_id in ids[-2:]:
-        return _document(ids, trained)
-    return _ended(ids, trained, tokenizer, trained_end=messages[-1]["role"] == "assistant")
-
-
-def _generation_spans(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, and what the template itself marks as the assistant's."""
-    # `apply_chat_template(return_assistant_tokens_mask=True)` marks the whole rest of a conversation when
-    # a span ends in a character without a token (transformers 5.23), so only its renderer is used.
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    rendered, spans = render_jinja_template(
-        conversations=[messages],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    return rendered[0], spans[0]
-
-
-def _assistant_spans(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, and from where to where in it the assistant speaks (characters)."""
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = []
-    for index, turn in enumerate(messages):
-        if turn["role"] != "assistant" or index == 0:  # an opening line answers nothing
-            continue
-        before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-        if not (after.startswith(before) and whole.startswith(after)):
-            raise DataError(
-                f"{where}: the chat template renders turn {index + 1} differently within the conversation, "
-                "so its tokens cannot be told; use a template with {% generation %} marks, or one answer "
-                "per conversation"
-            )
-        spans.append((len(before), len(after)))
-    return whole, spans
+    last = messages[-1]["role"] == "assistant" and len(messages) - 1 not in record.values["untrained"]
+    return _ended(ids, trained, text, tokenizer, record.where, trained_end=last)
 
 
 def _marked(
-    text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, *, special: bool
+    text: str, spans: Spans, tokenizer: PreTrainedTokenizerBase, *, special: bool
 ) -> tuple[list[int], list[bool]]:
-    """Ids of `text`, and whether each token begins inside one of `spans` (characters, end excluded)."""
+    """Ids of `text`, and whether each token begins inside one of `spans`."""
     if not tokenizer.is_fast:
         raise DataError("prompts and conversations need a fast tokenizer (tokenizer.json), to tell tokens by place")
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
@@ -255,14 +247,53 @@ def _marked(
     return encoded["input_ids"], inside.tolist()
 
 
+class Added(NamedTuple):
+    """What a tokenizer adds to every text by itself."""
+
+    before: list[int]
+    after: list[int]
+
+    def once(self, ids: list[int], *, closed: bool = False) -> slice:
+        """The part of a text's `ids` without what the text had at its beginning or, if it is `closed`, end already."""
+        begin, end = len(self.before), len(self.after)
+        begun = begin and ids[:begin] == ids[begin : 2 * begin] == self.before
+        return slice(begin if begun else 0, len(ids) - (end if closed else 0))
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> Added:
+    """The ids that `tokenizer` puts before and behind a text: its start and end token, as a rule."""
+    plain, whole = (tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True))
+    for begin in range(len(whole) - len(plain) + 1):
+        end = begin + len(plain)
+        if plain and whole[begin:end] == plain:
+            return Added(whole[:begin], whole[end:])
+    return Added([], [])
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that a model is to continue: one start token if the tokenizer has it, and no end token."""
+    added, ids = added_tokens(tokenizer), tokenizer(text, verbose=False)["input_ids"]
+    ids = ids[: len(ids) - len(added.after)]
+    return ids[Added(added.before, []).once(ids)]
+
+
 def _ended(
-    ids: list[int], trained: list[bool], tokenizer: PreTrainedTokenizerBase, *, trained_end: bool = True
+    ids: list[int],
+    trained: list[bool],
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    *,
+    trained_end: bool = True,
 ) -> Document:
+    """The document, ended once: texts often have the end token already, and templates a line feed behind it."""
     end = tokenizer.eos_token_id
-    if end is None or (ids and ids[-1] == end):
-        return _document(ids, trained)
-    return _document([*ids, end], [*trained, trained_end])
+    if end is not None and ids[-1:] != [end] and not _is_closed(text, ids, tokenizer):
+        ids, trained = [*ids, end], [*trained, trained_end]
+    return Document(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool), where)
 
 
-def _document(ids: list[int], trained: list[bool]) -> Document:
-    return Document(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool))
+def _is_closed(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the end token is the last thing that `text` says, and is among its last `ids`."""
+    end = tokenizer.eos_token
+    return end is not None and text.rstrip().endswith(end) and tokenizer.eos_token_id in ids[-_AFTER_THE_END:]

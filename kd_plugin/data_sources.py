@@ -2,8 +2,8 @@
 
 Notable decisions:
 - a .txt file is one document; JSONL and Parquet rows, and the topics of `python_docs`, are one each;
-- the form of a record is found from its columns, and a row that lacks them is an error with its place, since
-  a row skipped in silence is another experiment (empty text is skipped, and counted by the caller);
+- what a row means is for `kd_plugin.columns`, and a row that means nothing is an error with its place, since a row
+  skipped in silence is another experiment (empty text is skipped, and counted by the caller);
 - what exists on disk goes before a dataset name of the same spelling.
 """
 
@@ -14,7 +14,9 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from kd_plugin.columns import DataError, Record, columns_of, form_of, record_of
 
 if TYPE_CHECKING:
     from kd_plugin.config import DataConfig
@@ -35,23 +37,6 @@ _FILE_ENDINGS = {
     ".zip",
     ".zst",
 }
-
-Form = Literal["text", "prompt + completion", "messages"]
-
-
-class DataError(ValueError):
-    """Data that is missing, unreadable, or not in an accepted form."""
-
-
-class Record(NamedTuple):
-    """One document before tokenisation."""
-
-    form: Form
-    values: dict[str, Any]
-    """`text: str`, `prompt: str` and `completion: str`, or `messages: list[dict]`."""
-
-    where: str
-    """Its place, for error messages."""
 
 
 def read_records(source: str, config: DataConfig, *, name: str, split: str) -> Iterator[Record]:
@@ -135,7 +120,7 @@ def _python_docs() -> Iterator[Record]:
 
 def _text_file(path: Path, text_column: str) -> Iterator[Record]:
     try:
-        yield Record("text", {"text": path.read_text(encoding="utf-8")}, str(path))
+        yield Record("text", {"text": path.read_text(encoding="utf-8-sig")}, str(path))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it, e.g. with iconv") from error
 
@@ -153,7 +138,7 @@ def _jsonl_file(path: Path, text_column: str) -> Iterator[Record]:
                 raise DataError(f"{where}: not a line of JSON ({error})") from error
             if not isinstance(row, dict):
                 raise DataError(f"{where}: a JSON {type(row).__name__}; each line has to be an object with columns")
-            yield _record(row, text_column, where)
+            yield record_of(row, text_column, where)
 
 
 def _parquet_file(path: Path, text_column: str) -> Iterator[Record]:
@@ -165,10 +150,12 @@ def _parquet_file(path: Path, text_column: str) -> Iterator[Record]:
     except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses of these
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
     with file:
-        columns = _columns(_form(file.schema_arrow.names, text_column, str(path)), text_column)
-        rows = (row for batch in file.iter_batches(columns=list(columns)) for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield _record(row, text_column, f"{path}: row {number}")
+        names = file.schema_arrow.names
+        wanted = columns_of(form_of(names, text_column, str(path)), text_column)
+        batches = file.iter_batches(columns=[name for name in names if name in wanted])
+        rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
+        for number, row in enumerate(_read_through(rows, f"{path}: not a readable Parquet file"), 1):
+            yield record_of(row, text_column, f"{path}: row {number}", padded=True)
 
 
 def _hub_dataset(source: str, config: DataConfig, name: str, split: str) -> Iterator[Record]:
@@ -180,12 +167,20 @@ def _hub_dataset(source: str, config: DataConfig, name: str, split: str) -> Iter
         rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
             source, config.subset, split=split, streaming=config.max_documents is not None
         )
-    except (OSError, ValueError) as error:  # not found, no such split or subset, no connection
+    except Exception as error:  # not found, no such split or subset, no connection, or whatever a builder raises
         raise DataError(
             f"{name}: no file {source!r} here, and as a dataset it cannot be loaded: {_first_line(error)}"
         ) from error
-    for number, row in enumerate(rows, 1):
-        yield _record(row, config.text_column, f"{source} ({split}): row {number}")
+    for number, row in enumerate(_read_through(rows, f"{name}: {source} ({split}) cannot be read to its end"), 1):
+        yield record_of(row, config.text_column, f"{source} ({split}): row {number}", padded=True)
+
+
+def _read_through(rows: Iterable[Mapping[str, Any]], what: str) -> Iterator[Mapping[str, Any]]:
+    """`rows`, with whatever their library raises on the way made one line."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise DataError(f"{what} ({_first_line(error)})") from error
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
@@ -193,51 +188,6 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
     ".jsonl": _jsonl_file,
     ".parquet": _parquet_file,
 }
-
-
-def _form(names: Iterable[str], text_column: str, where: str) -> Form:
-    """The form that the columns `names` make up; a text column named by the user goes first."""
-    have = set(names)
-    order: list[Form] = ["messages", "prompt + completion", "text"]
-    if text_column != "text":
-        order.insert(0, "text")
-    for form in order:
-        if have.issuperset(_columns(form, text_column)):
-            return form
-    raise DataError(
-        f"{where}: columns found: {', '.join(sorted(have)) or 'none'}; wanted {text_column!r}, 'prompt' and "
-        "'completion', or 'messages'; data.text_column names a text column"
-    )
-
-
-def _columns(form: Form, text_column: str) -> tuple[str, ...]:
-    return {
-        "text": (text_column,),
-        "prompt + completion": ("prompt", "completion"),
-        "messages": ("messages",),
-    }[form]
-
-
-def _record(row: Mapping[str, Any], text_column: str, where: str) -> Record:
-    form = _form(row, text_column, where)
-    if form == "messages":
-        return Record(form, {"messages": _checked_messages(row["messages"], where)}, where)
-    values = {}
-    for column in _columns(form, text_column):
-        value = row[column] or ""
-        if not isinstance(value, str):
-            raise DataError(
-                f"{where}: {column!r} is of type {type(value).__name__}, wanted text; "
-                "conversations go in a column 'messages'"
-            )
-        values["text" if form == "text" else column] = value
-    return Record(form, values, where)
-
-
-def _checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not all(isinstance(turn, Mapping) and "role" in turn for turn in messages):
-        raise DataError(f"{where}: 'messages' has to be a list of {{role, content}}, found {str(messages)[:60]!r}")
-    return [dict(turn) for turn in messages]
 
 
 def _first_line(error: BaseException) -> str:

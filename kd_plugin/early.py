@@ -10,7 +10,7 @@ Notable decisions:
 from __future__ import annotations
 
 import importlib.util
-import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from kd_plugin.config import DataConfig, DistillConfig, RunConfig, StudentConfig
 from kd_plugin.data_sources import check_source, is_hub_dataset, refuse_unused
 from kd_plugin.parallel import zero
-from kd_plugin.sources import is_local, resolve_source, resolve_tokenizer, section_name
+from kd_plugin.sources import check_weights, is_local, resolve_source, resolve_tokenizer, section_name
 
 __all__ = ["SetupError", "early_problems", "idle_settings", "layout_problems"]
 
@@ -70,7 +70,8 @@ def _source_problems(config: RunConfig) -> list[str]:
     problems = []
     for source in (config.teacher, config.student):
         if source.model:
-            problems += _faults_of(resolve_source, source)
+            reads_weights = not (isinstance(source, StudentConfig) and source.from_config is not None)
+            problems += _faults_of(check_weights if reads_weights else resolve_source, source)
         if source.tokenizer:
             problems += _faults_of(resolve_tokenizer, source)
     return problems
@@ -85,11 +86,16 @@ def _data_problems(data: DataConfig) -> list[str]:
 
 
 def _output_problems(folder: Path) -> list[str]:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        return [f"log.output_dir: {folder} cannot be made, {existing} is a file; choose another folder"]
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return [f"log.output_dir: {folder} cannot be written, no permission for {existing}; choose another folder"]
+    """Whether the run can write: tried, since permissions say nothing to root nor of file systems like /proc."""
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            return [f"log.output_dir: {folder} cannot be made, {existing} is a file; choose another folder"]
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".kd_plugin-") as trial:
+            (Path(trial) / folder.absolute().relative_to(existing.absolute())).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        reason = getattr(error, "strerror", None) or str(error)
+        return [f"log.output_dir: {folder} cannot be written ({reason}); choose another folder"]
     return []
 
 

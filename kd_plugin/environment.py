@@ -35,6 +35,7 @@ def describe_environment() -> dict[str, str]:
 
     about = {"python": sys.version.split()[0], "platform": platform.platform()}
     about |= {name: _version(name) for name in _PACKAGES}
+    about["torch"] = str(torch.__version__)  # with its build (+cu130), which the metadata on PyPI leave out
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     about["devices"] = ", ".join(devices) or "CPU only"
     about["cpu threads"] = f"{torch.get_num_threads()} of {os.cpu_count()}"

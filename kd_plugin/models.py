@@ -11,7 +11,6 @@ Notable decisions:
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kd_plugin.config import ModelSource, StudentConfig, TeacherConfig
+from kd_plugin.loading import import_transformers, load_causal_lm, load_pretrained, refuse_pickle
 from kd_plugin.sources import ModelError, ResolvedSource, resolve_source, resolve_tokenizer, section_name
 from kd_plugin.students import config_with, freeze, student_from_layers
 from kd_plugin.vocabulary import TokenizerMismatch, check_tokenizers, check_vocabulary
@@ -55,10 +55,10 @@ def load_tokenizer(config: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: not found, or not loadable.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
     source = resolve_tokenizer(config)
     where = f"{section_name(config)}.{'tokenizer' if config.tokenizer else 'model'}"
-    load = partial(_load, transformers.AutoTokenizer, config=config, where=where)
+    load = partial(load_pretrained, transformers.AutoTokenizer, config=config, where=where)
     if source.gguf_file and (Path(source.path_or_id) / source.gguf_file).is_file():
         source = _unpacked(source, "tokenizer", partial(load, source))
     return load(source)
@@ -89,7 +89,7 @@ def build_student(config: StudentConfig, teacher: PreTrainedModel, *, seed: int)
         new = config_with(base, config.from_config, where="student.from_config")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            student = _transformers().AutoModelForCausalLM.from_config(
+            student = import_transformers().AutoModelForCausalLM.from_config(
                 new, dtype=torch.float32, trust_remote_code=config.trust_remote_code, **_attention(config)
             )
     else:
@@ -118,20 +118,33 @@ def check_positions(model: PreTrainedModel, seq_len: int, *, role: str) -> None:
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
     """Transformers' bars for loading, unpacking and downloading: none in the body unless `shown`."""
-    bars = _transformers().utils.logging
+    bars = import_transformers().utils.logging
     if shown or not bars.is_progress_bar_enabled():
         yield
         return
-    from transformers import modeling_gguf_pytorch_utils as gguf_files
-
-    tqdm = gguf_files.tqdm  # bars of its own, which the switch does not reach
     bars.disable_progress_bar()
+    try:
+        with _without_gguf_bar():
+            yield
+    finally:
+        bars.enable_progress_bar()
+
+
+@contextmanager
+def _without_gguf_bar() -> Iterator[None]:
+    """The GGUF reader has a bar of its own, which the switch does not reach. Where it is not found, it is shown."""
+    try:
+        from transformers import modeling_gguf_pytorch_utils as gguf_files
+
+        tqdm = gguf_files.tqdm
+    except (ImportError, AttributeError):
+        yield
+        return
     gguf_files.tqdm = partial(tqdm, disable=True)
     try:
         yield
     finally:
         gguf_files.tqdm = tqdm
-        bars.enable_progress_bar()
 
 
 def _load_model(config: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
@@ -143,16 +156,16 @@ def _load_model(config: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
         return _load_gguf(config, source, dtype)
     kwargs: dict[str, Any] = {"dtype": dtype, **_attention(config)}
     if not config.allow_pickle:
-        _refuse_pickle(source, where)
+        refuse_pickle(source, where)
         kwargs["use_safetensors"] = True
-    return _load(_transformers().AutoModelForCausalLM, source, config, where, **kwargs)
+    return load_causal_lm(source, config, where, **kwargs)
 
 
 def _load_gguf(config: ModelSource, source: ResolvedSource, dtype: torch.dtype) -> PreTrainedModel:
     """Unpack the weights, and drop what the loader leaves behind (its quantizer): that forbids training."""
-    transformers, where = _transformers(), f"{section_name(config)}.model"
+    transformers, where = import_transformers(), f"{section_name(config)}.model"
     kwargs = {"dtype": dtype, "quantization_config": transformers.GgufConfig(dequantize=True)}
-    model = _load(transformers.AutoModelForCausalLM, source, config, where, **kwargs, **_attention(config))
+    model = load_causal_lm(source, config, where, **kwargs, **_attention(config))
     model.config.quantization_config = None
     fresh = _empty(model, config, config_with(model.config, {}, where=where), dtype=dtype)
     fresh.load_state_dict(model.state_dict())
@@ -174,7 +187,7 @@ def _unpacked(source: ResolvedSource, name: str, build: Callable[[], Any]) -> Re
     with (Path(source.path_or_id) / source.gguf_file).open("rb") as file:
         while block := file.read(2**24):
             digest.update(block)
-    key = f"{digest.hexdigest()[:24]}-{_transformers().__version__}"
+    key = f"{digest.hexdigest()[:24]}-{import_transformers().__version__}"
     folder = Path(constants.HF_HOME) / "kd_plugin" / key / name
     if not folder.is_dir():
         try:
@@ -204,36 +217,15 @@ def _save_whole(made: PreTrainedModel | PreTrainedTokenizerBase, folder: Path) -
         inside.rename(folder)
 
 
-def _refuse_pickle(source: ResolvedSource, where: str) -> None:
-    folder = Path(source.path_or_id)
-    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{where}: {folder} has .bin weights only, which can run code when loaded; convert them to "
-            f"safetensors, or set {where.partition('.')[0]}.allow_pickle=true if you trust them"
-        )
-
-
-def _load(auto: Any, source: ResolvedSource, config: ModelSource, where: str, **kwargs: Any) -> Any:
-    """`from_pretrained` with its many-line errors cut to the first, and the setting named."""
-    if source.gguf_file:
-        _require("gguf", "GGUF files need it")
-        kwargs["gguf_file"] = source.gguf_file
-    if config.revision:
-        kwargs["revision"] = config.revision
-    try:
-        return auto.from_pretrained(source.path_or_id, trust_remote_code=config.trust_remote_code, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{where}: {source.path_or_id!r} cannot be loaded: {reason}") from error
-
-
 def read_config(config: ModelSource) -> PreTrainedConfig:
     """The configuration of `config.model`, without its weights.
 
     Raises:
         ModelError: not found, or not loadable.
     """
-    return _load(_transformers().AutoConfig, resolve_source(config), config, f"{section_name(config)}.model")
+    return load_pretrained(
+        import_transformers().AutoConfig, resolve_source(config), config, f"{section_name(config)}.model"
+    )
 
 
 def _empty(
@@ -251,15 +243,3 @@ def _empty(
 
 def _attention(config: ModelSource) -> dict[str, str]:
     return {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-
-
-def _transformers() -> Any:
-    _require("transformers", "loading models needs it")
-    import transformers
-
-    return transformers
-
-
-def _require(package: str, why: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{package} is not installed and {why}: pip install 'kd-plugin[train]'")

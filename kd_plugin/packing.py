@@ -52,8 +52,9 @@ class PackedDataset:
         self.seq_len, self.ignore_index = seq_len, ignore_index
         self.input_ids = np.concatenate([document.input_ids for document in documents])  # int32 [T]
         self.targets = np.concatenate([document.trained for document in documents])  # bool [T]
-        starts = np.cumsum([0, *(len(document.input_ids) for document in documents[:-1])])
-        self.targets[starts] = False
+        self.starts = np.cumsum([0, *(len(document.input_ids) for document in documents[:-1])])  # int64 [documents]
+        self.places = [document.where for document in documents]
+        self.targets[self.starts] = False
         num_tokens = len(self.input_ids)
         self.num_sequences, self.num_left_out = divmod(num_tokens, seq_len)
         if keep_tail and self.num_left_out:
@@ -67,6 +68,12 @@ class PackedDataset:
             "packed %d tokens into %d sequences of %d; %d tokens at the end are left out",
             *(num_tokens, self.num_sequences, seq_len, self.num_left_out),
         )
+
+    def place(self, index: int) -> str:
+        """Where token `index` of all comes from: document and position in it, both from 1."""
+        document = int(np.searchsorted(self.starts, index, side="right")) - 1
+        name = f"document {document + 1}" + (f" ({self.places[document]})" if self.places[document] else "")
+        return f"{name}, token {index - self.starts[document] + 1}"
 
     def __len__(self) -> int:
         return self.num_sequences

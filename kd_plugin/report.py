@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kd_plugin.console import duration
+from kd_plugin.data import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ def continuations(
 def _continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
     """Without a key-value cache: a few tokens are not worth depending on every model's cache under sharding."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)  # [1, S]
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)  # [1, S]
     start = ids.shape[1]
     for _ in range(num_tokens):
         following = model(input_ids=ids).logits[:, -1].argmax(dim=-1, keepdim=True)  # [1, 1]

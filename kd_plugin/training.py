@@ -24,7 +24,7 @@ from kd_plugin import checkpoint
 from kd_plugin.config import RunConfig
 from kd_plugin.config_file import to_yaml
 from kd_plugin.console import run_log
-from kd_plugin.data import PackedDataset, TrainBatches, eval_batches, load_datasets
+from kd_plugin.data import PackedDataset, TrainBatches, check_all_ids, eval_batches, load_datasets
 from kd_plugin.early import SetupError, early_problems, idle_settings
 from kd_plugin.engine import (
     DTYPES,
@@ -96,6 +96,10 @@ def train(config: RunConfig) -> TrainResult:
     Raises:
         ValueError: a setting, a model or the data does not fit; the message says what to change.
     """
+    if not isinstance(config, RunConfig):
+        path = repr(str(config)) if isinstance(config, str | Path) else "PATH"
+        found = type(config).__name__
+        raise TrainError(f"kd.train wants a RunConfig, found {found}: kd.train(kd.load_config({path}))")
     place = start_process_group(config.train.process_group_timeout_s)
     try:
         with run_log(place.rank), progress_bars(place.rank == 0 and sys.stderr.isatty()):
@@ -143,10 +147,12 @@ def _load(config: RunConfig, place: Placement) -> _Material:
     datasets = load_datasets(config.data, tokenizer, config.distill.ignore_index)
     teacher = load_teacher(config.teacher)
     student = build_student(config.student, teacher, seed=config.train.seed)
+    embedded = {}
     for name, model in (("teacher", teacher), ("student", student)):
-        check_vocabulary(model, tokenizer, role=name)
+        embedded[name] = check_vocabulary(model, tokenizer, role=name)
         check_positions(model, config.data.seq_len, role=name)
         logger.info("%s: %s, %.1fM parameters", name, type(model).__name__, model.num_parameters() / 1e6)
+    check_all_ids(config, tokenizer, datasets, embedded)
     seed_everything(config.train.seed + place.rank)  # dropout differs by rank, weights are there already
     return _Material(tokenizer, datasets, teacher, student)
 

@@ -1,14 +1,17 @@
-"""Whether token ids mean the same thing on both sides."""
+"""Whether token ids mean the same thing on both sides, and whether both sides know them."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TokenizerMismatch", "VocabularyError", "check_tokenizers", "check_vocabulary"]
+__all__ = ["TokenizerMismatch", "VocabularyError", "check_ids", "check_tokenizers", "check_vocabulary"]
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +21,14 @@ class TokenizerMismatch(ValueError):
 
 
 class VocabularyError(ValueError):
-    """A model has no embedding for some of the tokenizer's ids."""
+    """A model has no embedding for an id that occurs."""
+
+
+_CURES = {
+    "student": "give it more rows (student.from_config.vocab_size, or resize_token_embeddings and save it), or take "
+    "the token out of the text",
+    "teacher": "take the token out of the text, or use a teacher that knows it",
+}
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -52,16 +62,50 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         )
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, role: str) -> None:
-    """Refuse a model with fewer embedding rows than the tokenizer has ids; more rows are padding.
-
-    Raises:
-        VocabularyError: with `role` ("student" or "teacher") in the message.
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, role: str) -> int:
+    """The number of ids that `model` embeds, all from 0. Fewer than the tokenizer has is a warning here, since the
+    rest may never occur: `check_ids` looks at the ids that do. More rows are padding.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= rows:
-        raise VocabularyError(
-            f"the tokenizer's highest id is {highest}, but the {role} embeds ids 0 to {rows - 1} only: "
-            "use that model's own tokenizer, or give the student a larger vocab_size"
+    lacking = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    if lacking:
+        index, token = lacking[0]
+        logger.warning(
+            "%d token(s) of the tokenizer, first %r (id %d), have no row in the %s's embedding, which has %d: text "
+            "that holds one is refused",
+            *(len(lacking), token, index, role, rows),
         )
+    return rows
+
+
+def check_ids(
+    ids: np.ndarray,  # int [n]
+    embedded: Mapping[str, int],
+    *,
+    where: Callable[[int], str],
+    token: Callable[[int], str],
+    what: str,
+) -> None:
+    """Refuse ids that a model cannot embed, before any kernel reads beyond its rows.
+
+    Args:
+        ids: token ids, as labels or as inputs.
+        embedded: role ("student", "teacher") -> its number of rows.
+        where: place in `ids` -> the words for it.
+        token: id -> its text.
+        what: what `ids` are, for the error.
+
+    Raises:
+        VocabularyError: with the first place, the id, its token and what to do, one line per model that lacks it.
+    """
+    faults = []
+    for role, rows in embedded.items():
+        places = np.flatnonzero(ids >= rows)
+        if len(places):
+            first, found = int(places[0]), int(ids[places[0]])
+            faults.append(
+                f"{what}: {where(first)} is id {found} ({token(found)!r}), but the {role} embeds ids 0 to "
+                f"{rows - 1} only ({len(places)} such token(s) in all): {_CURES[role]}"
+            )
+    if faults:
+        raise VocabularyError("\n".join(faults))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv and install kd_plugin into it, in place:   bash launch/setup_venv.sh [EXTRAS]
 # EXTRAS is a list as in pip's kd-plugin[EXTRAS]; default train,deepspeed. A second call with nothing changed
-# returns at once. PYTHON=/path/to/python chooses the interpreter (3.10 or newer).
+# returns at once. PYTHON=/path/to/python chooses the interpreter (3.11 or newer).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

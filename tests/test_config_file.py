@@ -61,6 +61,15 @@ def test_overrides_replace_values_of_any_type(config_file: Path) -> None:
     assert config.data.eval == ""
 
 
+def test_a_single_override_need_not_be_in_a_list(config_file: Path) -> None:
+    assert load_config(config_file, "train.max_steps=2").train.max_steps == 2
+    assert load_config(config_file, "train.adam_betas=[0.8,0.9]").train.adam_betas == (0.8, 0.9)
+    with pytest.raises(ConfigError, match=r"^<command line>: train\.max_steps: has no '='; write section\.key=value$"):
+        load_config(config_file, "train.max_steps")
+    with pytest.raises(ConfigError, match=r"^<command line>: 3: is no text; write 'section\.key=value'$"):
+        load_config(config_file, ["train.seed=1", 3])  # type: ignore[list-item]
+
+
 def test_the_last_override_of_a_key_wins(config_file: Path) -> None:
     assert load_config(config_file, ["train.seed=1", "train.seed=2"]).train.seed == 2
 

@@ -46,6 +46,9 @@ def test_single_document_is_cut_in_two() -> None:
 
 def test_split_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(DataError, match=r"leaves nothing to train on; lower it, or name held-out text"):
+        split_documents(make_documents(5, 5), 0.9)
+    # Copies of one document stay together, whatever the fraction.
+    with pytest.raises(DataError, match=r"\(1 different\) leaves nothing to train on; name held-out text"):
         split_documents(make_documents(5) * 4, 0.5)
     with pytest.raises(DataError, match=r"one document of 1 token"):
         split_documents(make_documents(1), 0.5)

@@ -1,0 +1,292 @@
+"""What the columns of a row mean: the form of its record, what else changes its prompt, and what is refused.
+
+Notable decisions:
+- a column that changes what a model reads, or what is trained on, is rendered or refused by name with its place,
+  and never dropped; null and empty values say nothing and are accepted, and so is every other column (`id`, ...);
+- beside `messages`, `tools`, `documents` and `chat_template_kwargs` reach the chat template. A text that belongs in
+  front of the conversation (`system`, ...) has to stand in a turn already;
+- `prompt` and `completion` are read as they stand, so nothing else can be brought into them: the same columns are
+  refused, and likewise `instruction`, `context` and their like unless the prompt holds them;
+- plain text is whole, and only what a template would have had to render into it is refused. Whatever stands beside
+  a column that `data.text_column` names is of no account;
+- a turn with `weight: 0` (OpenAI) or `train: false` (Axolotl: `training`) is read and not trained on; weights
+  between are refused;
+- content in parts is joined where all of them are text, as templates do. A turn says something: one without content
+  is refused unless it calls a tool, since templates print None as a word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+__all__ = ["DataError", "Form", "Record", "columns_of", "form_of", "record_of"]
+
+Form = Literal["text", "prompt + completion", "messages"]
+
+
+class DataError(ValueError):
+    """Data that is missing, unreadable, or not in an accepted form."""
+
+
+class Record(NamedTuple):
+    """One document before tokenisation."""
+
+    form: Form
+    values: dict[str, Any]
+    """`text: str`, or `prompt: str` and `completion: str`, or `messages: list[dict]` with `untrained: set[int]` (turns
+    that are not trained on) and, where given, `tools`, `documents` (lists of dicts) and `chat_template_kwargs`."""
+
+    where: str
+    """Its place, for error messages."""
+
+
+_LISTS = ("tools", "documents")
+_RENDERED = (*_LISTS, "chat_template_kwargs")
+_AS_TOOLS = "rename it 'tools', a list of {type: function, function: ...}"
+_NO_MEDIA = "the models read text only: leave such rows out"
+_NO_MASK = "what is trained on follows from the form of the row: remove the column if that is meant"
+_BY_TEMPLATE = "it reaches a model through a chat template: give 'messages', or remove it if the text has it already"
+_FUNCTIONS = {"functions": _AS_TOOLS}
+_ALWAYS = {
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _NO_MEDIA),
+    **dict.fromkeys(("assistant_masks", "completion_mask", "labels", "loss_mask"), _NO_MASK),
+    "response_format": "write it into the system turn, as the model is to read it",
+    "history": "write earlier turns into 'messages'",
+}
+_REFUSED: dict[Form, dict[str, str]] = {
+    "messages": {**_FUNCTIONS, **_ALWAYS},
+    "prompt + completion": {**_FUNCTIONS, **_ALWAYS, **dict.fromkeys(_RENDERED, _BY_TEMPLATE)},
+    "text": {**_FUNCTIONS, **dict.fromkeys(_RENDERED, _BY_TEMPLATE)},
+}
+"""Columns that would change prompt or mask and cannot be heeded -> what to do."""
+_TEXTS: dict[Form, tuple[str, ...]] = {
+    "messages": ("system", "system_prompt", "system_message"),
+    "prompt + completion": ("system", "system_prompt", "system_message", "instruction", "input", "context"),
+    "text": (),
+}
+"""Columns whose text a prompt should hold."""
+_WEIGHTS = ("weight", "train", "training")
+_PARTIAL_TURNS = ("train_detail", "training_detail")
+_TEXT_ROLES = ("system", "developer", "user", "assistant")
+_OTHER_ROLES = ("tool", "function", "ipython", "environment", "observation", "tool_response", "document")
+_SAYS_IT_OTHERWISE = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
+
+
+def form_of(names: Iterable[str], text_column: str, where: str) -> Form:
+    """The form that the columns `names` make up; a text column named by the user goes first.
+
+    Raises:
+        DataError: no accepted form.
+    """
+    have = set(names)
+    order: list[Form] = ["messages", "prompt + completion", "text"]
+    if text_column != "text":
+        order.insert(0, "text")
+    for form in order:
+        if have.issuperset(_wanted(form, text_column)):
+            return form
+    raise DataError(
+        f"{where}: columns found: {', '.join(sorted(have)) or 'none'}; wanted {text_column!r}, 'prompt' and "
+        "'completion', or 'messages'; data.text_column names a text column"
+    )
+
+
+def columns_of(form: Form, text_column: str) -> set[str]:
+    """The columns that `record_of` looks at."""
+    also = _looked_at(form, text_column)
+    rendered = _RENDERED if form == "messages" else ()
+    return {*_wanted(form, text_column), *also.refused, *also.texts, *also.flags, *rendered}
+
+
+def record_of(row: Mapping[str, Any], text_column: str, where: str, *, padded: bool = False) -> Record:
+    """The record of one row.
+
+    Args:
+        row: column -> value.
+        text_column: `data.text_column`.
+        where: the row's place, for errors.
+        padded: the source gives all structures the same keys (Arrow), so that a null means that there is none.
+
+    Raises:
+        DataError: columns or values that are no accepted form, or that would change it and cannot be heeded.
+    """
+    form = form_of(row, text_column, where)
+    if padded:
+        row = {column: _without_nulls(value) for column, value in row.items()}
+    if form == "messages":
+        values = _conversation(row, where)
+    else:
+        values = {
+            "text" if form == "text" else column: _text(row[column], column, where)
+            for column in _wanted(form, text_column)
+        }
+    _refuse_other_columns(row, form, values, text_column, where)
+    return Record(form, values, where)
+
+
+class _Looked(NamedTuple):
+    refused: dict[str, str]
+    texts: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+def _looked_at(form: Form, text_column: str) -> _Looked:
+    if form == "text":
+        return _Looked(_REFUSED[form] if text_column == "text" else {}, (), ())
+    return _Looked(_REFUSED[form], _TEXTS[form], ("weight", "label"))
+
+
+def _wanted(form: Form, text_column: str) -> tuple[str, ...]:
+    return {
+        "text": (text_column,),
+        "prompt + completion": ("prompt", "completion"),
+        "messages": ("messages",),
+    }[form]
+
+
+def _refuse_other_columns(
+    row: Mapping[str, Any], form: Form, values: dict[str, Any], text_column: str, where: str
+) -> None:
+    looked = _looked_at(form, text_column)
+    for column, cure in looked.refused.items():
+        if _counts(row.get(column), form, column):
+            raise DataError(f"{where}: {column!r} changes what a row means and cannot be heeded: {cure}")
+    before = values["prompt"] if form == "prompt + completion" else _spoken(values)
+    for column in looked.texts:
+        text = row.get(column)
+        if isinstance(text, str) and text.strip() not in before:
+            home = "the first turn of 'messages'" if form == "messages" else "'prompt'"
+            raise DataError(f"{where}: the text of {column!r} is not in the prompt: write it into {home}")
+    if "weight" in looked.flags and row.get("weight") not in (None, 1):
+        raise DataError(f"{where}: 'weight' is {row['weight']!r}, and all rows weigh the same: remove the column")
+    if "label" in looked.flags and row.get("label") is False:
+        raise DataError(f"{where}: 'label' is false, which marks an undesired answer: leave such rows out")
+
+
+def _counts(value: Any, form: Form, column: str) -> bool:
+    """Whether `value` says something; beside plain text only what templates are given, and not a word or number."""
+    if form == "text":
+        first = value[0] if isinstance(value, list | str) and value else value
+        return first in ("[", "{") if isinstance(value, str) else isinstance(first, Mapping) and bool(first)
+    if column == "labels":
+        return isinstance(value, list) and bool(value)
+    return bool(value.strip() if isinstance(value, str) else value)
+
+
+def _spoken(values: dict[str, Any]) -> str:
+    return "\n".join(str(turn.get("content")) for turn in values.get("messages", ()))
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: {column!r} is of type {type(value).__name__}, wanted text; "
+            "conversations go in a column 'messages'"
+        )
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            found = value[error.start].encode("unicode_escape").decode()
+            raise DataError(
+                f"{where}: {column!r} holds {found} at character {error.start}, half of a character: repair the text"
+            ) from None
+    return value
+
+
+def _conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(isinstance(turn, Mapping) and "role" in turn for turn in messages):
+        raise DataError(f"{where}: 'messages' has to be a list of {{role, content}}, found {str(messages)[:60]!r}")
+    roles = {str(turn["role"]) for turn in messages}
+    if "assistant" not in roles and (strange := sorted(roles - {*_TEXT_ROLES, *_OTHER_ROLES})):
+        raise DataError(
+            f"{where}: no turn is of role 'assistant', whose turns are trained on; found {', '.join(strange)}: "
+            "rename the roles user and assistant"
+        )
+    places = [f"{where}, turn {number}" for number in range(1, len(messages) + 1)]
+    untrained = {index for index, turn in enumerate(messages) if not _is_trained(turn, places[index])}
+    values: dict[str, Any] = {
+        "messages": [_turn(turn, place) for turn, place in zip(messages, places, strict=True)],
+        "untrained": untrained,
+    }
+    for column in _LISTS:
+        if found := _parsed(row.get(column), column, where):
+            values[column] = _list_of_objects(found, column, where)
+    if settings := _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs", where):
+        if not isinstance(settings, Mapping):
+            raise DataError(f"{where}: 'chat_template_kwargs' has to be an object, found {str(settings)[:60]!r}")
+        values["chat_template_kwargs"] = {key: value for key, value in settings.items() if value is not None}
+    return values
+
+
+def _is_trained(turn: Mapping[str, Any], place: str) -> bool:
+    for key in _PARTIAL_TURNS:
+        if turn.get(key):
+            raise DataError(f"{place}: {key!r} trains on parts of a turn, which is not possible: remove it")
+    given = {key: turn[key] for key in _WEIGHTS if turn.get(key) is not None}
+    for key, value in given.items():
+        if value not in (0, 1):  # True and False are among these
+            raise DataError(f"{place}: {key!r} is {value!r}, wanted 0 or 1 (not trained on, or trained on)")
+    return all(given.values())
+
+
+def _turn(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What the template sees of a turn; a null is what its absence is."""
+    for key in _ALWAYS:
+        if _counts(turn.get(key), "messages", key):
+            raise DataError(f"{place}: {key!r} changes what a turn means and cannot be heeded: {_ALWAYS[key]}")
+    kept = {key: value for key, value in turn.items() if value is not None and key not in (*_WEIGHTS, *_PARTIAL_TURNS)}
+    content = _content(turn.get("content"), str(turn["role"]), place)
+    if content is None and not any(turn.get(key) for key in _SAYS_IT_OTHERWISE):
+        raise DataError(f"{place}: has no 'content'; found {', '.join(map(str, kept))}: write '' for nothing")
+    return {**kept, "content": content} if "content" in turn else kept
+
+
+def _content(content: Any, role: str, place: str) -> Any:
+    if content is None:
+        return None
+    if isinstance(content, str):
+        return _text(content, "content", place)
+    parts = content if isinstance(content, list) else []
+    if parts and all(isinstance(part, Mapping) and _is_text(part) for part in parts):
+        return "".join(_text(part["text"], "content", place) for part in parts)
+    if role not in _TEXT_ROLES and not any(isinstance(part, Mapping) and "type" in part for part in parts):
+        return content  # what a tool has returned, which templates print as JSON
+    strange = next((part for part in parts if not (isinstance(part, Mapping) and _is_text(part))), content)
+    kind = strange.get("type") if isinstance(strange, Mapping) else None
+    found = f"a part of type {kind!r}" if kind else f"{type(strange).__name__} {str(strange)[:40]!r}"
+    raise DataError(f"{place}: 'content' holds {found}, wanted text or a list of {{type: text, text: ...}}")
+
+
+def _is_text(part: Mapping[str, Any]) -> bool:
+    return part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+def _parsed(value: Any, column: str, where: str) -> Any:
+    """`value`, or what it says where it is JSON in a string, which tables with one type per column need."""
+    if not isinstance(value, str):
+        return value or None
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise DataError(f"{where}: {column!r} is text and no JSON ({error})") from None
+
+
+def _list_of_objects(found: Any, column: str, where: str) -> list[dict[str, Any]]:
+    items = [_parsed(item, column, where) for item in found] if isinstance(found, list) else [found]
+    if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in items):
+        raise DataError(f"{where}: {column!r} has to be a list of objects, found {str(found)[:60]!r}")
+    return [dict(item) for item in items]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
