@@ -128,20 +128,17 @@ def _no_rows(hidden_states: Tensor) -> Tensor:
     return hidden_states.new_empty(*hidden_states.shape[:-2], 0, 1)
 
 
-@torch.compiler.disable(recursive=False)
-def run_backbone(slot: HeadSlot, forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Hidden states `[B, S, D]` that `forward(**inputs)` feeds its head, which itself does not run.
+def run_backbone(
+    slot: HeadSlot,
+    forward: Callable[..., Any],
+    inputs: dict[str, Any],
+    reply: Callable[[Tensor], Tensor] = _no_rows,
+) -> tuple[Tensor, Any]:
+    """Hidden states `[B, S, D]` that `forward(**inputs)` feeds its head, and its output.
 
-    Also what the model would add to its loss by itself: a mixture of experts' weighted router loss, or None.
+    The head itself does not run: the model goes on with `reply(hidden states)` as its logits.
     """
-    hidden_states, output = _run_with_stand_in(slot, forward, inputs, _no_rows)
-    router_loss = getattr(output, "aux_loss", None)
-    if not isinstance(router_loss, Tensor):
-        return hidden_states, None
-    coefficient = getattr(slot.parent, "router_aux_loss_coef", None)
-    if coefficient is None:
-        coefficient = slot.parent.config.get_text_config().router_aux_loss_coef
-    return hidden_states, coefficient * router_loss
+    return _run_with_stand_in(slot, forward, inputs, reply)
 
 
 def _accepts(forward: Callable[..., Any], name: str) -> bool:

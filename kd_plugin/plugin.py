@@ -33,13 +33,14 @@ from kd_plugin.metrics import num_ranks
 from kd_plugin.objective import make_objective
 from kd_plugin.parallel.fsdp import row_shards
 from kd_plugin.replaced import ReplacedForward, is_replaced
+from kd_plugin.router_loss import RouterLoss, with_router_loss
 from kd_plugin.step import model_output, per_item, row_targets
 from kd_plugin.teachers import HeadTeacher
 from kd_plugin.vocabulary import check_tokenizers
 
 # Inputs of one model's own bookkeeping, of no use to the other.
 _NOT_FOR_TEACHER = {"past_key_values", "use_cache", "cache_position", "inputs_embeds", "output_attentions"}
-_NOT_FOR_TEACHER |= {"output_hidden_states", "return_dict", "logits_to_keep"}
+_NOT_FOR_TEACHER |= {"output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"}
 
 
 class Plugin:
@@ -53,11 +54,12 @@ class Plugin:
         self.exchange = Exchange(config, group)
         self._undo: list[Callable[[], None]] = []
         self._measures = Measures()
+        self._router = RouterLoss()
 
     def metrics(self) -> dict[str, float]:
         """Means per valid token since the last call, over all ranks. One collective: call it on every rank.
 
-        Keys: loss, soft_loss, hard_loss, teacher_entropy, student_entropy (nats), top1_agreement,
+        Keys: loss, soft_loss, hard_loss, router_loss (of mixtures of experts that add one), teacher_entropy, student_entropy (nats), top1_agreement,
         acceptance_rate, kl_t1, valid_tokens, temperature, chunk_size, logits_avoided_gib, loss_peak_gib, and
         this rank's wall time in student_ms (backbone), teacher_ms (backbone), loss_ms, summed over forwards.
         """
@@ -204,20 +206,21 @@ class Plugin:
         self._bypass.check()
         causal_lm.still_there(self._slot, self._student_head_module, "student")
         self.exchange.check(causal_lm.unwrap(self._slot.module))
-        device = targets.device
+        model_config, device = causal_lm.unwrap(self.student).config, targets.device
+        sizes = {"config": model_config, "vocab_size": self.student_vocab_size, "device": device}
         with self._measures.watch.region("student", device):
-            hidden, auxiliary_loss = causal_lm.run_backbone(self._slot, self._student_forward, inputs)
+            hidden, router_loss = self._router.run_backbone(self._slot, self._student_forward, inputs, **sizes)
         checks.loss_targets(targets, hidden.shape[:-1], self.config)
         checks.token_weights(token_weights, hidden)
         weights = None if token_weights is None else token_weights.reshape(-1)
         call = HeadCall(None, targets.reshape(-1), loss_rows, weights)
         loss_sum = self._through_heads(hidden, call, inputs)
         assert call.sums is not None
-        self._measures.add(call.sums)
+        self._measures.add(call.sums, router_loss)
         counted = None if self.exchange.in_groups else call.sums.group_rows
+        loss_sum = with_router_loss(loss_sum, router_loss, call.sums)
         loss = per_item(loss_sum, call.sums.num_valid, num_items, self.group, counted)
-        loss = loss if auxiliary_loss is None else loss + auxiliary_loss.to(loss)
-        return model_output(loss, causal_lm.unwrap(self.student).config)
+        return model_output(loss, model_config)
 
     @torch.compiler.disable
     def _through_heads(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
@@ -295,8 +298,9 @@ def attach(
     host) and `token_weights` (`[B, S]`, by row: that of the token which row s predicts). Without
     `num_items_in_batch` one collective counts the valid tokens of all ranks (in exchange logits and stats the one
     that settles the chunks anyway), and the loss is scaled so that gradients averaged over the ranks are those of
-    the global mean; over several micro-batches that is a mean of means. The output has a loss and no logits. A
-    mixture of experts' router loss is added, as the model would.
+    the global mean; over several micro-batches that is a mean of means. The output has a loss and no logits. What a
+    mixture of experts adds to its loss (router losses) is added with the model's own coefficients, as if it were a
+    loss of each valid token: a step has the mean of its forwards' router losses, weighted by their valid tokens.
 
     Raises:
         ValueError: a head that is sharded, quantised or not linear, logits changed in an unknown way, a student
