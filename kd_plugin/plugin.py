@@ -32,9 +32,9 @@ from kd_plugin.measures import Measures
 from kd_plugin.metrics import num_ranks
 from kd_plugin.objective import make_objective
 from kd_plugin.parallel.fsdp import row_shards
-from kd_plugin.replaced import ReplacedForward, is_replaced
+from kd_plugin.replaced import NamedCall, ReplacedForward, is_replaced
 from kd_plugin.router_loss import RouterLoss, with_router_loss
-from kd_plugin.step import model_output, per_item, row_targets
+from kd_plugin.step import check_readable, model_output, per_item, row_targets
 from kd_plugin.teachers import HeadTeacher
 from kd_plugin.vocabulary import check_tokenizers
 
@@ -59,7 +59,8 @@ class Plugin:
     def metrics(self) -> dict[str, float]:
         """Means per valid token since the last call, over all ranks. One collective: call it on every rank.
 
-        Keys: loss, soft_loss, hard_loss, router_loss (of mixtures of experts that add one), teacher_entropy, student_entropy (nats), top1_agreement,
+        Keys: loss, soft_loss, hard_loss, router_loss (of a mixture of experts that adds one; a part of loss),
+        teacher_entropy, student_entropy (nats), top1_agreement,
         acceptance_rate, kl_t1, valid_tokens, temperature, chunk_size, logits_avoided_gib, loss_peak_gib, and
         this rank's wall time in student_ms (backbone), teacher_ms (backbone), loss_ms, summed over forwards.
         """
@@ -112,6 +113,7 @@ class Plugin:
         self._student_forward = model.forward
         self._undo.append(ReplacedForward(model, self._distill_forward).restore)
         if num_ranks(self.group) > 1:
+            self._undo.append(NamedCall(model).restore)
             self._undo.append(before_first_step(slot.module, self._compare_ranks))
 
     def _compare_ranks(self) -> None:
@@ -205,7 +207,10 @@ class Plugin:
     ) -> Any:
         self._bypass.check()
         causal_lm.still_there(self._slot, self._student_head_module, "student")
-        self.exchange.check(causal_lm.unwrap(self._slot.module))
+        needs_teacher = bool(self.config.soft_weight)
+        if needs_teacher:
+            check_readable(inputs)
+        self.exchange.check(causal_lm.unwrap(self._slot.module), self.teacher if needs_teacher else None)
         model_config, device = causal_lm.unwrap(self.student).config, targets.device
         sizes = {"config": model_config, "vocab_size": self.student_vocab_size, "device": device}
         with self._measures.watch.region("student", device):
@@ -225,8 +230,6 @@ class Plugin:
     @torch.compiler.disable
     def _through_heads(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
         """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
-        if inputs.get("inputs_embeds") is not None and self.config.soft_weight:
-            raise ValueError("the student got inputs_embeds, which the teacher cannot read: pass input_ids")
         weight = causal_lm.unwrap(self._slot.module).weight
         if self.exchange.cuts_teacher(hidden, weight, self.student_vocab_size):
             return self._with_teacher_rows(hidden, call, inputs)

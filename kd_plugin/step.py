@@ -12,6 +12,8 @@ from kd_plugin import checks
 from kd_plugin.collectives import all_reduce
 from kd_plugin.metrics import num_ranks
 
+_STUDENTS_OWN = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs")
+
 
 def row_targets(
     inputs: dict[str, Any],
@@ -33,17 +35,30 @@ def row_targets(
     return labels
 
 
+def check_readable(inputs: dict[str, Any]) -> None:
+    """Raise ValueError for what one model has computed and the teacher would read as its own, or not at all."""
+    found = [name for name in _STUDENTS_OWN if inputs.get(name) is not None]
+    if found:
+        raise ValueError(
+            f"the student got {', '.join(found)}, which the teacher cannot read: pass input_ids (and "
+            "decoder_input_ids), from which each model makes its own"
+        )
+
+
 def per_item(
     loss_sum: Tensor, num_valid: Tensor, num_items: int | Tensor | None, group: Any, group_rows: int | None = None
 ) -> Tensor:
     """Divide by `num_items`; without it, count over all ranks and undo the wrapper's averaging over them.
 
-    `group_rows` is that count, where the ranks of `group` have told each other already.
+    `group_rows` is that count, where the ranks of `group` have told each other already. Without gradients there is no
+    averaging to undo, and a rank may be alone: it is the mean over this rank's tokens.
     """
     if num_items is not None:
         items = checks.divisor(num_items, 0)
         return loss_sum / (items.to(loss_sum.device) if isinstance(items, Tensor) else items)
     ranks = num_ranks(group)
+    if not torch.is_grad_enabled():
+        return loss_sum / num_valid.clamp_min(1)
     if group_rows is not None:
         return loss_sum * ranks / max(group_rows, 1)
     valid = num_valid.clone()
