@@ -163,22 +163,16 @@ def run_backbone(
     hidden_states, output = run_with_stand_in(slot, forward, inputs, known)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise LogitsChanged(
-            f"the {side} ({type(slot.parent).__name__}) returns no logits (return_dict=False?), so what it does to "
-            "them after the head cannot be measured: attach while its weights are present"
-        )
+        raise no_logits(slot.parent, side)
     return Backbone(hidden_states, output, after_head(logits.reshape(-1, NUM_ROWS, vocab_size)[0], slot.parent, side))
 
 
-def router_loss(slot: HeadSlot, output: Any) -> Tensor | None:
-    """What the model would add to its loss by itself: a mixture of experts' weighted router loss, or None."""
-    router_loss = getattr(output, "aux_loss", None)
-    if not isinstance(router_loss, Tensor):
-        return None
-    coefficient = getattr(slot.parent, "router_aux_loss_coef", None)
-    if coefficient is None:
-        coefficient = slot.parent.config.get_text_config().router_aux_loss_coef
-    return coefficient * router_loss
+def no_logits(model: nn.Module, side: str) -> LogitsChanged:
+    """The error about an output without logits where they are to be measured."""
+    return LogitsChanged(
+        f"the {side} ({type(model).__name__}) returns no logits (return_dict=False?), so what it does to them after "
+        "the head cannot be measured: attach while its weights are present"
+    )
 
 
 def accepts(forward: Callable[..., Any], name: str) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 _CAUSE = (
     "Most likely another rank failed (then its own message comes first), ended its epoch early or did not call the "
     "student in this step: run the same number of steps on every rank (drop_last=True), or let a rank without data go "
-    "on with a batch whose labels are all ignore_index"
+    "on with a batch whose labels are all ignore_index. Models that FSDP or ZeRO-3 shards are evaluated on every rank"
 )
 
 

@@ -15,6 +15,7 @@ _PARTS = {
     "loss": ("loss", "{:.4f}"),
     "soft_loss": ("soft", "{:.4f}"),
     "hard_loss": ("hard", "{:.4f}"),
+    "router_loss": ("router", "{:.4f}"),
     "top1_agreement": ("agree", "{:.1%}"),
     "lr": ("lr", "{:.1e}"),
     "grad_norm": ("gnorm", "{:.2f}"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Linear
+from torch.nn import Linear, Module
 
 from kd_plugin.collectives import all_gather_object
 from kd_plugin.config import DistillConfig
@@ -20,7 +20,7 @@ from kd_plugin.head import HeadCall
 from kd_plugin.logit_probe import AfterHead
 from kd_plugin.metrics import num_ranks
 from kd_plugin.objective import make_objective
-from kd_plugin.parallel.fsdp import RowShards, held_rows, row_shards, sharded_over
+from kd_plugin.parallel.fsdp import RowShards, held_rows, is_gathered, row_shards, sharded_over
 from kd_plugin.row_kernels import shards
 from kd_plugin.teachers import HeadTeacher, ShardedHeadTeacher
 from kd_plugin.vocab_parallel import VocabShard, cut
@@ -62,18 +62,30 @@ class Exchange:
         self.teacher_tied = False
         """Whether the teacher's wrapper gathers its head with the embedding, whatever the loss needs."""
         self._rows: RowShards | None = None
-        self._checked = False
+        self._alone = False
+        self._agreed: set[bool] = set()
         self._shard: VocabShard | None = None
         self._teacher_rows: HeadTeacher | None = None
 
-    def check(self, head: Linear) -> None:
-        """Before anything of the step: all ranks must be about to compute the same. Collective in the first call."""
+    def check(self, head: Linear, teacher: Module | None = None) -> None:
+        """Before anything of the step: all ranks must be about to compute the same. Collective in the first call.
+
+        Without gradients a rank may be alone, and none is waited for, unless the student's head or `teacher` (as it
+        is called) is sharded, so that the forward is collective anyway: judged by what is the same on all ranks.
+        """
         self._look_at(head.weight)
-        self.compare(head)
+        self._alone = not torch.is_grad_enabled() and self._rows is None and not is_gathered(teacher)
+        if not self._alone:
+            self.compare(head)
 
     def compare(self, head: Linear) -> None:
-        """The comparison alone, which may come before the student's forward. Collective in the first call."""
-        if self._checked or num_ranks(self.group) == 1:
+        """The comparison alone, which may come before the student's forward. Collective in the first call.
+
+        Without gradients only the ranks that exchange take part: one copy of an HSDP model may evaluate alone.
+        """
+        training = torch.is_grad_enabled()
+        group = self.group if training else self._shard_group
+        if self._agreed & {True, training} or num_ranks(group) == 1:
             return
         settings = self.config.model_dump(exclude={"row_kernel"})  # of which any gives the same numbers
         found: dict[str, Any] = {f"distill.{name}": value for name, value in settings.items()}
@@ -81,8 +93,8 @@ class Exchange:
             found[f"the {side}'s vocabulary"] = module and module.out_features
             found[f"the {side}'s width"] = module and module.in_features
             found[f"the dtype of the {side}'s head"] = module and str(module.weight.dtype)
-        _agree(self.group, found)
-        self._checked = True
+        _agree(group, found)
+        self._agreed.add(training)
 
     def _look_at(self, weight: Tensor) -> None:
         """Learn over which ranks the student's head is cut, before a tied or grouped one is gathered for the step.
@@ -107,8 +119,10 @@ class Exchange:
     def cuts_teacher(self, hidden: Tensor, weight: Tensor, student_size: int) -> bool:
         """Whether each rank keeps only rows of the teacher's head (modes `logits` and `stats`).
 
-        `hidden` `[B, S, D]` and `weight` are the student's. With `auto`, collective in the first call.
+        `hidden` `[B, S, D]` and `weight` are the student's. With `auto`, collective in the first call. After `check`.
         """
+        if self._alone:
+            return False
         if self.mode is None:
             if self.config.exchange == "auto" and not torch.is_grad_enabled():
                 return False  # how many rows an evaluation has says nothing about the steps

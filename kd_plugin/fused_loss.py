@@ -154,6 +154,8 @@ class LossSums(NamedTuple):
     dense_bytes: int = 0
     group_rows: int | None = None
     """Valid rows of all ranks with which this one agreed on its chunks; None if with none."""
+    num_rows: int = 0
+    """`num_valid`, known without waiting for the device."""
 
 
 def loss_sums(
@@ -193,7 +195,7 @@ def packed(loss_sum: Tensor, statistics: Tensor, problem: chunks.Problem) -> Los
     """The sums with what else is known of the call."""
     num_valid = torch.full((), problem.num_rows, dtype=torch.int64, device=statistics.device)
     measured, held, dense = problem.objective.measured, problem.workspace_bytes, problem.dense_bytes
-    return LossSums(loss_sum, statistics, num_valid, measured, held, dense, problem.group_rows)
+    return LossSums(loss_sum, statistics, num_valid, measured, held, dense, problem.group_rows, problem.num_rows)
 
 
 def normalised(sums: LossSums, num_items: int | float | Tensor | None) -> DistillOutput:

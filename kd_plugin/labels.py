@@ -45,12 +45,32 @@ def own_loss(logits: Tensor, labels: Tensor, *, shift: bool) -> Tensor:
     return F.cross_entropy(rows.flatten(0, 1).double(), targets.flatten(), ignore_index=OWN_IGNORE_INDEX)
 
 
-def shift_of(loss: Tensor, logits: Tensor, labels: Tensor) -> bool | None:
-    """Whether `loss`, which a model made of these logits and labels, shifts them; None if it does neither."""
-    tolerance = 1e-2 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    distances = {shift: float((own_loss(logits, labels, shift=shift) - loss.double()).abs()) for shift in (True, False)}
+class OwnLoss(NamedTuple):
+    """A model's own loss of known logits."""
+
+    loss: Tensor  # 0-d
+    logits: Tensor  # [B, S, V], as the model returned them
+    labels: Tensor  # [B, S]
+
+    def beyond_cross_entropy(self, *, shift: bool) -> Tensor:
+        """What there is in the loss besides the cross-entropy, if that shifts the labels so (0-d, fp64)."""
+        return self.loss.double() - own_loss(self.logits, self.labels, shift=shift)
+
+
+def shift_of(first: OwnLoss, second: OwnLoss | None = None) -> bool | None:
+    """Whether a model's own loss shifts its labels; None if it is the cross-entropy neither with nor without.
+
+    A model that adds something to the cross-entropy (router losses) adds the same to that of other logits: then
+    `second` is wanted.
+    """
+    half = first.logits.dtype in (torch.bfloat16, torch.float16)
+    distances = {}
+    for shift in (True, False):
+        beyond = first.beyond_cross_entropy(shift=shift)
+        beyond = beyond if second is None else beyond - second.beyond_cross_entropy(shift=shift)
+        distances[shift] = float(beyond.abs())
     nearest = min(distances, key=lambda shift: distances[shift])
-    return nearest if distances[nearest] <= tolerance * max(1.0, float(loss.abs())) else None
+    return nearest if distances[nearest] <= (1e-2 if half else 1e-4) * max(1.0, float(first.loss.abs())) else None
 
 
 def row_targets(labels: Tensor, convention: Convention, ignore_index: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kd_plugin import row_kernels
 from kd_plugin.config import DistillConfig
@@ -18,14 +19,20 @@ class Measures:
 
     def __init__(self) -> None:
         self.watch = Stopwatch()
-        self._sums = MetricSums((*row_kernels.STATISTICS, "valid_tokens"))
+        self._sums = MetricSums((*row_kernels.STATISTICS, "valid_tokens", "router_loss"))
+        self._has_router_loss = False
         self._peak_loss_bytes = 0
         self._dense_bytes = 0
 
-    def add(self, sums: LossSums) -> None:
-        """One forward."""
+    def add(self, sums: LossSums, router_loss: Tensor | None = None) -> None:
+        """One forward, and the router loss (0-d) of its student."""
         valid = sums.num_valid.to(sums.statistics)
-        self._sums.add(torch.cat([sums.statistics, valid[None]]))
+        router = torch.zeros_like(valid)
+        if router_loss is not None:
+            self._has_router_loss = True
+            if sums.num_rows:  # it may be NaN where there is no token
+                router = router_loss.detach().to(valid) * valid
+        self._sums.add(torch.cat([sums.statistics, valid[None], router[None]]))
         self._peak_loss_bytes = max(self._peak_loss_bytes, sums.workspace_bytes)
         self._dense_bytes = max(self._dense_bytes, sums.dense_bytes)
 
@@ -34,9 +41,11 @@ class Measures:
         sums = self._sums.take(device, group)
         valid = sums.pop("valid_tokens")
         means = {name: value / max(valid, 1.0) for name, value in sums.items()}
-        kept = ("soft_loss", "hard_loss", *make_objective(config).measured)
+        kept = ("soft_loss", "hard_loss", *(["router_loss"] if self._has_router_loss else []))
+        kept += make_objective(config).measured
         means = {name: means[name] for name in kept}
         loss = config.soft_weight * means["soft_loss"] + config.hard_weight * means["hard_loss"]
+        loss += means.get("router_loss", 0.0)
         times = {f"{name}_ms": elapsed for name, elapsed in self.watch.take().items()}
         return {
             "loss": loss,

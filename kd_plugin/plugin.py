@@ -30,7 +30,9 @@ from kd_plugin.labels import check_same_rows
 from kd_plugin.measures import Measures
 from kd_plugin.metrics import num_ranks
 from kd_plugin.objective import make_objective
-from kd_plugin.step import model_output, per_item
+from kd_plugin.replaced import NamedCall
+from kd_plugin.router_loss import with_router_loss
+from kd_plugin.step import check_readable, model_output, per_item
 from kd_plugin.student_side import StudentSide
 from kd_plugin.teacher_side import TeacherSide
 from kd_plugin.teachers import HeadTeacher
@@ -55,7 +57,8 @@ class Plugin:
 
         Where there was no token, that is said, as nothing was distilled then.
 
-        Keys: loss, soft_loss, hard_loss, teacher_entropy, student_entropy (nats), top1_agreement,
+        Keys: loss, soft_loss, hard_loss, router_loss (of a mixture of experts that adds one; a part of loss),
+        teacher_entropy, student_entropy (nats), top1_agreement,
         acceptance_rate, kl_t1, valid_tokens, temperature, chunk_size, logits_avoided_gib, loss_peak_gib, and
         this rank's wall time in student_ms (backbone), teacher_ms (backbone), loss_ms, summed over forwards.
         """
@@ -102,6 +105,7 @@ class Plugin:
         self._student = side = StudentSide(self.student, self._distill_forward, self.config)
         self._undo.append(side.restore)
         if num_ranks(self.group) > 1:
+            self._undo.append(NamedCall(side.model).restore)
             self._undo.append(before_first_step(side.slot.module, self._compare_ranks))
 
     def _compare_ranks(self) -> None:
@@ -158,28 +162,28 @@ class Plugin:
         token_weights: Tensor | None,
         num_items: int | Tensor | None,
     ) -> Any:
-        self.exchange.check(self._student.linear)
-        device = targets.device
-        with self._measures.watch.region("student", device):
-            backbone = self._student.backbone(inputs)
-        hidden, auxiliary_loss = backbone.hidden_states, causal_lm.router_loss(self._student.slot, backbone.output)
+        needs_teacher = bool(self.config.soft_weight)
+        if needs_teacher:
+            check_readable(inputs)
+        self.exchange.check(self._student.linear, self.teacher if needs_teacher else None)
+        with self._measures.watch.region("student", targets.device):
+            backbone, router_loss = self._student.backbone(inputs, targets.device)
+        hidden = backbone.hidden_states
         checks.loss_targets(targets, hidden.shape[:-1], self.config)
         checks.token_weights(token_weights, hidden)
         weights = None if token_weights is None else token_weights.reshape(-1)
         call = HeadCall(None, targets.reshape(-1), loss_rows, weights)
         loss_sum = self._through_heads(hidden, call, inputs)
         assert call.sums is not None
-        self._measures.add(call.sums)
+        self._measures.add(call.sums, router_loss)
         counted = None if self.exchange.in_groups else call.sums.group_rows
+        loss_sum = with_router_loss(loss_sum, router_loss, call.sums)
         loss = per_item(loss_sum, call.sums.num_valid, num_items, self.group, counted)
-        loss = loss if auxiliary_loss is None else loss + auxiliary_loss.to(loss)
         return model_output(loss, backbone.output, self._student.model.config)
 
     @torch.compiler.disable
     def _through_heads(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
         """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
-        if inputs.get("inputs_embeds") is not None and self.config.soft_weight:
-            raise ValueError("the student got inputs_embeds, which the teacher cannot read: pass input_ids")
         weight = self._student.linear.weight
         if self.exchange.cuts_teacher(hidden, weight, self.student_vocab_size):
             return self._with_teacher_rows(hidden, call, inputs)
@@ -243,8 +247,9 @@ def attach(
     host) and `token_weights` (`[B, S]`, by row: that of the token which row s predicts). Without
     `num_items_in_batch` one collective counts the valid tokens of all ranks (in exchange logits and stats the one
     that settles the chunks anyway), and the loss is scaled so that gradients averaged over the ranks are those of
-    the global mean; over several micro-batches that is a mean of means. The output has a loss and no logits. A
-    mixture of experts' router loss is added, as the model would.
+    the global mean; over several micro-batches that is a mean of means. The output has a loss and no logits. What a
+    mixture of experts adds to its loss (router losses) is added with the model's own coefficients, as if it were a
+    loss of each valid token: a step has the mean of its forwards' router losses, weighted by their valid tokens.
 
     Raises:
         ValueError: a head that is sharded, quantised or not linear, logits changed in an unknown way, a student

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from kd_plugin.causal_lm import HeadCallsError, HeadSlot, accepts, router_loss, run_with_stand_in
-from kd_plugin.labels import DECODER_INPUTS, OWN_IGNORE_INDEX, Convention, shift_of
+from kd_plugin.causal_lm import HeadCallsError, HeadSlot, accepts, run_with_stand_in
+from kd_plugin.labels import DECODER_INPUTS, OWN_IGNORE_INDEX, Convention, OwnLoss, shift_of
 from kd_plugin.logit_probe import NUM_ROWS, AfterHead, LogitsChanged, after_head, known_rows
 
 _BATCH, _LENGTH = 2, 2 * NUM_ROWS
@@ -35,6 +35,8 @@ class Observed(NamedTuple):
     """Why not, for a message."""
     contradicts: bool = False
     """Whether its own loss was seen, and follows no known convention."""
+    adds: bool = False
+    """Whether it adds something to the cross-entropy of its labels, such as a router loss."""
 
 
 def observe(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
@@ -75,12 +77,14 @@ def _look(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
         _, output = run_with_stand_in(slot, model.forward, inputs, known.reply)
         return Observed(_consistent(output.logits, model, side), why="its own loss does not call its head")
     after = _consistent(output.logits, model, side)
-    loss = getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
+    first = _own_loss(output, labels)
+    if first is None:
         return Observed(after, why="it computes no loss of labels")
-    auxiliary = router_loss(slot, output)
-    own = loss.detach() if auxiliary is None else (loss - auxiliary).detach()
-    shift = shift_of(own, output.logits.detach(), labels)
+    shift, adds = shift_of(first), False
+    if shift is None:  # it may add something to the cross-entropy, which is then the same for other logits
+        others = _Known(vocab_size, seed=1).reply
+        _, again = run_with_stand_in(slot, model.forward, {**inputs, "labels": labels}, others)
+        shift, adds = shift_of(first, _own_loss(again, labels)), True
     if shift is None:
         return Observed(
             after,
@@ -89,7 +93,12 @@ def _look(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
             contradicts=True,
         )
     made = _decoder_inputs(model, slot, inputs, labels, hidden) if encoder_decoder else None
-    return Observed(after, Convention(shift, made))
+    return Observed(after, Convention(shift, made), adds=adds)
+
+
+def _own_loss(output: Any, labels: Tensor) -> OwnLoss | None:
+    loss = getattr(output, "loss", None)
+    return OwnLoss(loss.detach(), output.logits.detach(), labels) if isinstance(loss, Tensor) else None
 
 
 def _cannot_run(model: nn.Module) -> str | None:
@@ -134,8 +143,8 @@ class _Known:
     """Known logits `[2, 8, V]`: the rows of `known_rows` first in one sequence and backwards last in the other,
     random ones beside them, with which the labels go."""
 
-    def __init__(self, vocab_size: int) -> None:
-        generator = torch.Generator(device="cpu").manual_seed(0)
+    def __init__(self, vocab_size: int, seed: int = 0) -> None:
+        generator = torch.Generator(device="cpu").manual_seed(seed)
         size = (_BATCH, _LENGTH, vocab_size)
         self.logits = 3 * torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
         self.logits[0, :NUM_ROWS] = known_rows(vocab_size)

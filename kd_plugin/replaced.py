@@ -8,7 +8,10 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
+
+from kd_plugin.collectives import of_others
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,36 @@ class ReplacedForward:
         if copied is None or self._own is not None:
             raise ValueError("a model with a teacher attached cannot be copied as it is: call plugin.detach() first")
         return MethodType(type(copied).forward, copied)  # the copy is a plain model, e.g. for weight averaging
+
+    def __reduce__(self) -> Any:
+        raise ValueError("a model with a teacher attached cannot be pickled: save its state_dict(), or detach() first")
+
+
+class NamedCall:
+    """Names what fails in the collectives of FSDP2 and ZeRO-3, which gather in hooks around `module.forward`.
+
+    It stands in the module's whole call until `restore`. torch looks its implementation up on the instance; if it
+    ceases to, those failures keep the backend's words.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        module.__dict__["_call_impl"] = self
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own call."""
+        with of_others("around its forward"):
+            return type(self._module)._call_impl(self._module, *args, **kwargs)
+
+    def restore(self) -> None:
+        """Step out."""
+        if self._module.__dict__.get("_call_impl") is self:
+            del self._module.__dict__["_call_impl"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self._module)]  # the module, whose attributes these are
+        return MethodType(type(copied)._call_impl, copied)
 
     def __reduce__(self) -> Any:
         raise ValueError("a model with a teacher attached cannot be pickled: save its state_dict(), or detach() first")

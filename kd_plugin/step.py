@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kd_plugin import checks
 from kd_plugin.collectives import all_reduce
 from kd_plugin.metrics import num_ranks
+
+_STUDENTS_OWN = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs")
+
+
+def check_readable(inputs: dict[str, Any]) -> None:
+    """Raise ValueError for what one model has computed and the teacher would read as its own, or not at all."""
+    found = [name for name in _STUDENTS_OWN if inputs.get(name) is not None]
+    if found:
+        raise ValueError(
+            f"the student got {', '.join(found)}, which the teacher cannot read: pass input_ids (and "
+            "decoder_input_ids), from which each model makes its own"
+        )
 
 
 def per_item(
@@ -16,12 +29,15 @@ def per_item(
 ) -> Tensor:
     """Divide by `num_items`; without it, count over all ranks and undo the wrapper's averaging over them.
 
-    `group_rows` is that count, where the ranks of `group` have told each other already.
+    `group_rows` is that count, where the ranks of `group` have told each other already. Without gradients there is no
+    averaging to undo, and a rank may be alone: it is the mean over this rank's tokens.
     """
     if num_items is not None:
         items = checks.divisor(num_items, 0)
         return loss_sum / (items.to(loss_sum.device) if isinstance(items, Tensor) else items)
     ranks = num_ranks(group)
+    if not torch.is_grad_enabled():
+        return loss_sum / num_valid.clamp_min(1)
     if group_rows is not None:
         return loss_sum * ranks / max(group_rows, 1)
     valid = num_valid.clone()

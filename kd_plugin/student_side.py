@@ -22,6 +22,7 @@ from kd_plugin.loss_watch import LossWatch
 from kd_plugin.parallel.fsdp import row_shards, waits_for_engine
 from kd_plugin.probe import Observed, observe
 from kd_plugin.replaced import ReplacedForward
+from kd_plugin.router_loss import RouterLoss
 from kd_plugin.token_ids import check_labels
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class StudentSide:
             observed = observe(self.model, slot, "student")
             self.convention, self._why_unknown = _convention_of(self.model, slot.parent, observed)
             self._after_head = observed.after_head
+            self._router = RouterLoss(always=observed.adds)
             after = observed.after_head or AfterHead()
             make = functools.partial(DistillHead, config=config, transform=after.transform, logits_bias=after.bias)
             self._undo += lora.replace_head(slot, make)
@@ -130,10 +132,11 @@ class StudentSide:
             inputs["decoder_input_ids"] = ids
         return given if shift_labels is not None else row_targets(given, convention, self.config.ignore_index)
 
-    def backbone(self, inputs: dict[str, Any]) -> causal_lm.Backbone:
-        """Hidden states and output of the model's own forward.
+    def backbone(self, inputs: dict[str, Any], device: torch.device) -> tuple[causal_lm.Backbone, Tensor | None]:
+        """Hidden states and output of the model's own forward, and its router loss (0-d) if it adds one.
 
-        The first such forward of a student whose weights came after `attach` also shows what it does to its logits.
+        `device` is that of the labels. The first such forward of a student whose weights came after `attach` also shows
+        what it does to its logits.
         """
         self._bypass.check()
         if not self._engine_seen and waits_for_engine(self.model):
@@ -143,13 +146,21 @@ class StudentSide:
             )
         self._engine_seen = True
         causal_lm.still_there(self.slot, self._head_module, "student")
-        measure = None if self._after_head is not None else (self.vocab_size, "student")
-        result = causal_lm.run_backbone(self.slot, self.own_forward, inputs, measure=measure)
+        result, router_loss = self._router.run_backbone(
+            self.slot,
+            self.own_forward,
+            inputs,
+            config=self.model.config,
+            vocab_size=self.vocab_size,
+            shift=self.convention is None or self.convention.shift,
+            device=device,
+            measure=None if self._after_head is not None else "student",
+        )
         if result.after_head is not None:
             self._after_head = result.after_head
             for head in self._heads():
                 head.set_after_head(*result.after_head)
-        return result
+        return result, router_loss
 
     def head(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
         """The loss sum of `call`, computed inside the head's own forward."""

@@ -26,7 +26,7 @@ from kd_plugin.replaced import ReplacedForward, innermost, is_replaced
 
 # Inputs of one model's own bookkeeping, of no use to the other.
 _NOT_FOR_TEACHER = {"past_key_values", "use_cache", "cache_position", "inputs_embeds", "output_attentions"}
-_NOT_FOR_TEACHER |= {"output_hidden_states", "return_dict", "logits_to_keep"}
+_NOT_FOR_TEACHER |= {"output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"}
 
 
 class TeacherSide:

@@ -15,7 +15,10 @@ __all__ = ["TAGS", "NullWriter", "TensorBoardWriter", "Writer", "make_writer", "
 TAGS = {
     name: f"{folder}/{name}"
     for folder, names in {
-        "train": ("loss", "soft_loss", "hard_loss", "grad_norm", "lr", "tokens_per_second", "step_time_ms"),
+        "train": (
+            *("loss", "soft_loss", "hard_loss", "router_loss"),
+            *("grad_norm", "lr", "tokens_per_second", "step_time_ms"),
+        ),
         "distill": (
             "teacher_entropy",
             "student_entropy",

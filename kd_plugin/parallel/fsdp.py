@@ -22,13 +22,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 __all__ = [
     "RowShards",
     "ShardingError",
     "decoder_layers",
+    "is_gathered",
     "make_mesh",
     "row_shards",
     "shard_student",
@@ -128,6 +135,21 @@ def sharded_over(weight: Tensor, numel: int) -> int | None:
         return math.prod(sizes)
     here = weight.numel() == numel and weight.untyped_storage().size() > 0  # FSDP1 may leave a view of what it freed
     return 1 if here and not hasattr(weight, "ds_id") else None
+
+
+def is_gathered(model: nn.Module | None) -> bool:
+    """Whether FSDP or ZeRO-3 gathers parts of `model` in its forward, which all ranks then have to call.
+
+    It is the same on all ranks: nothing is asked of the parts that are here.
+    """
+    if model is None:
+        return False
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return True
+    return any(
+        hasattr(parameter, "ds_id") or (isinstance(parameter, DTensor) and sharded_over(parameter, 0) != 1)
+        for parameter in model.parameters()
+    )
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
