@@ -127,6 +127,8 @@ def record_of(row: Mapping[str, Any], text_column: str, where: str, *, padded: b
 
 
 class _Looked(NamedTuple):
+    """The other columns that matter: refused by name, texts that the prompt should hold, weights and verdicts."""
+
     refused: dict[str, str]
     texts: tuple[str, ...]
     flags: tuple[str, ...]

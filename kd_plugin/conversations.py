@@ -144,7 +144,7 @@ class _Conversation:
             return None
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
-        taken = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        taken = inspect.signature(self.tokenizer.apply_chat_template).parameters if settings else {}
         for name, value in settings.items():
             if name in taken or name == "messages":
                 raise DataError(f"{self.where}: chat_template_kwargs.{name} is no setting of a template: remove it")
