@@ -98,12 +98,13 @@ class Batch:
     Attributes:
         input_ids: int64 [B, S].
         labels: int64 [B, S], unshifted.
+        shift_labels: int64 [B, S], of each row: the label of the next token.
         loss_rows: int64 [N], the rows b * S + s of the flattened hidden states whose next token is a target.
         num_valid: N as a number of the host, so that nobody has to ask the device for it.
     """
 
-    def __init__(self, input_ids: Tensor, labels: Tensor, loss_rows: Tensor) -> None:
-        self.input_ids, self.labels, self.loss_rows = input_ids, labels, loss_rows
+    def __init__(self, input_ids: Tensor, labels: Tensor, shift_labels: Tensor, loss_rows: Tensor) -> None:
+        self.input_ids, self.labels, self.shift_labels, self.loss_rows = input_ids, labels, shift_labels, loss_rows
         self.num_valid = loss_rows.numel()
 
     @property
@@ -113,21 +114,25 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
-        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.model_inputs().values()))
+        tensors = (self.input_ids, self.labels, self.shift_labels, self.loss_rows)
+        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of an attached student's forward."""
-        return {"input_ids": self.input_ids, "labels": self.labels, "loss_rows": self.loss_rows}
+        """Keyword arguments of an attached student's forward.
+
+        Labels by row: next tokens are what is trained on here, whether or not the student's class shifts its labels.
+        """
+        return {"input_ids": self.input_ids, "shift_labels": self.shift_labels, "loss_rows": self.loss_rows}
 
 
 def collate(items: Sequence[Item], ignore_index: int = -100) -> Batch:
     """Stack items of equal length and find the rows that enter the loss."""
     input_ids = np.stack([item["input_ids"] for item in items])
     labels = np.stack([item["labels"] for item in items])
-    valid = np.zeros(labels.shape, dtype=bool)
-    valid[:, :-1] = labels[:, 1:] != ignore_index  # the last row of a sequence has no next token
-    rows = np.flatnonzero(valid)
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(rows))
+    shifted = np.full_like(labels, ignore_index)
+    shifted[:, :-1] = labels[:, 1:]  # the last row of a sequence has no next token
+    rows = np.flatnonzero(shifted != ignore_index)
+    return Batch(*(torch.from_numpy(array) for array in (input_ids, labels, shifted, rows)))
 
 
 def indices_for_step(num_items: int, step: int, sequences_per_step: int, seed: int) -> np.ndarray:

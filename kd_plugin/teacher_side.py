@@ -71,8 +71,9 @@ class TeacherSide:
         exchange.teacher_size, exchange.teacher_width = self.vocab_size, width
         exchange.teacher_head, exchange.teacher_tied = head, self._tied
         exchange.teacher_after_head = observed.after_head
-        self._model_forward = model.forward
-        self._undo.append(ReplacedForward(model, self._forward).restore)
+        of_model = ReplacedForward(model, self._forward, innermost(model))
+        self._model_forward = of_model.original
+        self._undo.append(of_model.restore)
         taken = ReplacedForward(head, self._head_forward, innermost(head))
         self._plain_head = taken.original
         self._undo.append(taken.restore)

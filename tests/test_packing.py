@@ -106,9 +106,10 @@ def test_loss_rows_are_those_whose_next_label_counts() -> None:
     assert {tensor.device.type for tensor in moved.model_inputs().values()} == {"meta"}
     assert moved.num_valid == batch.num_valid and list(moved.model_inputs()) == [
         "input_ids",
-        "labels",
+        "shift_labels",
         "loss_rows",
     ]
+    assert batch.shift_labels[:, :-1].equal(batch.labels[:, 1:]) and (batch.shift_labels[:, -1] == IGNORED).all()
 
 
 def test_batch_without_targets_has_no_rows() -> None:
