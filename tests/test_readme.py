@@ -30,6 +30,8 @@ def tiny_model(*_: Any) -> torch.nn.Module:
 @pytest.fixture
 def names() -> dict[str, Any]:
     """What the blocks take for granted."""
+    import transformers
+
     import kd_plugin as kd
 
     torch.manual_seed(0)
@@ -38,6 +40,8 @@ def names() -> dict[str, Any]:
         "AutoModelForCausalLM": SimpleNamespace(from_pretrained=tiny_model),
         "loader": [{"input_ids": ids, "labels": ids}],
         "kd": kd,
+        "transformers": transformers,
+        "trl": SimpleNamespace(SFTTrainer=transformers.Trainer),  # the real one: tests/test_loss_watch.py
         "config": kd.DistillConfig(row_kernel="eager"),
         "student_hidden": torch.randn(2, 8, 16, requires_grad=True),
         "student_weight": torch.randn(32, 16, requires_grad=True),
@@ -47,12 +51,14 @@ def names() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("block", CODE, ids=["before", "after", "tensors", "registered"])
+@pytest.mark.parametrize("block", CODE, ids=["before", "after", "trl", "tensors", "registered"])
 def test_code_blocks_run(block: str, names: dict[str, Any]) -> None:
     exec(compile(block, "README.md", "exec"), names)
     if "student" in names:
         gradients = [parameter.grad for parameter in names["student"].parameters()]
         assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    elif "DistillSFTTrainer" in block:
+        assert names["DistillSFTTrainer"].compute_loss is transformers_compute_loss()
     elif "register_divergence" in block:
         assert names["config"].divergence == "hellinger"
         for known in (divergences.DIVERGENCES, registered._functions):
@@ -60,6 +66,12 @@ def test_code_blocks_run(block: str, names: dict[str, Any]) -> None:
         distill_config.registered_names.remove("hellinger")
     else:
         assert names["student_weight"].grad.abs().sum() > 0
+
+
+def transformers_compute_loss() -> Any:
+    from transformers import Trainer
+
+    return Trainer.compute_loss
 
 
 def test_commands_name_files_that_exist_and_overrides_that_are_accepted(repo_root: Path) -> None:
