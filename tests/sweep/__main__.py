@@ -1,0 +1,35 @@
+"""Runs the sweep: `python -m tests.sweep [ROW ...]` writes `table.json`; exit code 1 where a row is a mismatch.
+
+`python -m tests.sweep --labels FILE` writes what the table says of labels, decoder inputs and logits, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.sweep.table import all_rows, label_table, measured, read_table, summary, write_table
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line."""
+    if arguments[:1] == ["--labels"]:
+        Path(arguments[1]).write_text(json.dumps(label_table(read_table()), indent=1) + "\n", encoding="utf-8")
+        return 0
+    found: dict[str, dict[str, Any]] = {}
+    start = time.perf_counter()
+    for row, entry in measured(arguments or all_rows()):
+        found[row] = entry
+        print(f"{time.perf_counter() - start:6.1f} s  {row}: {entry['verdict']}  {entry['reason']}", flush=True)
+    faults = write_table(found)
+    print(summary(read_table()))
+    for fault in faults:
+        print(f"MISMATCH {fault}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
