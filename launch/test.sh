@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Install everything into .venv and run the tests:   bash launch/test.sh [pytest arguments]
+# Without arguments, all but the slow ones; those are `bash launch/test.sh -m slow`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,5 +15,6 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
 fi
 # All others are about ranks on a CPU, also where there is a GPU
 export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+[ $# -gt 0 ] || set -- -m "not slow"
 echo "+ python -m pytest $*"
 exec python -m pytest "$@"
