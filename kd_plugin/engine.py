@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kd_plugin import checks
+from kd_plugin import checks, processor
 from kd_plugin.collectives import all_reduce
 from kd_plugin.config import RunConfig, TrainConfig
 from kd_plugin.precision import automatic_dtype, slow_dtype, with_dtypes
@@ -67,6 +67,8 @@ class Placement:
 
     def settled_precision(self, config: RunConfig) -> RunConfig:
         """`config` with `dtype: auto` replaced, alike on all ranks; raises ValueError for one that the device lacks."""
+        if self.device.type == "cpu" and self.world_size > 1:
+            processor.settle([reduce_numbers(processor.emulated_here(), op="max")])
         if "auto" in (config.student.dtype, config.teacher.dtype):
             chosen, why = automatic_dtype(self.device)
             slowest = reduce_numbers({"float32": chosen == "float32"}, op="max")
@@ -169,7 +171,7 @@ def reduce_numbers(values: Mapping[str, float], *, op: str = "sum") -> dict[str,
     """Sum or maximum (`op` "sum" or "max") over all ranks, by one collective on the host."""
     if dist.get_world_size() == 1:
         return dict(values)
-    packed = torch.tensor(list(values.values()), dtype=torch.float64)
+    packed = torch.tensor(list(values.values()), dtype=torch.float64, device="cpu")
     operation = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
     all_reduce(packed, None, f"the numbers {', '.join(values)}", op=operation)
     return dict(zip(values, packed.tolist(), strict=True))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Linear, Module
 
+from kd_plugin import processor
 from kd_plugin.collectives import all_gather_object
 from kd_plugin.config import DistillConfig
 from kd_plugin.head import HeadCall
@@ -93,7 +94,7 @@ class Exchange:
             found[f"the {side}'s vocabulary"] = module and module.out_features
             found[f"the {side}'s width"] = module and module.in_features
             found[f"the dtype of the {side}'s head"] = module and str(module.weight.dtype)
-        _agree(group, found)
+        _agree(group, found, settle=training and head.weight.device.type == "cpu")
         self._agreed.add(training)
 
     def _look_at(self, weight: Tensor) -> None:
@@ -246,11 +247,17 @@ class Exchange:
         return num_ranks(self.group) if found is None else found
 
 
-def _agree(group: Any, found: dict[str, Any]) -> None:
-    """All ranks must say the same, else every rank raises. One collective of objects."""
-    everyone = all_gather_object(found, group, "settings of the loss (once, in the first step)")
+def _agree(group: Any, found: dict[str, Any], *, settle: bool) -> None:
+    """All ranks must say the same, else every rank raises. One collective of objects.
+
+    With `settle`, what processors differ in is settled by it too: products are then as wide as the oldest one needs.
+    """
+    told = found, processor.emulated_here()
+    everyone = all_gather_object(told, group, "settings of the loss (once, in the first step)")
+    if settle:
+        processor.settle(emulated for _, emulated in everyone)
     for name in found:
-        values = [other[name] for other in everyone]
+        values = [settings[name] for settings, _ in everyone]
         if any(value != values[0] for value in values):
             listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
             raise ExchangeMismatch(f"{name} differs between ranks ({listed}): give every rank the same configuration")

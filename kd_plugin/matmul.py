@@ -2,7 +2,8 @@
 
 CUDA multiplies bf16 and fp16 with an fp32 result (`out_dtype`). The CPU has no such product (torch 2.13), so
 the operands are upcast there: the head's weight once per call, the hidden states chunk by chunk. The hidden
-states' gradient is multiplied in the models' precision, unless the processor would only emulate it (`slowdown`).
+states' gradient is multiplied in the models' precision, unless the processor, or that of another rank, would only
+emulate it (`processor.multiplies`).
 
 Where it is the faster library, oneDNN multiplies in fp32 instead of MKL (see `fastest_fp32`).
 """
@@ -10,13 +11,13 @@ Where it is the faster library, oneDNN multiplies in fp32 instead of MKL (see `f
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from kd_plugin.processor import multiplies
 from kd_plugin.workspace import buffer
 
 
@@ -47,33 +48,6 @@ def fastest_fp32() -> Iterator[None]:
         yield
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = chosen
-
-
-@functools.cache
-def slowdown(dtype: torch.dtype, device_type: str) -> float:
-    """How many times as long a product in `dtype` takes as one in float32.
-
-    Many processors without AVX-512 or AMX units take ten times as long in bfloat16 (measured on Zen 3 with torch 2.13:
-    4 to 40 times, by shape). No list of instruction sets says so for every processor and every build of torch, so it
-    is measured once: a tenth of a second.
-    """
-    return _seconds_of_products(dtype, device_type) / _seconds_of_products(torch.float32, device_type)
-
-
-def _seconds_of_products(dtype: torch.dtype, device_type: str) -> float:
-    """Of a layer's forward product and of its gradient's, the fastest of a few."""
-    hidden = torch.ones(128, 512, dtype=dtype, device=device_type)
-    weight = torch.ones(512, 512, dtype=dtype, device=device_type)
-    return _fastest(lambda: hidden @ weight.t()) + _fastest(lambda: hidden @ weight)
-
-
-def _fastest(product: Callable[[], Tensor], repeats: int = 4) -> float:
-    found = []
-    for _ in range(repeats):  # the first pays for setting up
-        start = time.perf_counter()
-        product()
-        found.append(time.perf_counter() - start)
-    return min(found)
 
 
 class Operand:
@@ -112,8 +86,8 @@ class Operand:
 
     @property
     def for_gradient(self) -> Tensor:
-        """The weight that the logits' gradient is multiplied by: as it is, or wide where that is faster."""
-        if self.wide is self.weight or self.weight.is_cuda or slowdown(self.weight.dtype, "cpu") <= 1:
+        """The weight that the logits' gradient is multiplied by: as it is, or wide where half precision is emulated."""
+        if self.wide is self.weight or self.weight.is_cuda or multiplies(self.weight.dtype):
             return self.weight
         return self.wide
 

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import torch
 
-from kd_plugin import checks
+from kd_plugin import checks, processor
 from kd_plugin.config import RunConfig
-from kd_plugin.matmul import slowdown
 
 __all__ = ["automatic_dtype", "slow_dtype", "with_dtypes"]
 
 
 def automatic_dtype(device: torch.device) -> tuple[str, str]:
-    """What `dtype: auto` means on `device`, and why: bfloat16 unless float32 is faster there."""
+    """What `dtype: auto` means on `device`, and why: bfloat16 unless it would be emulated there."""
     if device.type == "cuda":
         if checks.has_bfloat16(device):
             return "bfloat16", "the GPU multiplies it"
         return "float32", f"{torch.cuda.get_device_name(device)} does not have bfloat16"
-    times = slowdown(torch.bfloat16, device.type)
-    if times <= 1:
-        return "bfloat16", f"its products take {times:.1f} x as long as in float32 on this processor"
-    return "float32", f"bfloat16 products take {times:.0f} x as long on this processor"
+    if device.type == "cpu" and (found := processor.instructions(torch.bfloat16)):
+        return "bfloat16", f"this processor multiplies it ({found})"
+    return "float32", f"this processor has none of {processor.wanted(torch.bfloat16)}"
 
 
 def slow_dtype(name: str, device: torch.device) -> str:
     """A warning about a half precision that `device` only emulates; empty for any other."""
-    times = slowdown(getattr(torch, name), "cpu") if device.type == "cpu" and name != "float32" else 1.0
-    if times <= 2:
+    dtype = processor.HALVES.get(name)
+    if device.type != "cpu" or dtype is None or processor.instructions(dtype):
         return ""
-    return f"{name}: its products take {times:.0f} x as long as in float32 on this processor; write float32, or auto"
+    return f"{name} is emulated: this processor has none of {processor.wanted(dtype)}; write float32, or auto"
 
 
 def with_dtypes(config: RunConfig, dtype: str) -> RunConfig:

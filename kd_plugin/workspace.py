@@ -26,7 +26,7 @@ def buffer(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch
     flat = _cpu.buffers.get((dtype, name))
     if flat is None or flat.numel() < rows * columns:
         with torch.inference_mode(False):  # an inference tensor could not be written to in training later
-            flat = _cpu.buffers[dtype, name] = torch.empty(rows * columns, dtype=dtype)
+            flat = _cpu.buffers[dtype, name] = torch.empty(rows * columns, dtype=dtype, device="cpu")
     return flat[: rows * columns].view(rows, columns)
 
 

@@ -57,23 +57,34 @@ def test_a_run_is_refused_before_a_model_is_loaded(
 # -- dtype: auto --------------------------------------------------------------------------------------------
 
 
-def slower_by(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor whose bfloat16 products take `factor` times as long as those in float32."""
-    monkeypatch.setattr(precision, "slowdown", lambda dtype, device_type: factor)
+def processor_with(monkeypatch: pytest.MonkeyPatch, *sets: str) -> None:
+    """A processor with these instruction sets, among those that have half-precision products."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(sets, True))
 
 
-@pytest.mark.parametrize(("factor", "chosen"), [(0.3, "bfloat16"), (12.0, "float32")])
-def test_auto_is_the_faster_precision_of_the_processor(
-    factor: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("sets", "chosen"),
+    [
+        (("avx2", "avx512_f", "avx512_bf16"), "bfloat16"),
+        (("avx512_f", "amx_tile", "amx_bf16"), "bfloat16"),
+        (("neon", "bf16"), "bfloat16"),
+        (("avx2", "avx512_f", "avx512_fp16"), "float32"),
+        (("neon", "fp16_arith"), "float32"),
+        (("avx2",), "float32"),
+    ],
+)
+def test_auto_is_what_the_processor_multiplies_by_itself(
+    sets: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slower_by(factor, monkeypatch)
+    processor_with(monkeypatch, *sets)
     found, why = precision.automatic_dtype(CPU)
-    assert found == chosen and f"{factor:g} x as long" in why
+    assert found == chosen and ("none of" if chosen == "float32" else sets[-1]) in why
 
 
-def test_the_processor_here_is_measured() -> None:
-    found, why = precision.automatic_dtype(CPU)
-    assert found in ("bfloat16", "float32") and "this processor" in why
+def test_a_build_without_onednn_uses_no_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor_with(monkeypatch, "avx512_bf16")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert precision.automatic_dtype(CPU)[0] == "float32"
 
 
 def test_auto_is_never_what_a_gpu_lacks(volta: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,25 +104,25 @@ def test_only_auto_is_replaced(tmp_path: Path) -> None:
 def test_a_run_says_what_auto_became_and_saves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    slower_by(12.0, monkeypatch)
+    processor_with(monkeypatch, "avx2")
     both = {role: {"dtype": "auto"} for role in ("teacher", "student")}
     config = run_config(make_folder(tmp_path), train={"max_steps": 1}, **both)
     with caplog.at_level(logging.INFO):
         result = kd.train(config)
-    assert "dtype: auto -> float32 (bfloat16 products take 12 x as long on this processor)" in caplog.text
+    assert "dtype: auto -> float32 (this processor has none of amx_bf16, avx512_bf16" in caplog.text
     saved = kd.load_config(result.output_dir / "config.yaml")
     assert (saved.teacher.dtype, saved.student.dtype) == ("float32", "float32")
 
 
-@pytest.mark.parametrize("factor", [0.3, 12.0])
+@pytest.mark.parametrize("native", [True, False])
 def test_a_precision_that_is_only_emulated_is_warned_of(
-    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    slower_by(factor, monkeypatch)
+    processor_with(monkeypatch, "amx_bf16" if native else "avx512_f")
     place = Placement(CPU, rank=0, world_size=1, owns_group=False)
     place.settled_precision(run_config(tmp_path, student={"dtype": "bfloat16"}))
-    warned = "student.dtype bfloat16: its products take 12 x as long as in float32 on this processor; write float32"
-    assert (warned in caplog.text) == (factor > 1)
+    warned = "student.dtype bfloat16 is emulated: this processor has none of amx_bf16, avx512_bf16, bf16, sve_bf16"
+    assert (warned in caplog.text) == (not native)
     assert "teacher.dtype" not in caplog.text
 
 
@@ -123,7 +134,7 @@ def test_before_the_launch_auto_contradicts_no_deepspeed_block(tmp_path: Path) -
 
 
 def test_an_estimate_counts_auto_as_the_device_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slower_by(12.0, monkeypatch)
+    processor_with(monkeypatch, "avx2")
     config = run_config(make_folder(tmp_path), student={"dtype": "auto"})
     assert estimate(config).setup.student_item == 2
     assert estimate(config, device="cpu").setup.student_item == 4

@@ -64,12 +64,12 @@ def test_ignored_rows_cost_no_product() -> None:
     assert products.count == 4 * -(-15 // CHUNK)
 
 
-@pytest.mark.parametrize(("slower", "half_products"), [(0.3, CHUNKS), (12.0, 0)])
+@pytest.mark.parametrize(("native", "half_products"), [(True, CHUNKS), (False, 0)])
 def test_half_precision_is_multiplied_where_the_processor_can(
-    slower: float, half_products: int, monkeypatch: pytest.MonkeyPatch
+    native: bool, half_products: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of four chunks, only the hidden states' gradient; and it is no less exact without."""
-    monkeypatch.setattr(matmul, "slowdown", lambda dtype, device_type: slower)
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype: native)
     problem, config = make_problem(rows=ROWS, dtype=torch.bfloat16, ignored=()), config_of(chunk_size=CHUNK)
     with Products() as products:
         found = gradients(run(problem, config).loss, problem.leaves)

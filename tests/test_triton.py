@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,3 +164,25 @@ def test_refuses_functions_that_it_has_no_expression_for() -> None:
 def test_triton_is_imported_late(repo_root: Path) -> None:
     code = "import sys, kd_plugin.fused_loss, kd_plugin.row_kernels.triton_kernel; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=repo_root, timeout=100).returncode == 0
+
+
+def test_the_shape_of_a_launch_hangs_on_no_clock_and_no_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of a row change with it in their last bits."""
+    launched: list[dict[str, int]] = []
+
+    class Function:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return lambda *arguments, **settings: launched.append(settings)
+
+    knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=False))
+    monkeypatch.setattr(triton_kernel, "_triton", lambda: SimpleNamespace(knobs=knobs))
+    for sweeps in (2, 3):
+        kernel = triton_kernel.Kernel(Source("", ("student", "teacher"), sweeps), Function())
+        monkeypatch.setattr(triton_kernel, "build", lambda *arguments, kernel=kernel: kernel)
+        for rows in (1, 300):
+            spec = RowSpec(make_objective(DistillConfig()))
+            row_kernels.run("triton", spec, rows, torch.ones(rows, 50257), torch.ones(rows, 50257), None, None)
+    two, again, three, and_again = launched
+    assert two == again and three == and_again
+    assert (two["BLOCK"], two["num_warps"]) == (2048, 8) and (three["BLOCK"], three["num_warps"]) == (2048, 16)
+    assert triton_kernel.launch_shape(1, 2)["BLOCK"] == triton_kernel.launch_shape(1024, 2)["BLOCK"] == 1024

@@ -19,8 +19,12 @@ _MAX_GRAPHS = 64
 
 
 def compiled(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`body` by torch.compile, as one graph with a code cache of its own."""
-    return torch.compile(body, fullgraph=True, isolate_recompiles=True, recompile_limit=_MAX_GRAPHS)
+    """`body` by torch.compile, as one graph with a code cache of its own.
+
+    On a GPU torch would otherwise time several shapes of a kernel's blocks, on which the last bits of sums depend.
+    """
+    untimed = {"deterministic": True}
+    return torch.compile(body, fullgraph=True, isolate_recompiles=True, recompile_limit=_MAX_GRAPHS, options=untimed)
 
 
 def block_rows(vocab_size: int, device_type: str) -> int:

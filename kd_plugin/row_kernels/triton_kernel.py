@@ -1,8 +1,8 @@
 """The row pass as a Triton kernel: one program per row, fp32 inside, any vocabulary size.
 
-The source is generated (see `codegen`), one kernel per objective and vocabulary size. On a GPU the block size and
-the number of warps are tuned on a scratch copy of some rows, because the kernel writes over its input; under
-Triton's interpreter (`TRITON_INTERPRET=1`, for tests on a CPU) they are fixed.
+The source is generated (see `codegen`), one kernel per objective and vocabulary size. Block size and number of warps
+follow from the vocabulary and the objective (`launch_shape`). They are not tuned by timing: the sums of a row depend on
+them in their last bits, and then two runs, or two ranks, could differ.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ logger = logging.getLogger(__name__)
 
 _CURE = "set row_kernel to auto or compile"
 _INTERPRETED_BLOCK = 256
-# (columns of a block, warps), the tuner takes the fastest: 4 or 8 columns per thread, as every sum has one
-# accumulator per column. More do not fit the registers of an objective with three sweeps.
-_CONFIGS = ((1024, 4), (1024, 8), (2048, 8), (2048, 16), (4096, 16), (4096, 32))
 # Without fused multiply-add, so that an expression rounds alike for a row and for its tokens: the top token is
 # the one whose log-probability equals the row's maximum.
 _OPTIONS = {"enable_fp_fusion": False}
@@ -90,13 +87,14 @@ def build(spec: RowSpec, vocab_size: int, given: tuple[str, ...]) -> Kernel:
     return Kernel(source, triton.jit(namespace["row_kernel"]))
 
 
-@functools.cache
-def _tuner(kernel: Kernel, vocab_size: int) -> Any:
-    """The kernel that chooses its configuration at its first launch."""
-    triton = _triton()
-    widest = max(_CONFIGS[0][0], triton.next_power_of_2(vocab_size))
-    configs = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in _CONFIGS if block <= widest]
-    return triton.autotune(configs=configs, key=[])(kernel.function)
+def launch_shape(vocab_size: int, sweeps: int) -> dict[str, int]:
+    """Columns of a block and warps of a program.
+
+    Every sum has one accumulator per column: 8 columns per thread, 4 where a third sweep needs its registers.
+    """
+    block = 1024 if vocab_size <= 1024 else 2048
+    columns_per_thread = 8 if sweeps <= 2 else 4
+    return {"BLOCK": block, "num_warps": block // (32 * columns_per_thread)}
 
 
 def row_pass(
@@ -119,28 +117,14 @@ def row_pass(
     if rows == 0:
         return statistics
     with torch.cuda.device_of(student_logits):  # Triton launches on the current device
-        if _triton().knobs.runtime.interpret:
-            _launch(kernel.function, kernel, rows, tensors, statistics, BLOCK=_INTERPRETED_BLOCK)
-        else:
-            tuner = _tuner(kernel, vocab_size)
-            if len(tuner.configs) > 1 and not tuner.cache:
-                _tune(tuner, kernel, tensors, statistics)
-            _launch(tuner, kernel, rows, tensors, statistics)
+        interpreted = _triton().knobs.runtime.interpret
+        shape = {"BLOCK": _INTERPRETED_BLOCK} if interpreted else launch_shape(vocab_size, kernel.source.sweeps)
+        _launch(kernel, rows, tensors, statistics, shape)
     return statistics
 
 
-def _launch(
-    function: Any, kernel: Kernel, rows: int, tensors: dict[str, Tensor], statistics: Tensor, **meta: int
-) -> None:
+def _launch(kernel: Kernel, rows: int, tensors: dict[str, Tensor], statistics: Tensor, shape: dict[str, int]) -> None:
     arguments: list[Any] = []
     for name in kernel.source.inputs:
         arguments += [tensors[name], tensors[name].stride(0)]
-    function[(rows,)](*arguments, statistics, **meta, **_OPTIONS)
-
-
-def _tune(tuner: Any, kernel: Kernel, tensors: dict[str, Tensor], statistics: Tensor) -> None:
-    """Choose the configuration on copies of as many rows as run at once; the live logits are not touched."""
-    student = tensors["student"]
-    rows = min(student.shape[0], torch.cuda.get_device_properties(student.device).multi_processor_count)
-    _launch(tuner, kernel, rows, {**tensors, "student": student[:rows].clone()}, statistics)
-    logger.info("row_kernel triton: chose %s", tuner.best_config)
+    kernel.function[(rows,)](*arguments, statistics, **shape, **_OPTIONS)

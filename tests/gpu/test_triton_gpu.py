@@ -33,7 +33,7 @@ def test_equals_the_compiled_kernel(divergence: str, vocab: int) -> None:
     weights = torch.linspace(0, 2, 8, device="cuda")[:, None]
     spec = RowSpec(make_objective(DistillConfig(divergence=divergence, temperature=2.0)))
     results = []
-    for kernel in ("compile", "triton", "triton"):  # the first of the two launches tunes
+    for kernel in ("compile", "triton", "triton"):
         logits = student.clone()
         statistics = row_kernels.run(kernel, spec, 8, logits, teacher, student.gather(1, targets), weights)
         results.append((statistics, logits))
@@ -66,7 +66,7 @@ def test_a_step_whose_rows_are_given_does_not_wait_for_the_device(kernel: str) -
         (sums.loss_sum / 150).backward()
         return sums.loss_sum
 
-    first = step()  # compiles and tunes
+    first = step()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     second = step()
     torch.cuda.set_sync_debug_mode("default")
