@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kd_plugin import causal_lm, checks, lora
 from kd_plugin.bypass import BypassWatch
-from kd_plugin.chunks import rows_per_chunk
+from kd_plugin.chunks import chunk_rows
 from kd_plugin.collectives import located, of_others
 from kd_plugin.config import DistillConfig
 from kd_plugin.exchange import Consumer, Exchange
@@ -30,7 +30,6 @@ from kd_plugin.first_step import before_first_step
 from kd_plugin.head import DistillHead, HeadCall, teacher_head_forward
 from kd_plugin.measures import Measures
 from kd_plugin.metrics import num_ranks
-from kd_plugin.objective import make_objective
 from kd_plugin.parallel.fsdp import row_shards
 from kd_plugin.replaced import ReplacedForward, is_replaced
 from kd_plugin.step import model_output, per_item, row_targets
@@ -82,8 +81,7 @@ class Plugin:
     @property
     def chunk_size(self) -> int:
         """Rows per chunk, resolved."""
-        teachers = self.exchange.teacher_size if make_objective(self.config).by_rank else None
-        return rows_per_chunk(self.config.chunk_size, self.config.loss_memory_mb, self.student_vocab_size, teachers)
+        return chunk_rows(self.config, self.student_vocab_size, self.exchange.teacher_size)
 
     @property
     def student_vocab_size(self) -> int:
@@ -131,6 +129,7 @@ class Plugin:
         tied = causal_lm.is_tied(model, head)  # its wrapper gathers both together, and waits for both to have run
         self.exchange.teacher_size, self.exchange.teacher_width = head.out_features, head.in_features
         self.exchange.teacher_head, self.exchange.teacher_tied = head, tied
+        checks.warn_of_untrained_rows(self.config, self._slot.module, self.student_vocab_size, head.out_features)
         self.exchange.teacher_transform, self.exchange.teacher_logits_bias = transform, logits_bias
 
         def forward(*args: Any, kd_consumer: Consumer | None = None, **kwargs: Any) -> Any:
@@ -297,6 +296,11 @@ def attach(
     that settles the chunks anyway), and the loss is scaled so that gradients averaged over the ranks are those of
     the global mean; over several micro-batches that is a mean of means. The output has a loss and no logits. A
     mixture of experts' router loss is added, as the model would.
+
+    A student's head with more rows than the teacher's: cross-entropy and perplexity are the student's own, over all
+    its rows, and any of them may be a label; the soft loss is over the rows of both; kl_t1, top1_agreement and
+    acceptance_rate give the others probability 0 under the teacher. With `hard_weight=0` nothing trains the others,
+    which a warning says. Rows that only the teacher has do not exist.
 
     Raises:
         ValueError: a head that is sharded, quantised or not linear, logits changed in an unknown way, a student
