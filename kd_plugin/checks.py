@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kd_plugin.config import DistillConfig
+from kd_plugin.objective import make_objective
+
+logger = logging.getLogger(__name__)
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _KEEP_OUT = (
@@ -25,7 +29,7 @@ _TENSOR_PARALLEL = (
 
 
 def whole_weight(name: str, weight: Tensor) -> None:
-    """Refuse a head weight that is sharded, partitioned or quantised."""
+    """Refuse a head weight that is sharded, partitioned, elsewhere or quantised."""
     if isinstance(weight, (DTensor, AsyncCollectiveTensor)):
         kind = "a DTensor (of FSDP2 or tensor-parallel)" if isinstance(weight, DTensor) else "an AsyncCollectiveTensor"
         raise ValueError(
@@ -37,6 +41,11 @@ def whole_weight(name: str, weight: Tensor) -> None:
             f"{name} comes from full_tensor(), whose gradient stays on this rank: write "
             "full_tensor(grad_placements=[Partial('avg')]) to have it averaged over the ranks as FSDP2 does, or "
             "kd_plugin.attach(student, teacher, config) before fully_shard"
+        )
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"{name} is on the meta device, its values are elsewhere (accelerate offload, or never loaded): load the "
+            "model without device_map, or call accelerate.hooks.remove_hook_from_module(model, recurse=True)"
         )
     if weight.numel() == 0 or (hasattr(weight, "ds_id") and weight.dim() != 2):
         raise ValueError(
@@ -86,10 +95,18 @@ def has_bfloat16(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def floats(name: str, tensor: Tensor, what: str) -> None:
+    """Refuse integers, booleans and complex numbers, whose products or gradients would be no numbers of a model."""
+    if tensor.dtype not in _FLOATS:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+        raise ValueError(f"{name} is {tensor.dtype}; wanted {wanted}: pass {what}")
+
+
 def _pair(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     whole_weight(f"{side}_weight", weight)
     if isinstance(hidden, DTensor):
         raise ValueError(f"{side}_hidden is a DTensor; pass this rank's rows: {side}_hidden.to_local()")
+    floats(f"{side}_hidden", hidden, "the hidden states that enter the head, not token ids")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{side}_hidden {tuple(hidden.shape)} and {side}_weight {tuple(weight.shape)} differ in width: "
@@ -99,6 +116,8 @@ def _pair(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
         raise ValueError(
             f"{side}_bias has shape {tuple(bias.shape)}; wanted [{weight.shape[0]}], one per vocabulary row"
         )
+    if bias is not None:
+        floats(f"{side}_bias", bias, "the head's bias")
     if hidden.device != weight.device:
         raise ValueError(f"{side}_hidden is on {hidden.device}, {side}_weight on {weight.device}: move one of them")
 
@@ -150,15 +169,15 @@ def token_weights(weights: Tensor | None, hidden: Tensor) -> None:
 
 
 def targets_in_vocabulary(targets: Tensor, rows: Tensor, vocab_size: int) -> None:
-    """Every counted label must be one of the `vocab_size` shared token ids. Reads the device back."""
+    """Every counted label must be one of the student's `vocab_size` token ids. Reads the device back."""
     if rows.numel() == 0:
         return
     counted = targets[rows]
     low, high = torch.stack([counted.min(), counted.max()]).tolist()
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"target {low if low < 0 else high} lies outside the vocabulary of {vocab_size} shared tokens: "
-            "wrong tokenizer, or a padding label other than ignore_index?"
+            f"target {low if low < 0 else high} lies outside the vocabulary of {vocab_size} tokens that the "
+            "student has: wrong tokenizer, or a padding label other than ignore_index?"
         )
 
 
@@ -179,6 +198,8 @@ def logits_inputs(
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if isinstance(logits, DTensor):
             raise ValueError(f"{name} is a DTensor; pass whole rows of logits: {name}.full_tensor() or the local rows")
+        if logits is not None and (config.soft_weight or name == "student_logits"):
+            floats(name, logits, "what the model's head returns, not token ids or labels")
     loss_targets(targets, student_logits.shape[:-1], config)
 
 
@@ -249,3 +270,15 @@ def distill_config(config: object) -> None:
     """A configuration where one is wanted."""
     if not isinstance(config, DistillConfig):
         raise ValueError(f"config is a {type(config).__name__}; wanted kd_plugin.DistillConfig(...)")
+
+
+def warn_of_untrained_rows(config: DistillConfig, head: torch.nn.Module, student_size: int, teacher_size: int) -> None:
+    """Say which rows of the student's head no loss reaches, though it is trained."""
+    if config.hard_weight or student_size <= teacher_size or make_objective(config).by_rank:
+        return
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        logger.warning(
+            "distill.hard_weight is 0, and the student's head has %d rows, the teacher's %d: nothing trains rows %d to "
+            "%d, which generation samples from all the same; set hard_weight > 0, or resize the student to %d tokens",
+            *(student_size, teacher_size, teacher_size, student_size - 1, teacher_size),
+        )

@@ -3,9 +3,13 @@
 Per chunk: one product for the student's logits, one for the teacher's, one row pass that leaves the gradient
 where the student's logits were, one product for the hidden states' gradient and one for the weight's.
 
+A student with more token ids V than its teacher: the hard loss takes all of them, the soft loss those of both (see
+`row_kernels`). Of a teacher with more, the others are never multiplied.
+
 Memory above the inputs: `8 * C * V` bytes of chunk buffers (fp32; the teacher's is reused for the gradient in
-the precision of the model), the gradient of the hidden states, and the fp32 gradient of the weight. On a CPU
-with half-precision models, the fp32 copies of both heads come on top (see `matmul`).
+the precision of the model; `4 * C * (V + V')` where the teacher has fewer token ids V'), the gradient of the hidden
+states, and the fp32 gradient of the weight. On a CPU with half-precision models, the fp32 copies of both heads come on
+top (see `matmul`).
 """
 
 from __future__ import annotations
@@ -16,16 +20,17 @@ import torch
 from torch import Tensor
 
 from kd_plugin import row_kernels
+from kd_plugin.config import DistillConfig
 from kd_plugin.low_rank import LowRankProduct
 from kd_plugin.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
-from kd_plugin.objective import Objective
+from kd_plugin.objective import Objective, make_objective
 from kd_plugin.plan import ChunkPlan, agreed_plan, local_plan
 from kd_plugin.row_kernels import IDENTITY, NUM_LOSSES, LogitTransform, RowSpec
 from kd_plugin.teachers import TeacherSource
 from kd_plugin.workspace import buffer
 
 _MIB = 2**20
-_BYTES_PER_LOGIT = 8  # one fp32 logit of the student, one of the teacher
+_BYTES_PER_LOGIT = 4  # fp32
 
 
 @dataclass
@@ -74,12 +79,13 @@ def rows_per_chunk(
 ) -> int:
     """Rows C of one chunk: `chunk_size`, or the most for which 8 * C * V bytes fit `loss_memory_mb` MiB.
 
-    From 64 rows on, the automatic value is a multiple of 64. `teacher_vocab_size` is for uld, which holds the
-    teacher's rows whole: 4 * C * (V + V') bytes. Raises `ValueError` if not even one row fits.
+    From 64 rows on, the automatic value is a multiple of 64. Where the teacher's rows have another number of logits
+    than the student's, `teacher_vocab_size` V', it is 4 * C * (V + V') bytes. Raises `ValueError` if not even one row
+    fits.
     """
     if chunk_size != "auto":
         return int(chunk_size)
-    row_bytes = _BYTES_PER_LOGIT * (vocab_size + (teacher_vocab_size or vocab_size)) // 2
+    row_bytes = _BYTES_PER_LOGIT * (vocab_size + (teacher_vocab_size or vocab_size))
     rows = int(loss_memory_mb * _MIB) // row_bytes
     if rows < 1:
         enough = 1.006 * row_bytes / _MIB  # three digits of it are never too few
@@ -90,11 +96,23 @@ def rows_per_chunk(
     return rows if rows < 64 else rows // 64 * 64
 
 
-def shared_vocabulary(objective: Objective, student_size: int, teacher: TeacherSource | None) -> int:
-    """Token ids that both models have: the others get probability zero on both sides."""
-    if teacher is None or objective.by_rank:
-        return student_size
-    return min(student_size, teacher.vocab_size)
+def teacher_columns(objective: Objective, student_size: int, teacher_size: int) -> int:
+    """Columns of the teacher's logits that the loss reads: those of the token ids that the student has; for uld all."""
+    return teacher_size if objective.by_rank else min(student_size, teacher_size)
+
+
+def chunk_rows(config: DistillConfig, student_size: int, teacher_size: int | None) -> int:
+    """Rows of one chunk by `config`, for heads of so many rows; `teacher_size` is None without a teacher.
+
+    Raises `ValueError` as `rows_per_chunk`.
+    """
+    columns = teacher_size and teacher_columns(make_objective(config), student_size, teacher_size)
+    return rows_per_chunk(config.chunk_size, config.loss_memory_mb, student_size, columns)
+
+
+def dense_bytes(num_rows: int, student_size: int, columns_of_teacher: int) -> int:
+    """Bytes of the fp32 logits of all rows, both models' together; without a teacher, 0 columns of it."""
+    return num_rows * (student_size + columns_of_teacher) * _BYTES_PER_LOGIT
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -107,6 +125,8 @@ def _of_labels(logits: Tensor, targets: Tensor) -> Tensor:
     try:
         return logits.gather(1, targets)
     except (IndexError, RuntimeError) as error:
+        if "out of bounds" not in str(error):  # out of memory, or any other trouble of the device
+            raise
         raise ValueError(
             f"loss_rows point at labels outside the vocabulary of {logits.shape[1]} ({error}): they must list "
             "the rows whose (shifted) label is not ignore_index, and no others"
@@ -130,23 +150,21 @@ class _Loop:
         weight: Tensor,
         bias: Tensor | None,
         low_rank: LowRankProduct | None,
-        vocab_size: int,
     ) -> None:
         self.problem, self.hidden, self.bias, self.low_rank = problem, hidden, bias, low_rank
-        self.vocab_size = vocab_size
-        self.dtype = wide_dtype(hidden.dtype)
-        self.operand = Operand(
-            "student", weight[:vocab_size], self.dtype, rounded=problem.rounded_logits, hidden_dtype=hidden.dtype
-        )
+        self.dtype, vocab_size = wide_dtype(hidden.dtype), weight.shape[0]
+        self.operand = Operand("student", weight, self.dtype, rounded=problem.rounded_logits, hidden_dtype=hidden.dtype)
         self.plan = _plan(problem, hidden.device)
         problem.group_rows = self.plan.group_rows
         capacity = max(self.plan.chunk, 2)  # row_kernels.run never compiles for a single row
         self.student = buffer("student", capacity, vocab_size, self.dtype, hidden.device)
         self.teacher = None
+        columns = 0
         if problem.teacher is not None:
-            columns = problem.teacher.vocab_size if problem.objective.by_rank else vocab_size
+            columns = teacher_columns(problem.objective, vocab_size, problem.teacher.vocab_size)
             problem.teacher.prepare(self.plan, columns, self.dtype, rounded=problem.rounded_logits)
             self.teacher = buffer("teacher", capacity, columns, self.dtype, hidden.device)
+        problem.dense_bytes = dense_bytes(problem.num_rows, vocab_size, columns)
 
     def run_rows(self, spec: RowSpec, index: int, hidden: Tensor) -> Tensor:
         """Logits and row pass of one chunk; leaves the gradient in `self.student`. -> statistics `[n, K]`."""
@@ -154,7 +172,7 @@ class _Loop:
         rows, n = self.plan.of(index)
         logits = self.student[:n]
         mm_into(logits, hidden, self.operand)
-        add_bias(logits, None if self.bias is None else self.bias[: self.vocab_size])
+        add_bias(logits, self.bias)
         if self.low_rank is not None:
             self.low_rank.add_to(logits, self.low_rank.factor[rows])
         if problem.teacher is not None:
@@ -183,7 +201,7 @@ class _Loop:
         """`gradient` in the model's precision; in the teacher's buffer, which the row pass is done with."""
         if gradient.dtype == dtype:
             return gradient
-        if self.teacher is None or self.teacher.shape[1] < gradient.shape[1]:
+        if self.teacher is None or self.teacher.nbytes < gradient.numel() * dtype.itemsize:
             return gradient.to(dtype)
         return self.teacher.view(-1).view(dtype)[: gradient.numel()].view_as(gradient).copy_(gradient)
 
@@ -221,8 +239,7 @@ def _run(
 ) -> Result:
     need_hidden, need_weight, need_bias = needed
     teacher = problem.teacher
-    vocab_size = shared_vocabulary(problem.objective, weight.shape[0], teacher)
-    loop = _Loop(problem, hidden, weight, bias, low_rank, vocab_size)
+    loop = _Loop(problem, hidden, weight, bias, low_rank)
     spec = RowSpec(
         problem.objective,
         problem.student_transform,
@@ -232,7 +249,7 @@ def _run(
     sums = hidden.new_zeros(len(row_kernels.STATISTICS), dtype=loop.dtype)
     all_valid = problem.rows is None
     grad_hidden = (torch.empty_like if all_valid else torch.zeros_like)(hidden) if need_hidden else None
-    grad_weight = _weight_gradient(weight, vocab_size, loop.dtype, problem.num_rows) if need_weight else None
+    grad_weight = _weight_gradient(weight, loop.dtype, problem.num_rows) if need_weight else None
     grad_bias = weight.new_zeros(weight.shape[0], dtype=loop.dtype) if need_bias else None
 
     per_row = sums.new_empty(problem.num_rows, sums.numel()) if keep_rows else None
@@ -250,7 +267,7 @@ def _run(
             continue
         gradient = loop.student[:count]
         if grad_bias is not None:
-            grad_bias[:vocab_size] += gradient.sum(0)
+            grad_bias += gradient.sum(0)
         if low_rank is not None:
             low_rank.take_gradient(gradient, rows)
         narrow = None
@@ -261,17 +278,15 @@ def _run(
         if grad_weight is not None:
             if hidden.is_cuda and (narrow is None or narrow.dtype != hidden.dtype):
                 narrow = loop.narrow(gradient, hidden.dtype)
-            accumulate_outer(grad_weight[:vocab_size], gradient, narrow, chunk_hidden, first=index == 0)
+            accumulate_outer(grad_weight, gradient, narrow, chunk_hidden, first=index == 0)
     held = [loop.student, loop.teacher, grad_hidden, grad_weight, grad_bias]
     problem.workspace_bytes = sum(t.numel() * t.element_size() for t in held if t is not None)
     problem.workspace_bytes += loop.operand.held_bytes + (0 if teacher is None else teacher.held_bytes)
     problem.workspace_bytes += 0 if low_rank is None else low_rank.held_bytes
-    problem.dense_bytes = problem.num_rows * vocab_size * _BYTES_PER_LOGIT // (2 if teacher is None else 1)
     return Result(sums, grad_hidden, grad_weight, grad_bias, per_row)
 
 
-def _weight_gradient(weight: Tensor, vocab_size: int, dtype: torch.dtype, num_rows: int) -> Tensor:
-    """Uninitialised where the first chunk writes, zero where no chunk does."""
-    gradient = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    gradient[vocab_size if num_rows else 0 :].zero_()
-    return gradient
+def _weight_gradient(weight: Tensor, dtype: torch.dtype, num_rows: int) -> Tensor:
+    """Uninitialised where the first chunk writes, zero where there is no chunk."""
+    new = torch.empty if num_rows else torch.zeros
+    return new(weight.shape, dtype=dtype, device=weight.device)

@@ -131,8 +131,7 @@ class Exchange:
         if self.mode == "weight":
             return False
         if self._shard is None:
-            shared = student_size if self.teacher_size is None else min(student_size, self.teacher_size)
-            self._shard = cut(student_size, shared, self._shard_group)
+            self._shard = cut(student_size, self.teacher_size, self._shard_group)
         return True
 
     def consumer(self, call: HeadCall) -> Consumer:
@@ -149,7 +148,8 @@ class Exchange:
         def keep_rows(teacher: HeadTeacher) -> None:
             if self._teacher_rows is None:
                 assert self._shard is not None
-                self._teacher_rows = teacher.rows(self._shard.start, self._shard.stop)
+                ids = self._shard.of_teacher
+                self._teacher_rows = teacher.rows(ids.start, ids.stop)
             call.teacher = self._as_source(self._teacher_rows, teacher.hidden)
 
         def use_hidden(hidden: Tensor) -> None:
@@ -165,20 +165,20 @@ class Exchange:
         assert shard is not None
         if head is None or self.teacher_tied:
             return None
-        found = held_rows(head, shard.bounds, shard.group, device)
+        found = held_rows(head, shard.teacher_bounds, shard.group, device)
         if found is None:
             return None
         weight, bias = found
         after = self.teacher_after_head or AfterHead()  # else not measured yet, and read again once it is
         if after.bias is not None:
-            extra = after.bias[shard.start : shard.stop].to(weight)
+            extra = after.bias[shard.of_teacher].to(weight)
             bias = extra if bias is None else bias + extra
         return HeadTeacher(weight.new_empty(0, weight.shape[1]), weight, bias, after.transform)
 
     def _as_source(self, rows: HeadTeacher, hidden: Tensor) -> HeadTeacher | ShardedHeadTeacher:
         assert self._shard is not None
         own = rows.reading(hidden)
-        return own if self.mode == "stats" else ShardedHeadTeacher(own, self._shard.bounds, self._shard.group)
+        return own if self.mode == "stats" else ShardedHeadTeacher(own, self._shard.teacher_bounds, self._shard.group)
 
     def _settle(self, hidden: Tensor, weight: Tensor, student_size: int) -> str:
         wanted = self.config.exchange
@@ -223,13 +223,14 @@ class Exchange:
         told = hidden.numel() // width, self._teacher_ranks()  # all must decide alike, so from the same numbers
         everyone = all_gather_object(told, self.group, "numbers of rows (once, in the first step)")
         rows, teacher_ranks = (max(numbers) for numbers in zip(*everyone, strict=True))
-        assert self.teacher_width is not None
+        assert self.teacher_width is not None and self.teacher_size is not None
         in_rows = row_shards(weight) is not None
         reduced = _REDUCE_BYTES if weight.requires_grad else 0
         student = Head(vocab_size, width, ranks if in_rows else 1, item, reduced)
-        teacher = Head(vocab_size, self.teacher_width, teacher_ranks, item)
-        numbers = shards.exchanged_numbers(make_objective(self.config))
+        teacher = Head(self.teacher_size, self.teacher_width, teacher_ranks, item)
+        numbers = shards.exchanged_numbers(make_objective(self.config), self.teacher_size < vocab_size)
         text = f"W {ranks}, rows {rows}, V {vocab_size}, D {width}, E {self.teacher_width}"
+        text += "" if self.teacher_size == vocab_size else f", V' {self.teacher_size}"
         text += "" if in_rows else ", the student's head is whole in each"
         text += "" if weight.requires_grad else ", the student's head is frozen"
         text += "" if teacher.ranks > 1 else ", the teacher's head is there anyway"

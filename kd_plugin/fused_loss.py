@@ -118,23 +118,26 @@ def make_problem(
     transform: LogitTransform | None = None,
     token_weights: Tensor | None = None,  # [N]
     rows: Tensor | None = None,  # [n]
+    teacher_size: int | None = None,  # V', where `teacher` holds a part of the columns
 ) -> chunks.Problem:
     """What is to be computed. Finds the valid rows unless they are given, which reads the device back."""
     objective = make_objective(config)
     if rows is None and targets is not None:
         valid = targets != config.ignore_index
         rows = valid.nonzero().squeeze(1)
-        checks.targets_in_vocabulary(targets, rows, chunks.shared_vocabulary(objective, student_size, teacher))
+        checks.targets_in_vocabulary(targets, rows, student_size)
     num_rows = flat.shape[0] if rows is None else rows.shape[0]
-    teacher_size = teacher.vocab_size if teacher is not None and objective.by_rank else None
+    teacher = teacher if objective.needs_teacher else None
+    if teacher is not None and teacher_size is None:
+        teacher_size = teacher.vocab_size
     return chunks.Problem(
         objective=objective,
-        teacher=teacher if objective.needs_teacher else None,
+        teacher=teacher,
         targets=targets,
         rows=None if num_rows == flat.shape[0] else rows,
         num_rows=num_rows,
         token_weights=token_weights,
-        chunk_size=chunks.rows_per_chunk(config.chunk_size, config.loss_memory_mb, student_size, teacher_size),
+        chunk_size=chunks.chunk_rows(config, student_size, None if teacher is None else teacher_size),
         row_kernel=row_kernels.choose(config.row_kernel, flat.device.type),
         student_transform=transform or LogitTransform(),
         rounded_logits=config.logits_dtype == "input",
@@ -248,9 +251,11 @@ def distill_loss(
         student_hidden: `[..., D]`, any float dtype; gets a gradient if it requires one.
         student_weight: `[V, D]`; likewise.
         teacher_hidden: `[..., E]`, the same leading shape; never gets a gradient. None if `soft_weight` is 0.
-        teacher_weight: `[V', E]`. Both vocabularies are cut to the first min(V, V') rows.
-        targets: `[...]` int64, the label of each row itself (already shifted); `config.ignore_index` skips a row.
-            None with `hard_weight=0`: every row counts.
+        teacher_weight: `[V', E]`. The soft loss is over the first min(V, V') rows of both, each softmax of its own;
+            the hard loss over all V. To kl_t1, top1_agreement and acceptance_rate the teacher's probability of a token
+            that it lacks is 0 (README, "Divergences").
+        targets: `[...]` int64, the label of each row itself (already shifted), any of the V token ids;
+            `config.ignore_index` skips a row. None with `hard_weight=0`: every row counts.
         config: the objective.
         student_bias: `[V]`.
         teacher_bias: `[V']`.
@@ -258,8 +263,9 @@ def distill_loss(
         num_items: divides the sums over rows, 0 or more (0 counts as 1); default: the valid rows of this call.
 
     Raises:
-        ValueError: shapes that do not fit, targets outside the shared vocabulary, DTensors, or weights that
-            ZeRO-3 has partitioned away; the message says what to do instead.
+        ValueError: shapes that do not fit, tensors that are no floats, targets outside the student's vocabulary,
+            DTensors, or weights that are elsewhere (partitioned by ZeRO-3, on the meta device); the message says
+            what to do instead.
     """
     teacher = checked_teacher(
         student_hidden, student_weight, teacher_hidden, teacher_weight, targets, student_bias, teacher_bias, config

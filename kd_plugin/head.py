@@ -59,11 +59,6 @@ def rows_here(parameter: Tensor, replicas: Any) -> Tensor:
     return rows
 
 
-def _first(rows: Tensor, count: int) -> Tensor:
-    """The first `count` rows; not a view of all of them, whose backward would copy the gradient."""
-    return rows if rows.shape[0] == count else rows[:count]
-
-
 def _sum_over(replicas: Any, gradient: Tensor) -> Tensor:
     total = gradient.clone(memory_format=torch.contiguous_format)
     all_reduce(total, replicas, "the gradient of the head's rows")
@@ -154,15 +149,12 @@ class DistillHead(nn.Linear):
         assert call.shard is not None
         cut = row_shards(self.weight)
         assert cut is not None
-        weight, bias = (
-            None if p is None else _first(rows_here(p, cut.replicas), call.shard.size) for p in (self.weight, self.bias)
-        )
+        weight, bias = (None if p is None else rows_here(p, cut.replicas) for p in (self.weight, self.bias))
         if self._logits_bias is not None:
             extra = self._logits_bias[0][call.shard.start : call.shard.stop].to(weight)
             bias = extra if bias is None else bias + extra
         # FSDP averages every other gradient over the ranks; this one already is the sum over all their rows
-        low_rank = None if call.low_rank is None else call.low_rank.rows(0, call.shard.size)
-        return self._vocab_parallel(hidden_states, weight, bias, low_rank, call, 1 / cut.ranks)
+        return self._vocab_parallel(hidden_states, weight, bias, call.low_rank, call, 1 / cut.ranks)
 
     def _vocab_parallel(
         self,
@@ -176,15 +168,15 @@ class DistillHead(nn.Linear):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         problem = make_problem(
             flat,
-            call.shard.vocab_size,
-            None,
+            call.shard.sizes.student,
+            call.teacher,
             call.targets,
             self.distill_config,
             transform=self.transform,
             token_weights=call.token_weights,
             rows=call.rows,
+            teacher_size=call.shard.sizes.shared,
         )
-        problem.teacher = call.teacher
         extra = ()
         if low_rank is not None:
             bias, extra = low_rank.plus(bias), (low_rank.factor, low_rank.up)

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd_plugin import checks, reference, row_kernels
-from kd_plugin.chunks import rows_per_chunk, wide_dtype
+from kd_plugin.chunks import chunk_rows, teacher_columns, wide_dtype
 from kd_plugin.config import DistillConfig
 from kd_plugin.fused_loss import DistillOutput, LossSums, normalised, scaled
-from kd_plugin.objective import Objective, make_objective
+from kd_plugin.objective import make_objective
 from kd_plugin.row_kernels import RowSpec
 
 
@@ -29,17 +29,18 @@ class _LogitsLoss(torch.autograd.Function):
         config: DistillConfig,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        objective = make_objective(config)
-        vocab_size, columns = _columns(objective, student, teacher)
+        objective, vocab_size = make_objective(config), student.shape[1]
+        teacher_size = None if teacher is None else teacher.shape[1]
         spec = RowSpec(objective, with_gradient=with_gradient and ctx.needs_input_grad[0])
         kernel = row_kernels.choose(config.row_kernel, student.device.type)
         wide = wide_dtype(student.dtype)
         gradient = torch.zeros_like(student) if spec.with_gradient else None
         sums = student.new_zeros(len(row_kernels.STATISTICS), dtype=wide)
-        chunk = rows_per_chunk(config.chunk_size, config.loss_memory_mb, vocab_size, columns)
+        chunk = chunk_rows(config, vocab_size, teacher_size)
         for piece in rows.split(chunk) if rows.numel() else ():
-            logits = _taken(student, piece, vocab_size, wide)
-            others = None if teacher is None else _taken(teacher, piece, columns, wide)
+            logits, others = _taken(student, piece, vocab_size, wide), None
+            if teacher is not None:
+                others = _taken(teacher, piece, teacher_columns(objective, vocab_size, teacher_size), wide)
             labels = target_logits = None
             if objective.hard_weight and targets is not None:
                 labels = targets[piece, None]
@@ -50,7 +51,7 @@ class _LogitsLoss(torch.autograd.Function):
                 continue
             if labels is not None:
                 row_kernels.subtract_labels(spec, logits, labels, target_logits, None)
-            gradient[piece, :vocab_size] = logits.to(gradient.dtype)
+            gradient[piece] = logits.to(gradient.dtype)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(sums)
         return objective.soft_weight * sums[0] + objective.hard_weight * sums[1], sums
@@ -62,18 +63,10 @@ class _LogitsLoss(torch.autograd.Function):
         return scaled(gradient, grad_loss, gradient.dtype), None, None, None, None, None
 
 
-def _columns(objective: Objective, student: Tensor, teacher: Tensor | None) -> tuple[int, int]:
-    """Columns of the student's and of the teacher's logits that take part."""
-    if teacher is None or objective.by_rank:
-        return student.shape[1], 0 if teacher is None else teacher.shape[1]
-    shared = min(student.shape[1], teacher.shape[1])
-    return shared, shared
-
-
-def _taken(logits: Tensor, rows: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    """`rows` of `logits`, cut to the shared vocabulary, in `dtype`; at least two rows (see row_kernels.run)."""
-    taken = logits.new_empty(max(rows.numel(), 2), vocab_size, dtype=dtype)
-    taken[: rows.numel()] = logits[rows, :vocab_size]
+def _taken(logits: Tensor, rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """`rows` of `logits`, their first `columns`, in `dtype`; at least two rows (see row_kernels.run)."""
+    taken = logits.new_empty(max(rows.numel(), 2), columns, dtype=dtype)
+    taken[: rows.numel()] = logits[rows, :columns]
     return taken
 
 
@@ -86,7 +79,7 @@ def distill_logits(
     detach_teacher: bool = True,
     num_items: int | float | Tensor | None = None,
 ) -> DistillOutput:
-    """Distillation loss of logits `[..., V]` and `[..., V']`; both are cut to the first min(V, V') columns.
+    """Distillation loss of logits `[..., V]` and `[..., V']`, of which each loss takes what `distill_loss` says.
 
     Args:
         student_logits: any float dtype; gets a gradient if it requires one.
@@ -98,7 +91,7 @@ def distill_logits(
         num_items: divides the sums over rows; 0 or more (0 counts as 1); default: the valid rows of this call.
 
     Raises:
-        ValueError: shapes that do not fit, or targets outside the shared vocabulary.
+        ValueError: shapes that do not fit, logits that are no floats, or targets outside the student's vocabulary.
     """
     if not detach_teacher:
         return reference.distill_logits(
@@ -115,7 +108,7 @@ def distill_logits(
     if targets is not None:
         targets = targets.reshape(-1)
         rows = rows[targets != config.ignore_index]
-        checks.targets_in_vocabulary(targets, rows, _columns(objective, student, teacher)[0])
+        checks.targets_in_vocabulary(targets, rows, student.shape[1])
     loss_sum, statistics = _LogitsLoss.apply(student, teacher, targets, rows, config, torch.is_grad_enabled())
     num_valid = torch.full((), rows.numel(), dtype=torch.int64, device=student.device)
     return normalised(LossSums(loss_sum, statistics, num_valid, objective.measured), num_items)

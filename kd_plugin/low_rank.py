@@ -38,7 +38,7 @@ class LowRankProduct:
 
     Args:
         factor: `[N, r]`.
-        up: `[V, r]`; where the logits have fewer columns, its first rows count.
+        up: `[V, r]`.
         dtype: of the logits.
         need_factor: whether `grad_factor` `[N, r]` is wanted, otherwise None.
         need_up: whether `grad_up` `[V, r]` is wanted, otherwise None.
@@ -62,18 +62,18 @@ class LowRankProduct:
     def add_to(self, logits: Tensor, factor: Tensor) -> None:
         """`logits[n, V] += factor[n, r] @ up.T`."""
         with fastest_fp32():
-            logits.addmm_(factor, self.up[: logits.shape[1]].t())
+            logits.addmm_(factor, self.up.t())
 
     def factor_gradient(self, gradient: Tensor) -> Tensor:
         """`[n, r]`, given the gradient of the logits `[n, V]`."""
         with fastest_fp32():
-            return torch.mm(gradient, self.up[: gradient.shape[1]])
+            return torch.mm(gradient, self.up)
 
     def accumulate_up(self, gradient: Tensor, factor: Tensor) -> None:
         """Add what these rows give to `grad_up`, if that is wanted."""
         if self.grad_up is not None:
             with fastest_fp32():
-                self.grad_up[: gradient.shape[1]].addmm_(gradient.t(), factor)
+                self.grad_up.addmm_(gradient.t(), factor)
 
     def take_gradient(self, gradient: Tensor, rows: Tensor | slice) -> None:
         """Both gradients of one chunk of `factor`, given that of its logits `[n, V]`."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugin import causal_lm, checks
-from kd_plugin.chunks import rows_per_chunk
+from kd_plugin.chunks import chunk_rows
 from kd_plugin.collectives import located, of_others
 from kd_plugin.config import DistillConfig
 from kd_plugin.exchange import Consumer, Exchange
@@ -29,7 +29,6 @@ from kd_plugin.head import HeadCall
 from kd_plugin.labels import check_same_rows
 from kd_plugin.measures import Measures
 from kd_plugin.metrics import num_ranks
-from kd_plugin.objective import make_objective
 from kd_plugin.replaced import NamedCall
 from kd_plugin.router_loss import with_router_loss
 from kd_plugin.step import check_readable, model_output, per_item
@@ -86,8 +85,7 @@ class Plugin:
     @property
     def chunk_size(self) -> int:
         """Rows per chunk, resolved."""
-        teachers = self.exchange.teacher_size if make_objective(self.config).by_rank else None
-        return rows_per_chunk(self.config.chunk_size, self.config.loss_memory_mb, self.student_vocab_size, teachers)
+        return chunk_rows(self.config, self.student_vocab_size, self.exchange.teacher_size)
 
     @property
     def student_vocab_size(self) -> int:
@@ -115,7 +113,9 @@ class Plugin:
     def _attach_teacher(self) -> None:
         self._teacher = side = TeacherSide(self.teacher, self.exchange, self._measures.watch)
         self._undo.append(side.restore)
-        check_same_rows(self._student.convention, side.convention)
+        student = self._student
+        check_same_rows(student.convention, side.convention)
+        checks.warn_of_untrained_rows(self.config, student.slot.module, student.vocab_size, side.vocab_size)
 
     # -- one step -------------------------------------------------------------------------------------------
 
@@ -253,6 +253,11 @@ def attach(
     the global mean; over several micro-batches that is a mean of means. The output has a loss and no logits. What a
     mixture of experts adds to its loss (router losses) is added with the model's own coefficients, as if it were a
     loss of each valid token: a step has the mean of its forwards' router losses, weighted by their valid tokens.
+
+    A student's head with more rows than the teacher's: cross-entropy and perplexity are the student's own, over all
+    its rows, and any of them may be a label; the soft loss is over the rows of both; kl_t1, top1_agreement and
+    acceptance_rate give the others probability 0 under the teacher. With `hard_weight=0` nothing trains the others,
+    which a warning says. Rows that only the teacher has do not exist.
 
     Raises:
         ValueError: a head that is sharded, quantised or not linear, logits changed in an unknown way, a student

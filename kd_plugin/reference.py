@@ -2,6 +2,9 @@
 
 Same signatures as the fused functions, one difference: `[tokens, vocab]` logits exist. Nothing of the loss
 engine is used here, so that the two can be compared.
+
+Of a teacher with more token ids than the student the others are cut off. To a student with more, the hard loss is over
+all of its ids and the soft loss over those of both; the metrics give the ids that the teacher lacks probability 0.
 """
 
 from __future__ import annotations
@@ -106,7 +109,7 @@ def _by_rank(config: DistillConfig) -> bool:
 
 def _output(
     student_logits: Tensor,  # [N, V], valid rows, fp32 or wider
-    teacher_logits: Tensor | None,
+    teacher_logits: Tensor | None,  # [N, V'], V' <= V unless paired by rank
     targets: Tensor | None,  # [N]
     weights: Tensor | None,  # [N]
     config: DistillConfig,
@@ -121,7 +124,8 @@ def _output(
     metrics = {}
     if config.soft_weight:
         assert teacher_logits is not None
-        soft = _soft(student_logits, teacher_logits, config)
+        shared = None if _by_rank(config) else teacher_logits.shape[-1]
+        soft = _soft(student_logits[:, :shared], teacher_logits, config)
         if config.metrics:
             metrics = _metrics(student_logits.detach(), teacher_logits.detach(), _by_rank(config))
     if config.hard_weight:
@@ -137,6 +141,8 @@ def _output(
 
 def _metrics(student_logits: Tensor, teacher_logits: Tensor, by_rank: bool) -> dict[str, Tensor]:
     q, p = _log_softmax(student_logits), _log_softmax(teacher_logits)
+    if not by_rank:
+        p = F.pad(p, (0, q.shape[-1] - p.shape[-1]), value=_FLOOR)
     per_row = {"teacher_entropy": -(p.exp() * p).sum(-1), "student_entropy": -(q.exp() * q).sum(-1)}
     if not by_rank:  # otherwise token ids do not correspond
         per_row["top1_agreement"] = (p.argmax(-1) == q.argmax(-1)).to(q.dtype)
@@ -171,21 +177,19 @@ def distill_loss(
     )
     checks.token_weights(token_weights, student_hidden)
     rows = slice(None) if targets is None else targets.reshape(-1) != config.ignore_index
-    vocab_size = None
-    if config.soft_weight and teacher_weight is not None and not _by_rank(config):
-        vocab_size = min(student_weight.shape[0], teacher_weight.shape[0])
 
-    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int | None = None) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         flat = hidden.reshape(-1, hidden.shape[-1])[rows].to(wide)
-        bias = None if bias is None else bias[:vocab_size].to(wide)
-        return F.linear(flat, weight[:vocab_size].to(wide), bias)
+        bias = None if bias is None else bias[:columns].to(wide)
+        return F.linear(flat, weight[:columns].to(wide), bias)
 
     teacher_logits = None
     if config.soft_weight:
         assert teacher_hidden is not None and teacher_weight is not None
         with torch.no_grad():
-            teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias)
+            columns = None if _by_rank(config) else student_weight.shape[0]
+            teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias, columns)
     flat_targets = None if targets is None else targets.reshape(-1)[rows]
     weights = None if token_weights is None else token_weights.reshape(-1)[rows]
     student_logits = logits(student_hidden, student_weight, student_bias)
@@ -205,13 +209,11 @@ def distill_logits(
     checks.distill_config(config)
     checks.logits_inputs(student_logits, teacher_logits, targets, config)
     rows = slice(None) if targets is None else targets.reshape(-1) != config.ignore_index
-    vocab_size = None
-    if config.soft_weight and teacher_logits is not None and not _by_rank(config):
-        vocab_size = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    columns = None if _by_rank(config) else student_logits.shape[-1]
 
     def flat(logits: Tensor) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
-        return logits.reshape(-1, logits.shape[-1])[rows, :vocab_size].to(wide)
+        return logits.reshape(-1, logits.shape[-1])[rows, :columns].to(wide)
 
     teacher = None
     if config.soft_weight:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd_plugin import row_kernels
-from kd_plugin.chunks import Problem, wide_dtype
+from kd_plugin.chunks import Problem, dense_bytes, wide_dtype
 from kd_plugin.collectives import all_gather, all_reduce, reduce_scatter
 from kd_plugin.fused_loss import scaled
 from kd_plugin.low_rank import LowRankProduct, low_rank_product
@@ -32,19 +32,21 @@ from kd_plugin.matmul import Operand, accumulate_outer, add_bias, hidden_gradien
 from kd_plugin.plan import agreed_plan
 from kd_plugin.row_gather import RowGather
 from kd_plugin.row_kernels import RowSpec, shards
+from kd_plugin.row_kernels.shards import Sizes
 from kd_plugin.teachers import HeadTeacher
 from kd_plugin.workspace import buffer
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Token ids `[start, stop)` of the shared vocabulary, held by this rank of `group`."""
+    """Token ids `[start, stop)` of the student's vocabulary, held by this rank of `group`."""
 
     start: int
     stop: int
-    vocab_size: int
-    bounds: list[int]
-    """First token id of each rank, and the end of the vocabulary."""
+    sizes: Sizes
+    """Of the vocabularies, whole."""
+    teacher_bounds: list[int]
+    """First of the teacher's token ids on each rank, and the end of those that the student has, too."""
     group: Any
     rank: int
     world_size: int
@@ -54,14 +56,26 @@ class VocabShard:
         """Columns of this rank; the last ranks may have fewer, or none."""
         return self.stop - self.start
 
+    @property
+    def of_teacher(self) -> slice:
+        """Token ids of this rank that the teacher has, too; none where the student alone has these."""
+        return slice(*self.teacher_bounds[self.rank : self.rank + 2])
 
-def cut(student_size: int, shared_size: int, group: Any) -> VocabShard:
-    """Rows of the student's head as FSDP2 cuts them (`torch.chunk`), ending where the teacher's vocabulary does."""
+    @property
+    def teacher_columns(self) -> int:
+        """Their number."""
+        return self.of_teacher.stop - self.of_teacher.start
+
+
+def cut(student_size: int, teacher_size: int | None, group: Any) -> VocabShard:
+    """Rows of the student's head as FSDP2 cuts them (`torch.chunk`), and those of them that the teacher has."""
     group = dist.group.WORLD if group is None else group
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    sizes = Sizes(student_size, student_size if teacher_size is None else min(student_size, teacher_size))
     length = -(-student_size // ranks)
-    bounds = [min(index * length, shared_size) for index in range(ranks + 1)]
-    return VocabShard(bounds[rank], bounds[rank + 1], shared_size, bounds, group, rank, ranks)
+    bounds = [min(index * length, student_size) for index in range(ranks + 1)]
+    of_teacher = [min(bound, sizes.shared) for bound in bounds]
+    return VocabShard(bounds[rank], bounds[rank + 1], sizes, of_teacher, group, rank, ranks)
 
 
 class _Loop:
@@ -90,7 +104,7 @@ class _Loop:
         rounded = problem.rounded_logits
         self.operand = Operand("student", self.weight, self.dtype, rounded=rounded, hidden_dtype=hidden.dtype)
         if teacher is not None:
-            teacher.prepare(None, shard.size, self.dtype, rounded=rounded)
+            teacher.prepare(None, shard.teacher_columns, self.dtype, rounded=rounded)
         count = len(row_kernels.STATISTICS)
         self.own = hidden.new_zeros(count, dtype=self.dtype)  # sums over this rank's rows, of what ranks agree on
         self.parts = hidden.new_zeros(shard.world_size, count, dtype=self.dtype)  # what this rank adds to each rank's
@@ -108,16 +122,16 @@ class _Loop:
         return rows if self.teacher is None else rows | {"teacher": self.teacher.hidden}
 
     def logits(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Both models' logits `[W * C, V_r]` of this rank's columns."""
-        rows, columns, device = given["student"].shape[0], self.shard.size, self.weight.device
-        student = buffer("student", rows, columns, self.dtype, device)
+        """Both models' logits of this rank's columns, `[W * C, V_r]` and `[W * C, V'_r]`."""
+        rows, device = given["student"].shape[0], self.weight.device
+        student = buffer("student", rows, self.shard.size, self.dtype, device)
         mm_into(student, given["student"], self.operand)
         add_bias(student, self.bias)
         if self.low_rank is not None:
             self.low_rank.add_to(student, given["factor"])
         if self.teacher is None:
             return student, None
-        teacher = buffer("teacher", rows, columns, self.dtype, device)
+        teacher = buffer("teacher", rows, self.shard.teacher_columns, self.dtype, device)
         self.teacher.multiply_into(teacher, given["teacher"])
         return student, teacher
 
@@ -134,12 +148,12 @@ class _Loop:
         kernel, spec, shard = self.problem.row_kernel, self.spec, self.shard
         student, teacher = self.logits(given)
         weights, valid = given["weights"].split(1, dim=-1)
-        args = (kernel, spec, shard.vocab_size, student, teacher)
+        args = (kernel, spec, shard.sizes, student, teacher)
         moments = shards.moments(*args)
         if "targets" in given:
             columns, here, label_logits = self.labels(given["targets"], student)
             moments = torch.cat([moments, label_logits], -1)
-        merged = shards.merge(spec, all_gather(moments[None], shard.group, "the softmaxes' statistics"))
+        merged = shards.merge(spec, shard.sizes, all_gather(moments[None], shard.group, "the softmaxes' statistics"))
         sums = shards.sums(*args, merged)
         if sums.shape[1]:
             all_reduce(sums, shard.group, "the divergence's sums")
@@ -174,10 +188,11 @@ class _Loop:
 
     def held_bytes(self, *gradients: Tensor | None) -> int:
         """Bytes above the inputs at the peak: both models' logits of one chunk, and the gradients."""
-        rows, sides = self.shard.world_size * self.plan.chunk, 1 if self.teacher is None else 2
+        rows, columns = self.shard.world_size * self.plan.chunk, self.shard.size
+        columns += 0 if self.teacher is None else self.shard.teacher_columns
         held = sum(g.numel() * g.element_size() for g in gradients if g is not None)
         held += self.operand.held_bytes + (0 if self.teacher is None else self.teacher.held_bytes)
-        return held + sides * rows * self.shard.size * self.dtype.itemsize
+        return held + rows * columns * self.dtype.itemsize
 
 
 class VocabParallelDistill(torch.autograd.Function):
@@ -209,11 +224,12 @@ class VocabParallelDistill(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = _run(loop, hidden, weight, needed[:3])
         total = loop.total()
         problem.workspace_bytes = loop.held_bytes(grad_hidden, grad_weight, grad_bias)
-        problem.dense_bytes = problem.num_rows * shard.vocab_size * 2 * loop.dtype.itemsize
+        columns = 0 if problem.teacher is None else shard.sizes.shared
+        problem.dense_bytes = dense_bytes(problem.num_rows, shard.sizes.student, columns)
         problem.workspace_bytes += 0 if low_rank is None else low_rank.held_bytes
         extra = () if low_rank is None else (low_rank.grad_factor, low_rank.grad_up)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, *extra)
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, weight, factor, up)]
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, factor, up)]
         ctx.weight_scale = weight_scale
         ctx.mark_non_differentiable(total)
         objective = problem.objective

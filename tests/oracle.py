@@ -6,12 +6,14 @@ holds everything, which is what an oracle may do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd")
@@ -116,7 +118,13 @@ def soft_loss(student: Tensor, teacher: Tensor, config: Any) -> Tensor:
 
 
 def measurements(student: Tensor, teacher: Tensor, by_rank: bool = False) -> dict[str, Tensor]:
-    """One row's metrics, at temperature 1; where ids do not correspond only the entropies mean anything."""
+    """One row's metrics, at temperature 1; where ids do not correspond only the entropies mean anything.
+
+    Both distributions are whole: the teacher gives an id that it lacks the probability 0, and so does the student.
+    """
+    if not by_rank:
+        size = max(len(student), len(teacher))
+        student, teacher = (F.pad(z, (0, size - len(z)), value=-math.inf) for z in (student, teacher))
     log_q, log_p = log_probs(student), log_probs(teacher)
     q, p = log_q.exp(), log_p.exp()
     entropies = {"teacher_entropy": _expectation(p, -log_p), "student_entropy": _expectation(q, -log_q)}
@@ -139,24 +147,26 @@ def distill_logits(
     num_items: float | None = None,
     token_weights: Tensor | None = None,  # [N]
 ) -> Expected:
-    """The objective of `config` on logits, in fp64."""
+    """The objective of `config` on logits, in fp64: the hard loss over all of the student's columns, the soft loss
+    over those that both have. Columns that only the teacher has do not exist."""
     student = student.double()
-    columns = teacher_columns = student.shape[1]
+    shared = student.shape[1]
     by_rank = "uld" in ([term.name for term in config.terms] if config.terms else [config.divergence])
     if config.soft_weight:
         assert teacher is not None
-        teacher, teacher_columns = teacher.detach().double(), teacher.shape[1]
+        teacher = teacher.detach().double()
         if not by_rank:
-            columns = teacher_columns = min(columns, teacher_columns)
+            teacher = teacher[:, :shared]
+            shared = teacher.shape[1]
     rows = [i for i in range(len(student)) if targets is None or int(targets[i]) != config.ignore_index]
     soft = hard = student.new_zeros(())
     sums: dict[str, Tensor] = {}
     for i in rows:
-        z = student[i, :columns]
+        z = student[i]
         weight = 1.0 if token_weights is None else token_weights[i].double()
         if config.soft_weight:
-            t = teacher[i, :teacher_columns]
-            soft = soft + weight * soft_loss(z, t, config)
+            t = teacher[i]
+            soft = soft + weight * soft_loss(z[:shared], t, config)
             for name, measured in measurements(z.detach(), t, by_rank).items():
                 sums[name] = sums.get(name, 0.0) + measured
         if config.hard_weight:
@@ -226,14 +236,13 @@ def make_problem(
     bias: bool = False,
     seed: int = 0,
 ) -> Problem:
-    """Random signed inputs; the label of every row in `ignored` is -100."""
+    """Random signed inputs; the label of every row in `ignored` is -100, the others are any ids of the student."""
     generator = torch.Generator().manual_seed(seed)
-    shared = min(vocab, teacher_vocab or vocab)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    targets = torch.randint(0, shared, (rows,), generator=generator)
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
     targets[list(ignored)] = -100
     problem = Problem(
         normal(rows, width).requires_grad_(),

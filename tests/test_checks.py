@@ -99,13 +99,17 @@ def test_targets_that_are_not_int64(loss: Callable[..., kd.DistillOutput]) -> No
 
 
 @pytest.mark.parametrize("target", [-1, 11, 13, 10**6])
-def test_a_target_outside_the_shared_vocabulary(target: int) -> None:
-    problem = make_problem(vocab=11, teacher_vocab=14)
+@pytest.mark.parametrize("teacher_vocab", [8, 14])
+def test_a_target_outside_the_students_vocabulary(target: int, teacher_vocab: int) -> None:
+    problem = make_problem(vocab=11, teacher_vocab=teacher_vocab)
     problem.targets[4] = target
-    words = (f"target {target} lies outside", "11 shared tokens", "wrong tokenizer", "ignore_index")
-    refused(lambda: kd.distill_loss(*problem, config=config_of()), *words)
-    logits = torch.randn(13, 11), torch.randn(13, 14)
-    refused(lambda: kd.distill_logits(*logits, problem.targets, config=config_of()), *words)
+    words = (f"target {target} lies outside", "11 tokens that the student has", "wrong tokenizer", "ignore_index")
+    logits = torch.randn(13, 11), torch.randn(13, teacher_vocab)
+    for config in (config_of(), config_of(hard_weight=0)):
+        for loss in LOSSES.values():
+            refused(lambda loss=loss, config=config: loss(*problem, config=config), *words)
+        for loss in LOGITS_LOSSES.values():
+            refused(lambda loss=loss, config=config: loss(*logits, problem.targets, config=config), *words)
 
 
 def test_an_ignored_row_may_have_any_target() -> None:

@@ -162,7 +162,7 @@ def test_a_second_temperature_costs_one_more_exponential(divergence: str, temper
     def exponentials(temperature: float) -> int:
         config = config_of(divergence, temperature=temperature, metrics=False)
         found = expressions.trace(RowSpec(make_objective(config)), 64, ("student", "teacher", "target"))
-        needed, waiting = set(), [found.gradient]
+        needed, waiting = set(), list(found.gradients.values())
         while waiting:
             node = waiting.pop()
             if node not in needed:

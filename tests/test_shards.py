@@ -27,7 +27,7 @@ class Rows:
 
     spec: RowSpec
     student: Tensor  # [ROWS, VOCAB]
-    teacher: Tensor | None
+    teacher: Tensor | None  # [ROWS, V'], V' <= VOCAB
     targets: Tensor  # [ROWS, 1]
     weights: Tensor = field(default_factory=lambda: torch.linspace(0, 2, ROWS, dtype=torch.float64)[:, None])
 
@@ -45,15 +45,17 @@ class Rows:
         parts = [slice(start, stop) for start, stop in pairwise(bounds)]
         cuts = [(self.student[:, p].clone(), None if self.teacher is None else self.teacher[:, p]) for p in parts]
         hard = bool(self.spec.objective.hard_weight)
-        one = [shards.moments(kernel, self.spec, VOCAB, *cut) for cut in cuts]
+        sizes = shards.Sizes(VOCAB, VOCAB if self.teacher is None else self.teacher.shape[1])
+        one = [shards.moments(kernel, self.spec, sizes, *cut) for cut in cuts]
         if hard:
             logits = self.student.gather(1, self.targets)
             here = [(self.targets >= p.start) & (self.targets < p.stop) for p in parts]
             one = [torch.cat([m, torch.where(h, logits, 0.0)], -1) for m, h in zip(one, here, strict=True)]
-        merged = shards.merge(self.spec, torch.stack(one))
-        sums = [shards.sums(kernel, self.spec, VOCAB, *cut, merged) for cut in cuts]
-        assert (one[0].shape[1], sums[0].shape[1]) == shards.exchanged_numbers(self.spec.objective)
-        found = [shards.finish(kernel, self.spec, VOCAB, *cut, self.weights, merged, sum(sums)) for cut in cuts]
+        merged = shards.merge(self.spec, sizes, torch.stack(one))
+        sums = [shards.sums(kernel, self.spec, sizes, *cut, merged) for cut in cuts]
+        numbers = shards.exchanged_numbers(self.spec.objective, sizes.unequal)
+        assert (one[0].shape[1], sums[0].shape[1]) == numbers
+        found = [shards.finish(kernel, self.spec, sizes, *cut, self.weights, merged, sum(sums)) for cut in cuts]
         count = found[0].shape[1] // 2
         assert all(torch.equal(one[:, :count], found[0][:, :count]) for one in found), "ranks must agree on the rows"
         statistics = found[0][:, :count] + sum(one[:, count:] for one in found)
@@ -63,13 +65,16 @@ class Rows:
         return statistics, gradient
 
 
-def make_rows(config: kd.DistillConfig, *, apart: float = 1.0, dtype: torch.dtype = torch.float64) -> Rows:
+def make_rows(
+    config: kd.DistillConfig, *, apart: float = 1.0, dtype: torch.dtype = torch.float64, teacher_size: int = VOCAB
+) -> Rows:
     generator = torch.Generator().manual_seed(3)
     teacher = 3 * torch.randn(ROWS, VOCAB, generator=generator, dtype=torch.float64)
     student = teacher + apart * torch.randn(ROWS, VOCAB, generator=generator, dtype=torch.float64)
     targets = torch.randint(VOCAB, (ROWS, 1), generator=generator)
     spec = RowSpec(make_objective(config), LogitTransform(0.5, 30.0), LogitTransform(2.0))
-    rows = Rows(spec, student.to(dtype), teacher.to(dtype) if config.soft_weight else None, targets)
+    teacher = teacher[:, :teacher_size].to(dtype) if config.soft_weight else None
+    rows = Rows(spec, student.to(dtype), teacher, targets)
     rows.weights = rows.weights.to(dtype)
     return rows
 
@@ -84,6 +89,8 @@ def check(rows: Rows, bounds: tuple[int, ...], kernel: str = "eager", tolerance:
 def test_parts_of_a_row_together_give_the_whole_rows_values_and_gradients(name: str, bounds: tuple[int, ...]) -> None:
     config = kd.DistillConfig(divergence=name, temperature=2.0, soft_weight=0.7, hard_weight=0.3)
     check(make_rows(config), bounds)
+    check(make_rows(config, teacher_size=16), bounds)  # some parts of which the teacher has nothing
+    check(make_rows(config.model_copy(update={"temperature": 1.0}), teacher_size=16), bounds)
 
 
 OBJECTIVES = {
@@ -91,19 +98,23 @@ OBJECTIVES = {
     "temperatures": {"terms": [{"name": "reverse_kl", "temperature": t} for t in (1.0, 2.0, 3.0)]},
     "smoothed, z-loss": {"hard_weight": 1.0, "label_smoothing": 0.1, "z_loss_weight": 0.01},
     "soft only": {"hard_weight": 0.0, "divergence": "skew_kl"},
+    "no metrics": {"metrics": False},
     "soft only, no metrics": {"hard_weight": 0.0, "metrics": False},
     "hard only": {"soft_weight": 0.0, "hard_weight": 1.0},
 }
 
 
+@pytest.mark.parametrize("teacher_size", [VOCAB, 16, 9])
 @pytest.mark.parametrize("settings", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_so_do_other_objectives(settings: dict[str, object]) -> None:
-    check(make_rows(kd.DistillConfig(**settings)), CUTS["uneven"])
+def test_so_do_other_objectives(settings: dict[str, object], teacher_size: int) -> None:
+    check(make_rows(kd.DistillConfig(**settings), teacher_size=teacher_size), CUTS["uneven"])
 
 
-def test_compiled_parts_do_what_eager_ones_do() -> None:
-    terms = [{"name": name} for name in ("forward_kl", "reverse_kl", "jsd")]
-    check(make_rows(kd.DistillConfig(terms=terms), dtype=torch.float32), CUTS["with empty parts"], "compile", 1e-5)
+@pytest.mark.parametrize(("bounds", "teacher_size"), [(CUTS["with empty parts"], VOCAB), ((0, 20, 23), 16)])
+def test_compiled_parts_do_what_eager_ones_do(bounds: tuple[int, ...], teacher_size: int) -> None:
+    terms = [{"name": name} for name in ("reverse_kl", "jsd")]
+    rows = make_rows(kd.DistillConfig(terms=terms), dtype=torch.float32, teacher_size=teacher_size)
+    check(rows, bounds, "compile", 1e-5)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "soft_ce", "logit_mse"])
@@ -172,3 +183,10 @@ def test_numbers_per_row_are_as_documented() -> None:
     assert shards.exchanged_numbers(objective_of(temperature=2.0)) == (10, 0)
     assert shards.exchanged_numbers(objective_of(divergence="reverse_kl", metrics=False)) == (6, 0)
     assert shards.exchanged_numbers(objective_of(divergence="jsd", metrics=False, hard_weight=0.0)) == (4, 2)
+
+
+def test_a_student_with_more_token_ids_has_one_more_softmax_at_temperature_1() -> None:
+    """Over all of its ids; that over the ids of both is left out where the temperature is another."""
+    assert shards.exchanged_numbers(objective_of(), True) == (8, 0)
+    assert shards.exchanged_numbers(objective_of(temperature=2.0), True) == (10, 0)
+    assert shards.exchanged_numbers(objective_of(hard_weight=0.0, metrics=False), True) == (4, 0)

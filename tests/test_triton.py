@@ -47,11 +47,14 @@ def test_cases_under_the_interpreter(repo_root: Path) -> None:
     assert "skipped" not in result.stdout
 
 
-def source_of(vocab: int = 1000, with_gradient: bool = True, **settings: object) -> Source:
+def source_of(
+    vocab: int = 1000, with_gradient: bool = True, teacher_vocab: int | None = None, **settings: object
+) -> Source:
     config = DistillConfig(**settings)
     given = [name for name in INPUTS if not (name == "target" and config.hard_weight == 0)]
     given = [name for name in given if not (name == "teacher" and config.soft_weight == 0)]
-    return generate(RowSpec(make_objective(config), with_gradient=with_gradient), vocab, tuple(given))
+    spec = RowSpec(make_objective(config), with_gradient=with_gradient)
+    return generate(spec, vocab, tuple(given), teacher_vocab)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,14 @@ def test_as_few_sweeps_as_the_definition_needs(sweeps: int, settings: dict[str, 
     assert source.sweeps == sweeps
     assert source.text.count("for start in") == sweeps
     assert source.text.count("tl.store(student_row") == settings.get("with_gradient", True)
+
+
+def test_columns_that_the_teacher_lacks_take_loops_but_no_sweep_of_their_own() -> None:
+    source = source_of(divergence="forward_kl", temperature=2.0, teacher_vocab=900)
+    assert source.sweeps == 2
+    ranges = re.findall(r"for start in range\((\d+, \d+), BLOCK\)", source.text)
+    assert ranges == ["0, 900", "900, 1000"] * 2
+    assert "900" not in source_of(soft_weight=0, teacher_vocab=900).text
 
 
 def test_equal_expressions_are_written_once_per_sweep() -> None:
@@ -102,8 +113,10 @@ ALL = ("skew_kl", "skew_reverse_kl", "tvd", "acceptance", "logit_mse", "logit_ms
         {"divergence": "forward_kl"},
         {"divergence": "jsd", "temperature": 2.0, "label_smoothing": 0.1},
         {"terms": [{"name": name} for name in ALL]},
+        {"teacher_vocab": 900},
+        {"teacher_vocab": 900, "hard_weight": 0.0},
     ],
-    ids=["forward_kl", "jsd", "composed"],
+    ids=["forward_kl", "jsd", "composed", "fewer columns of the teacher", "no loss of the others"],
 )
 @pytest.mark.usefixtures("compiler_cache")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled under the interpreter")
@@ -111,8 +124,11 @@ def test_compiles_for_a_gpu_that_need_not_be_there(settings: dict[str, Any]) -> 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
+    settings = dict(settings)
+    teacher_vocab = settings.pop("teacher_vocab", None)
     spec = RowSpec(make_objective(DistillConfig(**settings)), LogitTransform(scale=0.5, softcap=30.0))
-    kernel = triton_kernel.build(spec, 1025, INPUTS)
+    given = tuple(name for name in INPUTS if not (name == "target" and settings.get("hard_weight") == 0))
+    kernel = triton_kernel.build(spec, 1025, given, teacher_vocab)
     types = {"ptr": "*fp32", "stride": "i32", "BLOCK": "constexpr"}
     signature = {name: types[name.rpartition("_")[2]] for name in kernel.function.arg_names}
     for capability in (80, 90):

@@ -36,11 +36,11 @@ class Rows(NamedTuple):
     weight: Tensor | None = None
 
 
-def make_rows(vocab: int, rows: int = 2, scale: float = 3.0, seed: int = 0) -> Rows:
+def make_rows(vocab: int, rows: int = 2, scale: float = 3.0, seed: int = 0, teacher_vocab: int | None = None) -> Rows:
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (scale * torch.randn(rows, vocab, generator=generator) for _ in range(2))
     targets = torch.randint(0, vocab, (rows, 1), generator=generator)
-    return Rows(student, teacher, student.gather(1, targets))
+    return Rows(student, teacher[:, :teacher_vocab], student.gather(1, targets))
 
 
 def check(spec: RowSpec, rows: Rows, tolerance: float = 1e-5) -> Tensor:
@@ -69,6 +69,31 @@ def spec_of(*, with_gradient: bool = True, student: LogitTransform = IDENTITY, *
 def test_every_divergence(divergence: str, vocab: int, temperature: float) -> None:
     spec = RowSpec(make_objective(DistillConfig(divergence=divergence, temperature=temperature, beta=0.3)))
     check(spec, make_rows(vocab))
+
+
+@pytest.mark.parametrize(("vocab", "teacher_vocab", "temperature"), [(130, 129, 2.0), (700, 300, 1.0)])
+@pytest.mark.parametrize("divergence", BY_ID)
+def test_every_divergence_of_a_student_with_more_columns(
+    divergence: str, vocab: int, teacher_vocab: int, temperature: float
+) -> None:
+    """In parts of less than a block, and of several."""
+    rows = make_rows(vocab, teacher_vocab=teacher_vocab)._replace(weight=torch.tensor([[1.0], [2.5]]))
+    transform = LogitTransform(scale=0.5, softcap=5.0)
+    settings = {"temperature": temperature, "beta": 0.3, "label_smoothing": 0.1, "z_loss_weight": 1e-2}
+    check(spec_of(divergence=divergence, student=transform, **settings), rows)
+
+
+def test_columns_that_the_teacher_lacks_in_parts_of_the_objective() -> None:
+    rows = make_rows(130, teacher_vocab=70)
+    for settings in ({"hard_weight": 0}, {"metrics": False}, {"hard_weight": 0, "metrics": False}):
+        target = None if "hard_weight" in settings else rows.target
+        check(spec_of(**settings), rows._replace(target=target))
+    check(spec_of(with_gradient=False), rows)
+    rows.student[0, 70:] = -INF  # masked, as by a bias of the logits
+    rows.student[1, 100] = rows.student[1].max() + 1  # the top token is one that the teacher lacks
+    rows.target[0] = rows.student[0, 3]
+    statistics = check(spec_of(), rows)
+    assert statistics[1, STATISTICS.index("top1_agreement")] == 0
 
 
 @pytest.mark.parametrize("divergence", BY_ID)
@@ -161,9 +186,9 @@ def test_a_registered_divergence() -> None:
     check(spec_of(divergence="hellinger", temperature=2.0), make_rows(130))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 64])
-def test_distill_loss(chunk_size: int) -> None:
-    problem = make_problem(vocab=131, teacher_vocab=140, dtype=torch.float32, bias=True)
+@pytest.mark.parametrize(("chunk_size", "teacher_vocab"), [(1, 140), (4, 140), (64, 140), (4, 120)])
+def test_distill_loss(chunk_size: int, teacher_vocab: int) -> None:
+    problem = make_problem(vocab=131, teacher_vocab=teacher_vocab, dtype=torch.float32, bias=True)
     token_weights = torch.linspace(0, 2, 13)
 
     def run(kernel: str) -> tuple[kd.DistillOutput, list[Tensor]]:

@@ -93,11 +93,11 @@ def _upcast_heads(setup: Setup, in_rows: bool) -> list[Line]:
         return []
     lines, cut = [], setup.exchange != "weight" and setup.world_size > 1
     if setup.student_item < _FLOAT:
-        rows = setup.shard_rows if in_rows or setup.exchange == "stats" else setup.shared_vocab
+        rows = setup.shard_rows if in_rows or setup.exchange == "stats" else setup.student.vocab_size
         how = f"{rows} x {setup.student.width} x 4 B, CPU only"
         lines.append(Line("student head in fp32", rows * setup.student.width * _FLOAT, how))
     if setup.teacher is not None and setup.teacher_item < _FLOAT:
-        rows = setup.shard_rows if cut else setup.shared_vocab
+        rows = setup.teacher_shard_rows if cut else setup.teacher_columns
         how = f"{rows} x {setup.teacher.width} x 4 B, CPU only"
         lines.append(Line("teacher head in fp32", rows * setup.teacher.width * _FLOAT, how))
     return lines
@@ -109,36 +109,30 @@ def loss(setup: Setup) -> tuple[Line, ...]:
     by_rows = setup.exchange == "stats" and ranks > 1
     rows = ranks * chunk if by_rows else max(chunk, 2)
     lines = [_chunk_buffers(setup, rows, by_rows)]
-    columns = setup.shard_rows if by_rows else setup.shared_vocab
+    columns = setup.shard_rows if by_rows else student.vocab_size
     if setup.device == "cpu" and setup.distill.row_kernel in ("auto", "compile"):
         block = min(rows, block_rows(columns, "cpu"))
         lines.append(Line("row kernel", 3 * _FLOAT * block * columns, f"3 x 4 B x {block} rows x {columns}, compiled"))
     if setup.exchange == "logits" and ranks > 1 and teacher is not None:
-        size = 3 * _FLOAT * chunk * setup.shared_vocab
-        lines.append(Line("teacher logits under way", size, "3 x 4 C V: one chunk arrived, one sent, one arriving"))
+        size = 3 * _FLOAT * chunk * setup.teacher_columns
+        lines.append(Line("teacher logits under way", size, "3 x 4 C V': one chunk arrived, one sent, one arriving"))
     if by_rows:
         lines += _gathered(setup)
     item = setup.student_item
     lines.append(Line("dX", setup.rows * student.width * item, f"n {setup.rows} x D {student.width} x {item} B"))
     if student.head_trainable:
-        own = -(-student.vocab_size // ranks) if setup.student_head_in_rows else setup.shard_rows
-        kept = own if by_rows else student.vocab_size
+        kept = setup.shard_rows if by_rows else student.vocab_size
         size = kept * student.width * _FLOAT
         lines.append(Line("dW", size, f"{kept} rows x D {student.width} x 4 B"))
     return tuple(lines)
 
 
 def _chunk_buffers(setup: Setup, rows: int, by_rows: bool) -> Line:
-    student, teacher = setup.student, setup.teacher
-    if setup.by_rank and teacher is not None:
-        size = _FLOAT * rows * (student.vocab_size + teacher.vocab_size)
-        return Line(
-            "chunk buffers", size, f"4 B x {rows} rows x (V {student.vocab_size} + V' {teacher.vocab_size}) token ids"
-        )
-    sides, columns = 1 if teacher is None else 2, setup.shard_rows if by_rows else setup.shared_vocab
-    how = f"{sides} x 4 B x {rows} rows x {columns} token ids"
-    how += f" (W {setup.exchange_ranks} x C {setup.chunk} rows, V / W ids)" if by_rows else f" (C {rows}, V {columns})"
-    return Line("chunk buffers", sides * _FLOAT * rows * columns, how)
+    own = setup.shard_rows if by_rows else setup.student.vocab_size
+    other = setup.teacher_shard_rows if by_rows else setup.teacher_columns
+    sides = f"2 x 4 B x {rows} rows x {own}" if own == other else f"4 B x {rows} rows x ({own} + {other})"
+    why = f"W {setup.exchange_ranks} x C {setup.chunk} rows, V / W ids" if by_rows else f"C {rows}, V {own}, V' {other}"
+    return Line("chunk buffers", _FLOAT * rows * (own + other), f"{sides} token ids ({why})")
 
 
 def _gathered(setup: Setup) -> list[Line]:
@@ -206,8 +200,9 @@ def _teacher_states(setup: Setup) -> list[Line]:
         return []
     lines = [] if setup.teacher_streamed else [_teacher_parameters(setup, teacher)]
     if setup.exchange != "weight" and not setup.teacher_rows_held:
-        size = setup.shard_rows * teacher.width * item
-        lines.append(Line("teacher head, own rows", size, f"{setup.shard_rows} x E {teacher.width} x {item} B, a copy"))
+        rows = setup.teacher_shard_rows
+        how = f"{rows} x E {teacher.width} x {item} B, a copy"
+        lines.append(Line("teacher head, own rows", rows * teacher.width * item, how))
     return lines
 
 

@@ -147,9 +147,9 @@ def _choices(found: Estimate) -> Table:
 def _chunk(setup: Setup) -> str:
     config, vocab = setup.distill, setup.student.vocab_size
     full, row, cost = chunk_rows(setup, "auto"), 8 * vocab, f"8 B x V {vocab}"
-    if setup.by_rank and setup.teacher is not None:
-        teachers = setup.teacher.vocab_size
-        row, cost = 4 * (vocab + teachers), f"4 B x (V {vocab} + V' {teachers})"
+    if setup.teacher_columns not in (0, vocab):
+        columns = setup.teacher_columns
+        row, cost = 4 * (vocab + columns), f"4 B x (V {vocab} + V' {columns})"
     if config.chunk_size != "auto":
         return f"{setup.chunk} rows, as distill.chunk_size says; loss_memory_mb would give {min(full, setup.rows)}"
     exact = int(config.loss_memory_mb * 2**20) // row

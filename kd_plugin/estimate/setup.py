@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from kd_plugin.chunks import rows_per_chunk
+from kd_plugin.chunks import rows_per_chunk, teacher_columns
 from kd_plugin.config import DistillConfig, RunConfig
 from kd_plugin.early import layout_problems
 from kd_plugin.engine import DTYPES, accumulation_steps, parallel_mode
@@ -73,15 +73,26 @@ class Setup:
         return DTYPES[self.config.teacher.dtype].itemsize
 
     @property
-    def shared_vocab(self) -> int:
-        """Token ids in the loss."""
-        sizes = [model.vocab_size for model in (self.student, self.teacher) if model is not None]
-        return min(sizes)
+    def teacher_columns(self) -> int:
+        """Token ids of the teacher that the loss reads; 0 without a teacher."""
+        if self.teacher is None:
+            return 0
+        return teacher_columns(make_objective(self.distill), self.student.vocab_size, self.teacher.vocab_size)
+
+    @property
+    def unequal(self) -> bool:
+        """Whether the student has token ids that the teacher lacks."""
+        return self.teacher is not None and self.teacher.vocab_size < self.student.vocab_size
 
     @property
     def shard_rows(self) -> int:
-        """Most rows of a head on one rank, cut at the student's boundaries."""
-        return min(-(-self.student.vocab_size // self.exchange_ranks), self.shared_vocab)
+        """Most rows of the student's head on one rank."""
+        return -(-self.student.vocab_size // self.exchange_ranks)
+
+    @property
+    def teacher_shard_rows(self) -> int:
+        """Likewise of the teacher's, cut at the student's boundaries."""
+        return min(self.shard_rows, self.teacher_columns)
 
     @property
     def exchange_ranks(self) -> int:
@@ -226,5 +237,5 @@ def make_setup(
 
 def chunk_rows(setup: Setup, chunk_size: int | str) -> int:
     """Rows of a chunk by `chunk_size`, as the plugin computes them."""
-    teachers = setup.teacher.vocab_size if setup.teacher is not None and setup.by_rank else None
-    return rows_per_chunk(chunk_size, setup.distill.loss_memory_mb, setup.student.vocab_size, teachers)
+    student, columns = setup.student.vocab_size, setup.teacher_columns or None
+    return rows_per_chunk(chunk_size, setup.distill.loss_memory_mb, student, columns)

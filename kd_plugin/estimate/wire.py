@@ -54,7 +54,7 @@ def settled(setup: Setup) -> str:
     own, other = _student_head(setup), _teacher_head(setup, teacher)._replace(item_bytes=item)
     own = own if setup.student_head_in_rows else own._replace(ranks=1)
     other = other._replace(ranks=1) if teacher.tied else other
-    numbers = shards.exchanged_numbers(make_objective(setup.distill))
+    numbers = shards.exchanged_numbers(make_objective(setup.distill), setup.unequal)
     found = volumes(own, other, setup.tokens, ranks=setup.exchange_ranks, numbers=numbers)
     return min(found, key=lambda name: found[name])
 
@@ -111,12 +111,13 @@ def _logits(setup: Setup) -> Volume:
     tied, tied_how = _tied_teacher(setup)
     heads = _student_head(setup), _teacher_head(setup, setup.teacher)
     own = teacher_logits_bytes(*heads, setup.rows, ranks=setup.exchange_ranks)
-    return Volume(student + own + tied, f"{how} + (W - 1) n E x {setup.teacher_item} + f n V x 4{tied_how}")
+    columns = "V'" if setup.unequal else "V"
+    return Volume(student + own + tied, f"{how} + (W - 1) n E x {setup.teacher_item} + f n {columns} x 4{tied_how}")
 
 
 def _stats(setup: Setup) -> Volume:
     teacher, ranks = setup.teacher, setup.exchange_ranks
-    m, k = numbers = shards.exchanged_numbers(make_objective(setup.distill))
+    m, k = numbers = shards.exchanged_numbers(make_objective(setup.distill), setup.unequal)
     other = None if teacher is None else _teacher_head(setup, teacher)
     size = stats_bytes(_student_head(setup), other, setup.rows, ranks=ranks, numbers=numbers)
     how = f"(W - 1) n ({setup.student_item} D + {setup.teacher_item} E + 4 D + 4 x {m} W + 8 x {k} + 16)"

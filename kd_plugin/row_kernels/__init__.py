@@ -71,7 +71,7 @@ def run(
     spec: RowSpec,
     num_rows: int,
     student_logits: Tensor,  # [>= max(num_rows, 2), V]
-    teacher_logits: Tensor | None,  # [>= max(num_rows, 2), V]
+    teacher_logits: Tensor | None,  # [>= max(num_rows, 2), V']
     target_logits: Tensor | None,  # [num_rows, 1]
     row_weights: Tensor | None,  # [num_rows, 1]
 ) -> Tensor:

@@ -3,17 +3,22 @@
 Pure elementwise maths and row sums on `[n, V]`, so that one torch.compile graph serves every chunk. The parts
 that touch one column per row (the label's logit, the label's -1 in the gradient) stay with the caller: a
 gather inside the graph keeps its loops from being vectorised.
+
+A student may have more columns than its teacher: the soft loss takes those that both have, the hard loss and the
+student's side of the metrics take all (see `softmaxes`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kd_plugin.divergences import LOG_FLOOR, Row
+from kd_plugin.divergences import Row
 from kd_plugin.objective import MEASURED, Objective
+from kd_plugin.row_kernels.softmaxes import Softmaxes, Whole, parts_of, row_mean, row_sum, whole_row
 
 STATISTICS = ("soft_loss", "hard_loss", *MEASURED)
 """Columns of the statistics that a row kernel returns."""
@@ -51,65 +56,7 @@ class RowSpec(NamedTuple):
     with_gradient: bool = True
 
 
-class Softmax(NamedTuple):
-    """Log-probabilities `[n, V]`, floored, and what normalised them, `[n, 1]` each.
-
-    The maximum is subtracted before the normaliser: the two subtractions round less than one of their sum.
-    """
-
-    log_probs: Tensor
-    maximum: Tensor
-    log_sum: Tensor
-
-
-def softmax(logits: Tensor) -> Softmax:
-    """Of logits `[n, V]`, over the vocabulary."""
-    maximum = logits.amax(-1, keepdim=True)
-    shifted = logits - maximum
-    log_sum = shifted.exp().sum(-1, keepdim=True).log()
-    return Softmax((shifted - log_sum).clamp_min(LOG_FLOOR), maximum, log_sum)
-
-
-class _Softmaxes:
-    """Of one model's logits `[n, V]`, each temperature's computed once: torch.compile does not merge repetitions."""
-
-    def __init__(self, logits: Tensor, temperatures: set[float]) -> None:
-        self._logits = logits
-        self._known: dict[float, tuple[Tensor, Softmax, Tensor]] = {}
-        # exp(x) = exp(x / 2) ** 2, and dividing by a power of two is exact. On a CPU exponentials take most of the
-        # time; elsewhere memory does.
-        usable = sorted(temperatures & {2.0, 4.0}) if logits.is_cpu else []
-        self._root = usable[0] if usable else None
-
-    def at(self, temperature: float) -> tuple[Tensor, Softmax, Tensor]:
-        """Logits divided by the temperature, their softmax, and the probabilities `[n, V]`."""
-        if temperature not in self._known:
-            shared = temperature == 1.0 and self._root is not None
-            self._known[temperature] = self._power() if shared else self._plain(temperature)
-        return self._known[temperature]
-
-    def _plain(self, temperature: float) -> tuple[Tensor, Softmax, Tensor]:
-        scaled = self._logits / temperature if temperature != 1.0 else self._logits
-        found = softmax(scaled)
-        if temperature == self._root:  # by the exponentials that `_power` reads, too
-            return scaled, found, (scaled - found.maximum).exp() / found.log_sum.exp()
-        return scaled, found, found.log_probs.exp()
-
-    def _power(self) -> tuple[Tensor, Softmax, Tensor]:
-        """Temperature 1 from the exponentials of another."""
-        assert self._root is not None
-        scaled, (_, maximum, _), _ = self.at(self._root)
-        shifted = scaled - maximum
-        power = shifted.exp().square()
-        if self._root == 4.0:
-            power = power.square()
-        total = power.sum(-1, keepdim=True)
-        log_sum = total.log()
-        log_probs = (shifted * self._root - log_sum).clamp_min(LOG_FLOOR)
-        return self._logits, Softmax(log_probs, maximum * self._root, log_sum), power / total
-
-
-def _row(student: _Softmaxes, teacher: _Softmaxes, temperature: float) -> Row:
+def _row(student: Softmaxes, teacher: Softmaxes, temperature: float) -> Row:
     (s, of_student, q), (t, of_teacher, p) = student.at(temperature), teacher.at(temperature)
     return Row(s, t, of_student.log_probs, of_teacher.log_probs, q, p, s.shape[-1])
 
@@ -125,11 +72,7 @@ def _match_by_rank(row: Row) -> tuple[Row, Tensor]:
         descending = torch.nn.functional.pad(descending, (0, width - descending.shape[-1]))
     order = row.q.argsort(-1, descending=True)
     matched = torch.zeros_like(row.q).scatter_(-1, order, descending[:, :width])
-    return row._replace(p=matched), _row_sum(descending[:, width:])
-
-
-def _row_sum(elements: Tensor) -> Tensor:
-    return elements.sum(-1, keepdim=True)
+    return row._replace(p=matched), row_sum(descending[:, width:])
 
 
 def _soft(spec: RowSpec, rows: dict[float, Row], zero: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -140,7 +83,7 @@ def _soft(spec: RowSpec, rows: dict[float, Row], zero: Tensor) -> tuple[Tensor, 
         if divergence.match_by_rank:
             row, left_over = _match_by_rank(row)
             value = value + weight * scale * left_over
-        sums = tuple(_row_sum(elements) for elements in divergence.elements(torch, row))
+        sums = tuple(row_sum(elements) for elements in divergence.elements(torch, row))
         value = value + weight * scale * divergence.value(torch, sums)
         if spec.with_gradient:
             factor = spec.objective.soft_weight * weight * scale / temperature
@@ -149,43 +92,61 @@ def _soft(spec: RowSpec, rows: dict[float, Row], zero: Tensor) -> tuple[Tensor, 
     return value, gradient
 
 
-def _hard(spec: RowSpec, student: _Softmaxes, target_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (smoothed) and z-loss -> value `[n, 1]`, gradient `[n, V]` short of the label's part."""
+def _hard(spec: RowSpec, student: Whole, target_logits: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Cross-entropy (smoothed) and z-loss -> value `[n, 1]`, gradient of each part short of the label's own."""
     objective = spec.objective
-    logits, plain, q = student.at(1.0)
     smoothing = objective.label_smoothing
-    value = plain.log_sum - (spec.student.apply(target_logits) - plain.maximum)
-    gradient = q
+    value = student.log_sum - (spec.student.apply(target_logits) - student.maximum)
+    gradients = list(student.probs)
     if smoothing:
-        value = (1 - smoothing) * value - smoothing * plain.log_probs.mean(-1, keepdim=True)
-        gradient = gradient - smoothing / logits.shape[-1]
+        value = (1 - smoothing) * value - smoothing * row_mean(student.log_probs)
+        size = sum(part.shape[-1] for part in student.probs)
+        gradients = [gradient - smoothing / size for gradient in gradients]
     if objective.z_loss_weight:
-        lse = plain.maximum + plain.log_sum
+        lse = student.maximum + student.log_sum
         value = value + objective.z_loss_weight * lse.square()
-        gradient = gradient + (2 * objective.z_loss_weight) * lse * q
-    return value, objective.hard_weight * gradient
+        slope = (2 * objective.z_loss_weight) * lse
+        gradients = [gradient + slope * q for gradient, q in zip(gradients, student.probs, strict=True)]
+    return value, [objective.hard_weight * gradient for gradient in gradients]
 
 
-def _metrics(student: _Softmaxes, teacher: _Softmaxes, zero: Tensor, by_rank: bool) -> list[Tensor]:
+def _metrics(student: Softmaxes, whole: Whole, teacher: Softmaxes, zero: Tensor, by_rank: bool) -> list[Tensor]:
+    """Of the student's whole distribution, to which a teacher with fewer columns gives probability 0 in the others."""
     row = _row(student, teacher, 1.0)
-    entropies = [_row_sum(-row.p * row.lp), _row_sum(-row.q * row.lq)]
+    lq, (q, *rest) = whole.log_probs[0], whole.probs
+    terms = (-q * lq for q, lq in zip(whole.probs, whole.log_probs, strict=True))
+    entropies = [row_sum(-row.p * row.lp), row_sum(*terms)]
     if by_rank:  # token ids do not correspond
         return [*entropies, zero, zero, zero]
     # The most likely token's log-probability is log(1 / sum exp(logit - maximum)): no need to look for it again.
     best_q, best_p = (-model.at(1.0)[1].log_sum for model in (student, teacher))
-    agree = (row.lq == best_q) & (row.lp == best_p)
-    return [
-        *entropies,
-        agree.any(-1, keepdim=True).to(row.q.dtype),
-        _row_sum(torch.minimum(row.q, row.p)),
-        _row_sum(row.p * (row.lp - row.lq) + (row.q - row.p)),
-    ]
+    agree = ((row.lq == best_q) & (row.lp == best_p)).any(-1, keepdim=True)
+    if rest:
+        agree = agree & (student.at(1.0)[1].maximum == whole.maximum)
+    measured = [*entropies, agree.to(q.dtype), row_sum(torch.minimum(q, row.p))]
+    return [*measured, row_sum(row.p * (row.lp - lq) + (q - row.p), *rest)]
+
+
+def write_gradient(
+    spec: RowSpec,
+    parts: Sequence[Tensor],  # [n, columns] each, raw logits; overwritten
+    soft: Tensor | None,  # [n, columns] of the first part
+    hard: Sequence[Tensor],  # [n, columns] of each part; none: there is no hard loss
+    row_weights: Tensor | None,  # [n, 1]
+) -> None:
+    """The two losses' gradients together, with respect to the raw logits. What no loss reaches gets zeros."""
+    for index, part in enumerate(parts):
+        terms = [] if index or soft is None else [soft]
+        terms += [hard[index]] if hard else []
+        gradient = torch.zeros_like(part) if not terms else terms[0] if len(terms) == 1 else terms[0] + terms[1]
+        gradient = gradient * spec.student.jacobian(part)
+        part.copy_(gradient if row_weights is None else gradient * row_weights)
 
 
 def row_pass(
     spec: RowSpec,
     student_logits: Tensor,  # [n, V] fp32 or fp64, raw; overwritten with the gradient
-    teacher_logits: Tensor | None,  # [n, V] same dtype, raw; another width only when paired by rank
+    teacher_logits: Tensor | None,  # [n, V'] same dtype, raw; V' <= V unless paired by rank
     target_logits: Tensor | None,  # [n, 1] the student's raw logit of each row's label
     row_weights: Tensor | None,  # [n, 1] multiplies each row's gradient
 ) -> Tensor:
@@ -195,27 +156,33 @@ def row_pass(
     respect to the raw logits, short of the label's own part of the hard loss (see `subtract_labels`).
     """
     objective = spec.objective
-    logits = spec.student.apply(student_logits)
+    shared = student_logits.shape[1]
+    if objective.needs_teacher and not objective.by_rank:
+        assert teacher_logits is not None and teacher_logits.shape[1] <= shared
+        shared = teacher_logits.shape[1]
+    parts = parts_of(student_logits, shared)
+    logits, *rest = (spec.student.apply(part) for part in parts)
     temperatures = {term.temperature for term in objective.terms} if objective.needs_teacher else set()
-    student = _Softmaxes(logits, temperatures)
+    student = Softmaxes(logits, temperatures)
     zero = torch.zeros_like(logits[:, :1])
-    soft, hard, gradient = zero, zero, None
+    soft, hard, teacher = zero, zero, None
+    soft_gradient, hard_gradients = None, []
     measured = [zero] * (len(STATISTICS) - NUM_LOSSES)
     if objective.needs_teacher:
         assert teacher_logits is not None
-        teacher = _Softmaxes(spec.teacher.apply(teacher_logits), temperatures)
+        teacher = Softmaxes(spec.teacher.apply(teacher_logits), temperatures)
         rows = {term.temperature: _row(student, teacher, term.temperature) for term in objective.terms}
-        soft, gradient = _soft(spec, rows, zero)
-        if objective.metrics:
-            measured = _metrics(student, teacher, zero, objective.by_rank)
-    if objective.hard_weight:
-        assert target_logits is not None
-        hard, part = _hard(spec, student, target_logits)
-        gradient = part if gradient is None else gradient + part
+        soft, soft_gradient = _soft(spec, rows, zero)
+    if objective.measured or objective.hard_weight:
+        whole = whole_row(student, rest)
+        if objective.measured:
+            assert teacher is not None
+            measured = _metrics(student, whole, teacher, zero, objective.by_rank)
+        if objective.hard_weight:
+            assert target_logits is not None
+            hard, hard_gradients = _hard(spec, whole, target_logits)
     if spec.with_gradient:
-        assert gradient is not None
-        gradient = gradient * spec.student.jacobian(student_logits)
-        student_logits.copy_(gradient if row_weights is None else gradient * row_weights)
+        write_gradient(spec, parts, soft_gradient, hard_gradients, row_weights)
     return torch.cat([soft, hard, *measured], dim=-1)
 
 

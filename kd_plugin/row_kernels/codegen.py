@@ -1,7 +1,8 @@
 """Triton source from `row_pass` itself, so that no formula is written a second time.
 
 One program per row. The sweeps over the vocabulary follow from the expressions (see `expressions`); the gradient
-is written in the last one, over the student's logits. Forward KL with cross-entropy takes two sweeps.
+is written in the last one, over the student's logits. Forward KL with cross-entropy takes two sweeps. Columns that
+only the student has are swept by loops of their own beside the others.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kd_plugin.row_kernels.body import RowSpec
-from kd_plugin.row_kernels.expressions import INPUTS, Expressions, Node, trace
+from kd_plugin.row_kernels.expressions import INPUTS, Columns, Expressions, Node, trace
 
 # Below every logit, and finite: a difference of two of them is no NaN.
 _LOWEST = "-3.0e38"
@@ -26,9 +27,9 @@ class Source(NamedTuple):
     sweeps: int
 
 
-def generate(spec: RowSpec, vocab_size: int, given: tuple[str, ...]) -> Source:
+def generate(spec: RowSpec, vocab_size: int, given: tuple[str, ...], teacher_size: int | None = None) -> Source:
     """The kernel `row_kernel`; arguments and errors as in `expressions.trace`."""
-    return _Writer(trace(spec, vocab_size, given), vocab_size).source()
+    return _Writer(trace(spec, vocab_size, given, teacher_size)).source()
 
 
 def _reachable(roots: list[Node], *, within: Callable[[Node], bool] = lambda node: True) -> set[Node]:
@@ -45,16 +46,16 @@ def _reachable(roots: list[Node], *, within: Callable[[Node], bool] = lambda nod
 class _Writer:
     """Nodes -> source."""
 
-    def __init__(self, expressions: Expressions, vocab_size: int) -> None:
-        self.statistics, self.gradient, self.vocab_size = expressions.statistics, expressions.gradient, vocab_size
-        live = _reachable([*self.statistics, *([self.gradient] if self.gradient else [])])
+    def __init__(self, expressions: Expressions) -> None:
+        self.statistics, self.gradients = expressions.statistics, expressions.gradients
+        live = _reachable([*self.statistics, *self.gradients.values()])
         self.nodes = [node for node in expressions.nodes if node in live and node.constant is None]
         self.names = {node: f"{'t' if node.per_token else 'r'}{i}" for i, node in enumerate(self.nodes)}
         self.names |= {node: node.template for node in live if node.constant is not None}
         self.names |= {node: node.template for node in live if node.template in INPUTS}
         self.sweeps = max([node.sweep for node in self.nodes], default=0)
-        if self.gradient:
-            self.sweeps = max(self.sweeps, self.gradient.sweep + 1)
+        self.sweeps = max([self.sweeps, *(gradient.sweep + 1 for gradient in self.gradients.values())])
+        self.parts = sorted({node.columns for node in self.nodes if node.columns is not None} | self.gradients.keys())
         self.maxima = {node.operands: node for node in self.nodes if node.template == "max"}
         self.lines: list[str] = []
 
@@ -69,7 +70,8 @@ class _Writer:
             self._line(1, f"{name}_row = {place}" if per_token else f"{name} = tl.load({place})")
         self._rows(0)
         for sweep in range(1, self.sweeps + 1):
-            self._sweep(sweep)
+            for columns in self.parts:
+                self._sweep(sweep, columns)
             self._rows(sweep)
         for i, node in enumerate(self.statistics):
             self._line(1, f"tl.store(statistics_ptr + row * {len(self.statistics)} + {i}, {self.names[node]})")
@@ -88,16 +90,19 @@ class _Writer:
             if node.sweep == sweep and node.operands and not node.per_token and not node.reduction:
                 self._assign(1, node)
 
-    def _sweep(self, sweep: int) -> None:
+    def _sweep(self, sweep: int, columns: Columns) -> None:
         reductions = [node for node in self.nodes if node.reduction and node.sweep == sweep]
-        last = self.gradient is not None and sweep == self.sweeps
-        roots = [node.operands[0] for node in reductions] + ([self.gradient] if last and self.gradient else [])
+        reductions = [node for node in reductions if node.operands[0].columns == columns]
+        gradient = self.gradients.get(columns) if sweep == self.sweeps else None
+        roots = [node.operands[0] for node in reductions] + ([gradient] if gradient else [])
+        if not roots:
+            return
         tokens = _reachable(roots, within=operator.attrgetter("per_token"))
         for node in reductions:
             self._start(node)
-        self._line(1, f"for start in range(0, {self.vocab_size}, BLOCK):")
+        self._line(1, f"for start in range({columns[0]}, {columns[1]}, BLOCK):")
         self._line(2, "columns = start + tl.arange(0, BLOCK)")
-        self._line(2, f"inside = columns < {self.vocab_size}")
+        self._line(2, f"inside = columns < {columns[1]}")
         for node in self.nodes:
             if node in tokens and node.template in INPUTS:
                 name = node.template
@@ -107,8 +112,8 @@ class _Writer:
                 self._assign(2, node)
         for node in sorted(reductions, key=lambda node: node.template == "max"):  # sum_exp reads the old maximum
             self._accumulate(node)
-        if last and self.gradient:
-            self._line(2, f"tl.store(student_row + columns, {self.names[self.gradient]}, mask=inside)")
+        if gradient:
+            self._line(2, f"tl.store(student_row + columns, {self.names[gradient]}, mask=inside)")
         for node in reductions:
             self._finish(node)
 

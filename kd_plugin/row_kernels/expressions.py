@@ -1,8 +1,9 @@
 """`row_pass` as expressions: traced to its aten operations, which become nodes of a graph.
 
-A node is a value of each row, or of each token of a row. A row is swept over the vocabulary a block of columns
-at a time; a sum, maximum or `any` over the vocabulary is known one sweep later than what it is taken of, which
-gives the number of sweeps. Two rules save sweeps:
+A node is a value of each row, or of each token of a row: of all columns, or of one of the two parts that a student
+with more columns than its teacher has. A row is swept over the vocabulary a block of columns at a time; a sum, maximum
+or `any` over the vocabulary is known one sweep later than what it is taken of, which gives the number of sweeps. Two
+rules save sweeps:
 
 - `max(x - r)` is `max(x) - r`, and likewise for other functions that grow with x;
 - `sum(exp(x - max(x)))` is accumulated in the sweep that finds the maximum.
@@ -60,6 +61,9 @@ _OPERATIONS = {  # aten -> Triton; `expm1`, `log1p`, `sign` and `tanh` come from
 _UNCHANGED = ("alias", "clone", "detach", "expand")
 _CONSTANTS = {"zeros_like": 0.0, "ones_like": 1.0}
 
+Columns = tuple[int, int]
+"""First of some columns, and the one after the last."""
+
 
 @dataclass(frozen=True, eq=False)
 class Node:
@@ -68,37 +72,43 @@ class Node:
     template: str
     """Triton expression of the operands; a reduction's kind; or an input's name."""
     operands: tuple[Node, ...]
-    per_token: bool
-    """A block of columns rather than one number per row."""
+    columns: Columns | None
+    """Those of a value per token, which is computed a block of them at a time; None: one number per row."""
     sweep: int
     """The sweep over the vocabulary after which it can be computed; 0: before the first."""
     reduction: bool = False
     constant: float | None = None
 
+    @property
+    def per_token(self) -> bool:
+        """Whether there is a value for each column."""
+        return self.columns is not None
+
 
 class _Graph:
     """Nodes in the order of their making; equal expressions are one node."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self) -> None:
         self.nodes: dict[tuple[Any, ...], Node] = {}
 
     def _keep(self, node: Node) -> Node:
-        return self.nodes.setdefault((node.template, node.operands), node)
+        return self.nodes.setdefault((node.template, node.operands, node.columns), node)
 
-    def input(self, name: str) -> Node:
-        return self._keep(Node(name, (), per_token=name in INPUTS[:2], sweep=0))
+    def input(self, name: str, columns: Columns | None) -> Node:
+        return self._keep(Node(name, (), columns, sweep=0))
 
     def constant(self, value: float) -> Node:
         text = repr(float(value)) if abs(value) < float("inf") else f'float("{value}")'
-        return self._keep(Node(text, (), per_token=False, sweep=0, constant=float(value)))
+        return self._keep(Node(text, (), columns=None, sweep=0, constant=float(value)))
 
     def apply(self, template: str, *operands: Node) -> Node:
-        per_token = any(operand.per_token for operand in operands)
-        return self._keep(Node(template, operands, per_token, max(operand.sweep for operand in operands)))
+        found = {operand.columns for operand in operands if operand.columns is not None}
+        assert len(found) < 2, "the two parts of a row meet in numbers per row only"
+        columns = next(iter(found), None)
+        return self._keep(Node(template, operands, columns, max(operand.sweep for operand in operands)))
 
     def reduce(self, kind: str, x: Node) -> Node:
-        return self._keep(Node(kind, (x,), per_token=False, sweep=x.sweep + 1, reduction=True))
+        return self._keep(Node(kind, (x,), columns=None, sweep=x.sweep + 1, reduction=True))
 
     def max(self, x: Node) -> Node:
         if not x.per_token:
@@ -111,9 +121,10 @@ class _Graph:
                 return self.apply(x.template, self.max(first), second)
         return self.reduce("max", x)
 
-    def sum(self, x: Node) -> Node:
+    def sum(self, x: Node, count: int) -> Node:
+        """Over `count` columns."""
         if not x.per_token:
-            return self.apply(_MUL, x, self.constant(self.vocab_size))
+            return self.apply(_MUL, x, self.constant(count))
         if x.template == _EXP and x.operands[0].template == _SUB:
             logits, maximum = x.operands[0].operands
             if maximum is self.max(logits):
@@ -123,8 +134,8 @@ class _Graph:
     def any(self, x: Node) -> Node:
         return self.reduce("any", x) if x.per_token else x
 
-    def mean(self, x: Node) -> Node:
-        return self.apply(_DIV, self.sum(x), self.constant(self.vocab_size))
+    def mean(self, x: Node, count: int) -> Node:
+        return self.apply(_DIV, self.sum(x, count), self.constant(count))
 
 
 class Unsupported(ValueError):
@@ -134,8 +145,8 @@ class Unsupported(ValueError):
 class _Converter:
     """aten graph of `row_pass` -> nodes; only what the results need is visited."""
 
-    def __init__(self, vocab_size: int, inputs: dict[torch.fx.Node, str]) -> None:
-        self.graph = _Graph(vocab_size)
+    def __init__(self, inputs: dict[torch.fx.Node, str]) -> None:
+        self.graph = _Graph()
         self._inputs = inputs
         self._done: dict[torch.fx.Node, Node] = {}
 
@@ -146,9 +157,19 @@ class _Converter:
             self._done[value] = self._node(value)
         return self._done[value]
 
+    def input_of(self, node: torch.fx.Node) -> tuple[str, Columns | None] | None:
+        """Name and columns of an input, or of a slice of its columns; None for any other node."""
+        source, start = node, 0
+        if node.target is torch.ops.aten.slice.Tensor and node.args[1] == 1:
+            source, start = node.args[0], node.args[2]
+        name = self._inputs.get(source)
+        if name is None:
+            return None
+        return name, (start, start + node.meta["val"].shape[1]) if name in INPUTS[:2] else None
+
     def _node(self, node: torch.fx.Node) -> Node:
-        if node in self._inputs:
-            return self.graph.input(self._inputs[node])
+        if (found := self.input_of(node)) is not None:
+            return self.graph.input(*found)
         name = node.target.overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else ""
         args, kwargs = node.args, node.kwargs
         if name in _UNCHANGED:
@@ -161,8 +182,10 @@ class _Converter:
             x = self.convert(args[0])
             return x if x.constant is not None else self.graph.apply("{0}.to(tl.float32)", x)
         if name in ("amax", "any", "mean", "sum") and args[1] in (-1, 1, [-1], [1]) and args[2:] == (True,):
-            reduce = {"amax": self.graph.max, "any": self.graph.any, "mean": self.graph.mean, "sum": self.graph.sum}
-            return reduce[name](self.convert(args[0]))
+            x, count = self.convert(args[0]), args[0].meta["val"].shape[1]
+            if name in ("mean", "sum"):
+                return (self.graph.mean if name == "mean" else self.graph.sum)(x, count)
+            return (self.graph.max if name == "amax" else self.graph.any)(x)
         if name == "pow" and args[1] in (1, 2, 3):
             x = self.convert(args[0])
             return functools.reduce(lambda power, _: self.graph.apply(_MUL, power, x), range(1, int(args[1])), x)
@@ -176,16 +199,17 @@ class _Converter:
         return self.graph.apply(_OPERATIONS[name], *map(self.convert, args))
 
 
-def _aten_graph(spec: RowSpec, vocab_size: int, given: tuple[str, ...]) -> torch.fx.Graph:
+def _aten_graph(spec: RowSpec, widths: tuple[int, int], given: tuple[str, ...]) -> torch.fx.Graph:
     from torch.fx.experimental.proxy_tensor import make_fx  # heavy
 
     def body(*tensors: torch.Tensor) -> torch.Tensor:
         by_name = dict(zip(given, tensors, strict=True))
         return row_pass(spec, *(by_name.get(name) for name in INPUTS))
 
-    widths = (vocab_size if name in INPUTS[:2] else 1 for name in given)
+    by_name = dict(zip(INPUTS, widths, strict=False))
+    sizes = [by_name.get(name, 1) for name in given]
     with torch.no_grad():  # two rows, so that a user's function cannot mistake a row for a number
-        return make_fx(body)(*(torch.empty(2, width, dtype=torch.float32, device="meta") for width in widths)).graph
+        return make_fx(body)(*(torch.empty(2, size, dtype=torch.float32, device="meta") for size in sizes)).graph
 
 
 class Expressions(NamedTuple):
@@ -194,21 +218,27 @@ class Expressions(NamedTuple):
     nodes: list[Node]
     """All there are, operands first; not all are needed."""
     statistics: list[Node]
-    gradient: Node | None
+    gradients: dict[Columns, Node]
+    """What is written over which of the student's columns."""
 
 
-def trace(spec: RowSpec, vocab_size: int, given: tuple[str, ...]) -> Expressions:
+def trace(spec: RowSpec, vocab_size: int, given: tuple[str, ...], teacher_size: int | None = None) -> Expressions:
     """Of `row_pass` for `spec` and rows of `vocab_size` logits; `given` names its arguments that are not None.
+
+    The teacher's rows have `teacher_size` logits, or as many as the student's.
 
     Raises `Unsupported` for an operation (of a registered divergence, or a sort) without a Triton expression.
     """
-    traced = _aten_graph(spec, vocab_size, given)
+    traced = _aten_graph(spec, (vocab_size, teacher_size or vocab_size), given)
     placeholders = traced.find_nodes(op="placeholder")
-    converter = _Converter(vocab_size, dict(zip(placeholders, given, strict=True)))
-    written = [node.args[1] for node in traced.nodes if node.target is torch.ops.aten.copy_.default]
-    assert len(written) == spec.with_gradient
-    gradient = converter.convert(written[0]) if written else None
+    converter = _Converter(dict(zip(placeholders, given, strict=True)))
+    gradients = {}
+    for node in traced.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        written = converter.input_of(node.args[0])
+        assert written is not None and written[0] == "student"
+        gradients[written[1]] = converter.convert(node.args[1])
+    assert bool(gradients) == spec.with_gradient
     (result,) = traced.find_nodes(op="output")[0].args
     assert result.target is torch.ops.aten.cat.default
     statistics = [converter.convert(column) for column in result.args[0]]
-    return Expressions(list(converter.graph.nodes.values()), statistics, gradient)
+    return Expressions(list(converter.graph.nodes.values()), statistics, gradients)

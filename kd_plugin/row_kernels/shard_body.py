@@ -11,12 +11,16 @@ numbers per row. The middle part, and with it the second round of the exchange, 
 - KL(q||p) obeys the chain rule: it is the KL of the ranks' masses plus each rank's KL of its own softmaxes
   weighted by its mass, so it travels with the moments. All its terms are >= 0, so nothing cancels.
 
+A student with more token ids than its teacher has a second softmax at temperature 1: over all of them, for the hard
+loss and the metrics, beside that over the ids of both. Some ranks then hold columns that the teacher lacks.
+
 Formulas: log-sum-exp merging of partial softmaxes, as in online softmax (arXiv:1805.02867).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,19 +28,43 @@ from torch import Tensor
 from kd_plugin.divergences import LOG_FLOOR, Row
 from kd_plugin.divergences.definition import TINY
 from kd_plugin.objective import Objective, Term
-from kd_plugin.row_kernels.body import RowSpec
+from kd_plugin.row_kernels.body import RowSpec, write_gradient
+from kd_plugin.row_kernels.softmaxes import parts_of, row_sum
 
 
-def student_temperatures(objective: Objective) -> tuple[float, ...]:
-    """Temperatures at which the student's softmax is needed, ascending."""
+class Sizes(NamedTuple):
+    """Token ids of whole rows, of all ranks together."""
+
+    student: int
+    shared: int
+    """The first so many of the student's, which the teacher has too; without a teacher, all of them."""
+
+    @property
+    def unequal(self) -> bool:
+        """Whether the student has ids that the teacher lacks."""
+        return self.shared < self.student
+
+
+class Kind(NamedTuple):
+    """One of the student's softmaxes."""
+
+    temperature: float
+    over_all: bool
+    """Over all of the student's token ids, though the teacher has fewer."""
+
+
+def student_softmaxes(objective: Objective, unequal: bool) -> tuple[Kind, ...]:
+    """The student's softmaxes that are needed, in the order in which they are exchanged."""
     found = {term.temperature for term in _terms(objective)}
-    if objective.hard_weight or objective.measured:
+    wants_all = bool(objective.hard_weight or objective.measured)
+    if wants_all and not unequal:
         found.add(1.0)
-    return tuple(sorted(found))
+    over_shared = tuple(Kind(temperature, False) for temperature in sorted(found))
+    return (*over_shared, Kind(1.0, True)) if wants_all and unequal else over_shared
 
 
 def teacher_temperatures(objective: Objective) -> tuple[float, ...]:
-    """Likewise, the teacher's."""
+    """Temperatures at which the teacher's softmax is needed, ascending."""
     return tuple(sorted({term.temperature for term in _terms(objective)} | ({1.0} if objective.measured else set())))
 
 
@@ -59,11 +87,14 @@ def has_sums(objective: Objective) -> bool:
     return bool(_summed(objective))
 
 
-def exchanged_numbers(objective: Objective) -> tuple[int, int]:
-    """Per row: numbers that every rank gathers from all (with the label's logit), and sums added over ranks."""
+def exchanged_numbers(objective: Objective, unequal: bool = False) -> tuple[int, int]:
+    """Per row: numbers that every rank gathers from all (with the label's logit), and sums added over ranks.
+
+    `unequal`: the student has token ids that the teacher lacks.
+    """
     one = torch.zeros(1, 1)
     row = Row(one, one, one, one, one, one, 1)
-    softmaxes = len(student_temperatures(objective)) + len(teacher_temperatures(objective))
+    softmaxes = len(student_softmaxes(objective, unequal)) + len(teacher_temperatures(objective))
     others = bool(objective.measured) + bool(objective.hard_weight) + len(_chained(objective))
     return 2 * softmaxes + others, sum(len(t.divergence.elements(torch, row)) for t in _summed(objective))
 
@@ -72,31 +103,57 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
 
 
-def shard_moments(spec: RowSpec, vocab_size: int, student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
+def _first(logits: Tensor, count: int) -> Tensor:
+    return parts_of(logits, count)[0]
+
+
+def _here(student_logits: Tensor, teacher_logits: Tensor | None) -> int:
+    """How many of this rank's columns the teacher has too."""
+    return student_logits.shape[1] if teacher_logits is None else teacher_logits.shape[1]
+
+
+def _moment(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum and sum of exponentials `[n, 1]`; no columns, or nothing but -inf (padding, masked ids), have no mass."""
+    lowest = torch.finfo(logits.dtype).min
+    if logits.shape[1] == 0:
+        return logits.new_full((logits.shape[0], 1), lowest), logits.new_zeros(logits.shape[0], 1)
+    shift = logits.amax(-1, keepdim=True).clamp_min(lowest)
+    return shift, (logits - shift).exp().sum(-1, keepdim=True)
+
+
+def shard_moments(
+    spec: RowSpec,
+    sizes: Sizes,
+    student_logits: Tensor,  # [n, V_r]
+    teacher_logits: Tensor | None,  # [n, V'_r], V'_r <= V_r
+) -> Tensor:
     """`[n, M]` of this rank's columns.
 
     Maximum and sum of exponentials of each softmax, student's first; whether one column is the maximum of both
     models; the values of the divergences that obey the chain rule, of the softmaxes over these columns alone.
     """
-    objective, columns = spec.objective, []
-    students = {t: _tempered(spec.student.apply(student_logits), t) for t in student_temperatures(objective)}
+    objective, here = spec.objective, _here(student_logits, teacher_logits)
+    students = {
+        kind: _tempered(
+            _first(spec.student.apply(student_logits), student_logits.shape[1] if kind.over_all else here),
+            kind.temperature,
+        )
+        for kind in student_softmaxes(objective, sizes.unequal)
+    }
     teachers: dict[float, Tensor] = {}
     if teacher_logits is not None:
         teachers = {t: _tempered(spec.teacher.apply(teacher_logits), t) for t in teacher_temperatures(objective)}
-    for logits in (*students.values(), *teachers.values()):
-        # a shard of nothing but -inf (padding, masked ids) has no mass, not NaN
-        shift = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
-        columns += [shift, (logits - shift).exp().sum(-1, keepdim=True)]
-    pairs = list(zip(columns[0::2], columns[1::2], strict=True))
-    of_student = dict(zip(students, pairs, strict=False))
-    of_teacher = dict(zip(teachers, pairs[len(students) :], strict=False))
+    of_student = {kind: _moment(logits) for kind, logits in students.items()}
+    of_teacher = {t: _moment(logits) for t, logits in teachers.items()}
+    columns = [number for moment in (*of_student.values(), *of_teacher.values()) for number in moment]
     if objective.measured:
-        best = (students[1.0] == of_student[1.0][0]) & (teachers[1.0] == of_teacher[1.0][0])
+        whole = Kind(1.0, sizes.unequal)
+        best = (_first(students[whole], here) == of_student[whole][0]) & (teachers[1.0] == of_teacher[1.0][0])
         columns.append(best.any(-1, keepdim=True).to(student_logits.dtype))
     for term in _chained(objective):
-        t = term.temperature
-        row = _normalised(students[t], teachers[t], _logs(of_student[t]), _logs(of_teacher[t]), vocab_size)
-        columns += [e.sum(-1, keepdim=True) for e in term.divergence.elements(torch, row)]
+        t, kind = term.temperature, Kind(term.temperature, False)
+        row = _normalised(students[kind], teachers[t], _logs(of_student[kind]), _logs(of_teacher[t]), sizes.shared)
+        columns += [row_sum(e) for e in term.divergence.elements(torch, row)]
     return torch.cat(columns, -1)
 
 
@@ -110,22 +167,13 @@ def _normalised(s: Tensor, t: Tensor, of_s: tuple[Tensor, Tensor], of_t: tuple[T
     return Row(s, t, lq, lp, lq.exp(), lp.exp(), size)
 
 
-def no_moments(spec: RowSpec, student_logits: Tensor) -> Tensor:
-    """Of a rank without columns: `[n, M]` that change nothing when merged."""
-    objective, rows = spec.objective, student_logits.shape[0]
-    count = len(student_temperatures(objective)) + len(teacher_temperatures(objective))
-    lowest = student_logits.new_full((rows, count), torch.finfo(student_logits.dtype).min)
-    others = student_logits.new_zeros(rows, bool(objective.measured) + len(_chained(objective)))
-    return torch.cat([torch.stack([lowest, torch.zeros_like(lowest)], -1).flatten(-2), others], -1)
-
-
-def merge_moments(spec: RowSpec, gathered: Tensor) -> Tensor:
+def merge_moments(spec: RowSpec, sizes: Sizes, gathered: Tensor) -> Tensor:
     """`[W, n, M]` of all ranks -> `[n, M]` of the whole rows, with *logarithms* of the sums of exponentials.
 
     With a hard loss, one more column on both sides: the label's logit, 0 except from its owner.
     """
     objective = spec.objective
-    of_student, of_teacher = student_temperatures(objective), teacher_temperatures(objective)
+    of_student, of_teacher = student_softmaxes(objective, sizes.unequal), teacher_temperatures(objective)
     end = 2 * (len(of_student) + len(of_teacher))
     maxima, sums = gathered[..., 0:end:2], gathered[..., 1:end:2]
     maximum = maxima.amax(0)
@@ -133,11 +181,11 @@ def merge_moments(spec: RowSpec, gathered: Tensor) -> Tensor:
     merged = [torch.stack([maximum, log_sum], -1).flatten(-2)]
     others = iter(gathered[..., end:].split(1, -1))
 
-    def both(temperature: float) -> list[int]:
-        return [of_student.index(temperature), len(of_student) + of_teacher.index(temperature)]
+    def both(temperature: float, over_all: bool = False) -> list[int]:
+        return [of_student.index(Kind(temperature, over_all)), len(of_student) + of_teacher.index(temperature)]
 
     if objective.measured:
-        chosen = both(1.0)
+        chosen = both(1.0, sizes.unequal)
         at_the_top = (maxima[..., chosen] == maximum[:, chosen]).all(-1, keepdim=True)
         merged.append((next(others) * at_the_top).amax(0))
     log_masses = torch.where(sums > 0, ((maxima - maximum) + sums.log()) - log_sum, 0.0)
@@ -154,52 +202,58 @@ class _Rows:
     """The rows of one chunk at each temperature, normalised over all ranks' columns."""
 
     def __init__(
-        self, spec: RowSpec, student_logits: Tensor, teacher_logits: Tensor | None, merged: Tensor, size: int
+        self, spec: RowSpec, student_logits: Tensor, teacher_logits: Tensor | None, merged: Tensor, sizes: Sizes
     ) -> None:
-        objective = spec.objective
-        of_student, of_teacher = student_temperatures(objective), teacher_temperatures(objective)
+        objective, self.sizes = spec.objective, sizes
+        of_student, of_teacher = student_softmaxes(objective, sizes.unequal), teacher_temperatures(objective)
         columns = merged.split(1, -1)
         pairs = list(zip(columns[0::2], columns[1::2], strict=False))
         self.student = dict(zip(of_student, pairs, strict=False))
         self.others = list(columns[2 * (len(of_student) + len(of_teacher)) :])
-        self.logits = spec.student.apply(student_logits)
+        self.parts = parts_of(student_logits, _here(student_logits, teacher_logits))
+        """Of the raw logits: the columns that the teacher has too, and the rest if there is one."""
+        self.logits = [spec.student.apply(part) for part in self.parts]
         self.rows: dict[float, Row] = {}
+        """Of the shared token ids, as distributions of their own."""
+        self.measured: Row | None = None
+        """At temperature 1, the student's normalised over all of its token ids."""
         if teacher_logits is not None:
             others = spec.teacher.apply(teacher_logits)
             for t, moment in zip(of_teacher, pairs[len(of_student) :], strict=False):
-                s_t, t_t = _tempered(self.logits, t), _tempered(others, t)
-                self.rows[t] = _normalised(s_t, t_t, self.student[t], moment, size)
+                s_t, t_t = _tempered(self.logits[0], t), _tempered(others, t)
+                kinds = [kind for kind in of_student if kind.temperature == t]
+                found = {kind: _normalised(s_t, t_t, self.student[kind], moment, sizes.shared) for kind in kinds}
+                if (row := found.get(Kind(t, False))) is not None:
+                    self.rows[t] = row
+                if t == 1.0 and objective.measured:
+                    self.measured = found[Kind(1.0, sizes.unequal)]
 
-    def log_q(self) -> Tensor:
-        """The student's at temperature 1."""
-        if 1.0 in self.rows:
-            return self.rows[1.0].lq
-        maximum, log_sum = self.student[1.0]
-        return ((self.logits - maximum) - log_sum).clamp_min(LOG_FLOOR)
-
-
-def _sum(elements: Tensor) -> Tensor:
-    return elements.sum(-1, keepdim=True)
+    def log_q(self) -> list[Tensor]:
+        """The student's at temperature 1 over all of its token ids, by parts."""
+        if not self.sizes.unequal and 1.0 in self.rows:
+            return [self.rows[1.0].lq]
+        maximum, log_sum = self.student[Kind(1.0, self.sizes.unequal)]
+        return [((part - maximum) - log_sum).clamp_min(LOG_FLOOR) for part in self.logits]
 
 
 def shard_sums(
     spec: RowSpec,
-    vocab_size: int,
+    sizes: Sizes,
     student_logits: Tensor,  # [n, V_r]
-    teacher_logits: Tensor | None,  # [n, V_r]
+    teacher_logits: Tensor | None,  # [n, V'_r]
     merged: Tensor,  # [n, M]
 ) -> Tensor:
     """`[n, S]`: this rank's part of every sum that a gradient reads."""
-    rows = _Rows(spec, student_logits, teacher_logits, merged, vocab_size).rows
+    rows = _Rows(spec, student_logits, teacher_logits, merged, sizes).rows
     found = (t.divergence.elements(torch, rows[t.temperature]) for t in _summed(spec.objective))
-    return torch.cat([_sum(element) for elements in found for element in elements], -1)
+    return torch.cat([row_sum(element) for elements in found for element in elements], -1)
 
 
 def shard_finish(
     spec: RowSpec,
-    vocab_size: int,
+    sizes: Sizes,
     student_logits: Tensor,  # [n, V_r]; overwritten with the gradient of this rank's columns
-    teacher_logits: Tensor | None,
+    teacher_logits: Tensor | None,  # [n, V'_r]
     row_weights: Tensor | None,  # [n, 1]
     merged: Tensor,  # [n, M]
     sums: Tensor,  # [n, S], added over ranks
@@ -207,29 +261,31 @@ def shard_finish(
     """`[n, 2 * len(STATISTICS)]`: what is known of each whole row, then what these columns add; one holds zeros
     where the other does not. The gradient is that of `row_pass`."""
     objective = spec.objective
-    rows = _Rows(spec, student_logits, teacher_logits, merged, vocab_size)
+    rows = _Rows(spec, student_logits, teacher_logits, merged, sizes)
     zero = merged.new_zeros(merged.shape[0], 1)
     agreement = rows.others.pop(0) if objective.measured else zero
     soft, soft_part, gradient = _soft(spec, rows, sums.split(1, -1) if sums.shape[-1] else (), zero)
-    hard, hard_part = zero, zero
+    hard, hard_part, of_hard = zero, zero, []
+    log_q = rows.log_q() if objective.hard_weight or objective.measured else []
     if objective.hard_weight:
-        hard, hard_part, of_hard = _hard(spec, rows, vocab_size)
-        gradient = of_hard if gradient is None else gradient + of_hard
+        hard, hard_part, of_hard = _hard(spec, rows, log_q)
     if spec.with_gradient:
-        assert gradient is not None
-        gradient = gradient * spec.student.jacobian(student_logits)
-        student_logits.copy_(gradient if row_weights is None else gradient * row_weights)
-    parts = [zero, zero, zero, zero]
-    if objective.measured:
-        x = rows.rows[1.0]
-        elements = (-x.p * x.lp, -x.q * x.lq, torch.minimum(x.q, x.p), x.p * (x.lp - x.lq) + (x.q - x.p))
-        parts = [_sum(e) for e in elements]
+        write_gradient(spec, rows.parts, gradient, of_hard, row_weights)
+    parts = [zero] * 4 if rows.measured is None else _metrics(rows.measured, log_q)
     whole = (soft, hard, zero, zero, agreement, zero, zero)
     return torch.cat([*whole, soft_part, hard_part, *parts[:2], zero, *parts[2:]], -1)
 
 
+def _metrics(x: Row, log_q: list[Tensor]) -> list[Tensor]:
+    """What these columns add to both entropies, the acceptance rate and the KL; `log_q` as `_Rows.log_q` has it."""
+    rest = [part.exp() for part in log_q[1:]]  # to which the teacher gives probability 0
+    terms = (-q * lq for q, lq in zip((x.q, *rest), (x.lq, *log_q[1:]), strict=True))
+    entropies = [row_sum(-x.p * x.lp), row_sum(*terms)]
+    return [*entropies, row_sum(torch.minimum(x.q, x.p)), row_sum(x.p * (x.lp - x.lq) + (x.q - x.p), *rest)]
+
+
 def _soft(spec: RowSpec, rows: _Rows, sums: Iterable[Tensor], zero: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All terms -> value `[n, 1]` of whole rows, what these columns add to it, gradient `[n, V_r]`."""
+    """All terms -> value `[n, 1]` of whole rows, what these columns add to it, gradient `[n, V'_r]`."""
     remaining = iter(sums)
     whole, part, gradient = zero, zero, None
     for term in _terms(spec.objective):
@@ -237,7 +293,7 @@ def _soft(spec: RowSpec, rows: _Rows, sums: Iterable[Tensor], zero: Tensor) -> t
         weight, known = term.weight * term.scale, ()
         if divergence.gradient_without_sums:
             (element,) = divergence.elements(torch, row)
-            part = part + weight * _sum(element)
+            part = part + weight * row_sum(element)
         else:
             count = 1 if divergence.chain_rule else len(divergence.elements(torch, row))
             known = (rows.others.pop(0),) if divergence.chain_rule else tuple(next(remaining) for _ in range(count))
@@ -249,18 +305,20 @@ def _soft(spec: RowSpec, rows: _Rows, sums: Iterable[Tensor], zero: Tensor) -> t
     return whole, part, gradient
 
 
-def _hard(spec: RowSpec, rows: _Rows, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy (smoothed) and z-loss, likewise; the gradient is short of the label's part."""
-    objective = spec.objective
-    smoothing, log_q = objective.label_smoothing, rows.log_q()
-    maximum, log_sum = rows.student[1.0]
-    q = log_q.exp()
-    value, part, gradient = log_sum - (spec.student.apply(rows.others[-1]) - maximum), torch.zeros_like(log_sum), q
+def _hard(spec: RowSpec, rows: _Rows, log_q: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Cross-entropy (smoothed) and z-loss, likewise; the gradient, of each part, is short of the label's own."""
+    objective, vocab_size = spec.objective, rows.sizes.student
+    smoothing = objective.label_smoothing
+    maximum, log_sum = rows.student[Kind(1.0, rows.sizes.unequal)]
+    probs = [part.exp() for part in log_q]
+    value, part = log_sum - (spec.student.apply(rows.others[-1]) - maximum), torch.zeros_like(log_sum)
+    gradients = list(probs)
     if smoothing:
-        value, part = (1 - smoothing) * value, -smoothing / vocab_size * _sum(log_q)
-        gradient = gradient - smoothing / vocab_size
+        value, part = (1 - smoothing) * value, -smoothing / vocab_size * row_sum(*log_q)
+        gradients = [gradient - smoothing / vocab_size for gradient in gradients]
     if objective.z_loss_weight:
         lse = maximum + log_sum
         value = value + objective.z_loss_weight * lse.square()
-        gradient = gradient + (2 * objective.z_loss_weight) * lse * q
-    return value, part, objective.hard_weight * gradient
+        slope = (2 * objective.z_loss_weight) * lse
+        gradients = [gradient + slope * q for gradient, q in zip(gradients, probs, strict=True)]
+    return value, part, [objective.hard_weight * gradient for gradient in gradients]

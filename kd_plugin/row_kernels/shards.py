@@ -17,14 +17,15 @@ from kd_plugin.row_kernels.body import RowSpec
 
 logger = logging.getLogger(__name__)
 
+Sizes = shard_body.Sizes
 merge = shard_body.merge_moments
 exchanged_numbers = shard_body.exchanged_numbers
 
 
 @functools.cache
-def _part(name: str, spec: RowSpec, vocab_size: int, compile_it: bool) -> Callable[..., Tensor]:
+def _part(name: str, spec: RowSpec, sizes: Sizes, compile_it: bool) -> Callable[..., Tensor]:
     whole = getattr(shard_body, name)
-    body = functools.partial(whole, spec, vocab_size)
+    body = functools.partial(whole, spec, sizes)
     return compiled(body) if compile_it else body
 
 
@@ -33,28 +34,24 @@ def _say_compiled() -> None:
     logger.warning("row_kernel: triton has no version for exchange: stats, which runs compiled")
 
 
-def _run(kernel: str, name: str, spec: RowSpec, vocab_size: int, *tensors: Tensor | None) -> Tensor:
+def _run(kernel: str, name: str, spec: RowSpec, sizes: Sizes, *tensors: Tensor | None) -> Tensor:
     logits = tensors[0]
     assert logits is not None
     if kernel == "triton":
         _say_compiled()
-    body = _part(name, spec, vocab_size, kernel != "eager")
+    body = _part(name, spec, sizes, kernel != "eager")
     return in_blocks(body, logits.shape[0], logits.shape[1], logits.device.type, tensors)
 
 
-def moments(
-    kernel: str, spec: RowSpec, vocab_size: int, student_logits: Tensor, teacher_logits: Tensor | None
-) -> Tensor:
+def moments(kernel: str, spec: RowSpec, sizes: Sizes, student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
     """This rank's `[n, M]`; a rank without columns has no mass."""
-    if student_logits.shape[1] == 0:
-        return shard_body.no_moments(spec, student_logits)
-    return _run(kernel, "shard_moments", spec, vocab_size, student_logits, teacher_logits)
+    return _run(kernel, "shard_moments", spec, sizes, student_logits, teacher_logits)
 
 
 def sums(
     kernel: str,
     spec: RowSpec,
-    vocab_size: int,
+    sizes: Sizes,
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     merged: Tensor,
@@ -62,13 +59,13 @@ def sums(
     """This rank's `[n, S]`; S is 0 for divergences that need no second round."""
     if not shard_body.has_sums(spec.objective):
         return merged.new_zeros(merged.shape[0], 0)
-    return _run(kernel, "shard_sums", spec, vocab_size, student_logits, teacher_logits, merged)
+    return _run(kernel, "shard_sums", spec, sizes, student_logits, teacher_logits, merged)
 
 
 def finish(
     kernel: str,
     spec: RowSpec,
-    vocab_size: int,
+    sizes: Sizes,
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     row_weights: Tensor | None,
@@ -77,4 +74,4 @@ def finish(
 ) -> Tensor:
     """Statistics of all rows; leaves the gradient of this rank's columns in `student_logits`."""
     tensors = (student_logits, teacher_logits, row_weights, merged, added)
-    return _run(kernel, "shard_finish", spec, vocab_size, *tensors)
+    return _run(kernel, "shard_finish", spec, sizes, *tensors)

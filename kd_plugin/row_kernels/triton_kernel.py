@@ -56,8 +56,8 @@ class Kernel(NamedTuple):
 
 
 @functools.cache
-def build(spec: RowSpec, vocab_size: int, given: tuple[str, ...]) -> Kernel:
-    """The kernel for rows of `vocab_size` logits; `given` as in `expressions.trace`.
+def build(spec: RowSpec, vocab_size: int, given: tuple[str, ...], teacher_size: int | None = None) -> Kernel:
+    """The kernel for rows of `vocab_size` logits; `given` and `teacher_size` as in `expressions.trace`.
 
     Raises `ValueError` naming what Triton cannot do here: a sort (`uld`), or an operation of a registered
     divergence.
@@ -68,7 +68,7 @@ def build(spec: RowSpec, vocab_size: int, given: tuple[str, ...]) -> Kernel:
         raise ValueError(f"row_kernel triton has no sort, which divergence {', '.join(names)} needs: {_CURE}")
     start = time.perf_counter()
     try:
-        source = codegen.generate(spec, vocab_size, given)
+        source = codegen.generate(spec, vocab_size, given, teacher_size)
     except expressions.Unsupported as error:
         raise ValueError(f"row_kernel triton has no {error}, which {', '.join(names)} uses: {_CURE}") from error
     from kd_plugin.row_kernels import triton_math
@@ -100,7 +100,7 @@ def launch_shape(vocab_size: int, sweeps: int) -> dict[str, int]:
 def row_pass(
     spec: RowSpec,
     student_logits: Tensor,  # [n, V] fp32, raw; overwritten with the gradient
-    teacher_logits: Tensor | None,  # [n, V] fp32, raw
+    teacher_logits: Tensor | None,  # [n, V'] fp32, raw; V' <= V
     target_logits: Tensor | None,  # [n, 1]
     row_weights: Tensor | None,  # [n, 1]
 ) -> Tensor:
@@ -111,8 +111,8 @@ def row_pass(
     values = (student_logits, teacher_logits, target_logits, row_weights)
     tensors = {name: tensor for name, tensor in zip(expressions.INPUTS, values, strict=True) if tensor is not None}
     assert all(tensor.stride(1) == 1 or tensor.shape[1] == 1 for tensor in tensors.values())
-    kernel = build(spec, vocab_size, tuple(tensors))
-    assert teacher_logits is None or teacher_logits.shape == student_logits.shape
+    kernel = build(spec, vocab_size, tuple(tensors), None if teacher_logits is None else teacher_logits.shape[1])
+    assert teacher_logits is None or teacher_logits.shape[1] <= vocab_size
     statistics = student_logits.new_empty(rows, len(STATISTICS))
     if rows == 0:
         return statistics
