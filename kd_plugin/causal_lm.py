@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugin.logit_probe import NUM_ROWS, AfterHead, LogitsChanged, after_head, known_rows
+from kd_plugin.token_ids import input_embeddings
 
 
 class HeadCallsError(ValueError):
@@ -95,8 +96,7 @@ def check_apart(student: nn.Module, teacher: nn.Module) -> None:
 
 def is_tied(model: nn.Module, head: nn.Module) -> bool:
     """Whether the head's weight is the input embedding's."""
-    embedding = model.get_input_embeddings()
-    return getattr(embedding, "weight", None) is head.weight  # some embeddings hold several tables
+    return getattr(input_embeddings(model), "weight", None) is head.weight  # some embeddings hold several tables
 
 
 class _StandIn(nn.Module):

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from kd_plugin.causal_lm import HeadCallsError, HeadSlot, accepts, run_with_stand_in
 from kd_plugin.labels import DECODER_INPUTS, OWN_IGNORE_INDEX, Convention, OwnLoss, shift_of
 from kd_plugin.logit_probe import NUM_ROWS, AfterHead, LogitsChanged, after_head, known_rows
+from kd_plugin.token_ids import embedded_ids
 
 _BATCH, _LENGTH = 2, 2 * NUM_ROWS
 
@@ -125,8 +126,7 @@ def _cannot_run(model: nn.Module) -> str | None:
 
 def _tokens(model: nn.Module, vocab_size: int) -> Tensor:
     """Token ids `[2, 8]`, none of them special where there are enough others."""
-    embedding = model.get_input_embeddings()
-    rows = vocab_size if embedding is None else min(vocab_size, getattr(embedding, "num_embeddings", vocab_size))
+    rows = min(vocab_size, embedded_ids(model) or vocab_size)
     special: set[int] = set()
     for name, value in vars(model.config.get_text_config()).items():
         if name.endswith(("_token_id", "_token_ids")):
@@ -190,15 +190,29 @@ def _decoder_inputs(
     return None
 
 
+_PLAIN = (bool, int, float, str, type(None))
+
+
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the body, with gradients (so that trainable parameters show); modes and random state come back."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Eval mode for the body, with gradients (so that trainable parameters show); the model comes back as it was.
+
+    That includes what a forward keeps in plain attributes and buffers: some models remember the length or the expert
+    capacity of their last call, and go by it in the next.
+    """
+    before = [(module, _plain_attributes(module), dict(module._buffers)) for module in model.modules()]
     device = next(model.parameters()).device
     try:
         with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             model.eval()
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, attributes, buffers in before:
+            for name in _plain_attributes(module).keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+            module._buffers.update(buffers)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN)}

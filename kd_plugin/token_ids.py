@@ -8,20 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["UnknownTokenError", "check_inputs", "check_labels", "embedded_ids"]
+__all__ = ["UnknownTokenError", "check_inputs", "check_labels", "embedded_ids", "input_embeddings"]
 
 
 class UnknownTokenError(ValueError):
     """A token id that one of the models does not know."""
 
 
+def input_embeddings(model: Any) -> nn.Module | None:
+    """The module that embeds the token ids of `model`; None if it does not say."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # as some models with encoders of images answer
+        return None
+
+
 def embedded_ids(model: Any) -> int | None:
     """How many token ids `model` can read; None if it does not say."""
-    try:
-        embedding: nn.Module | None = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return getattr(embedding, "num_embeddings", None)
+    return getattr(input_embeddings(model), "num_embeddings", None)
 
 
 def _replaced_ids(model: Any) -> list[int]:

@@ -164,6 +164,22 @@ def test_models_are_left_as_they_were() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
+def test_what_a_forward_remembers_is_forgotten() -> None:
+    """As the expert capacity that NLLB's router keeps from an evaluation."""
+    model = make_model("llama").train()
+    model.model.norm.register_buffer("seen", torch.zeros(1), persistent=False)
+    model.model.norm.length, forward = 3, model.model.norm.forward
+
+    def remembering(hidden: Tensor) -> Tensor:
+        norm = model.model.norm
+        norm.length, norm.fresh, norm.seen = hidden.shape[1], True, torch.ones(1)
+        return forward(hidden)
+
+    model.model.norm.forward = remembering
+    probe.observe(model, causal_lm.find_head(model, "student"), "student")
+    assert model.model.norm.length == 3 and not hasattr(model.model.norm, "fresh") and not model.model.norm.seen.any()
+
+
 @pytest.fixture(params=[torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
 def default(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Another default dtype or device for the test's body."""
