@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 import kd_plugin as kd
-from kd_plugin import checkpoint, loop
+from kd_plugin import checkpoint, finite, loop
 from kd_plugin.config import RunConfig
 from kd_plugin.config_file import to_yaml
 from kd_plugin.engine_fsdp import FsdpEngine
@@ -100,7 +100,8 @@ def break_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
             norm = original(engine, learning_rate)
             taken.append(len(taken) + 1)
             if len(taken) == last:
-                next(engine.module.parameters()).data[slice(0, 1) if unread else slice(None)] = math.nan
+                weight = finite._values_here(next(engine.module.parameters()))
+                weight[: 1 if unread else None].fill_(math.nan)
             return norm
 
         monkeypatch.setattr(FsdpEngine, "step", step)
@@ -118,11 +119,11 @@ def test_a_broken_student_is_never_saved_and_the_finite_checkpoint_stays(
     folder: Path, last: int, stopped: int, unread: bool, break_after: Callable[..., list[int]]
 ) -> None:
     name, taken = f"broken_{last}_{unread}", break_after(last, unread=unread)
-    finite = f"step_{stopped - 2:08d}"
-    with pytest.raises(DivergedError, match=f"diverged at step .*lower train.learning_rate.*{finite}, from which"):
+    left = f"step_{stopped - 2:08d}"
+    with pytest.raises(DivergedError, match=f"diverged at step .*lower train.learning_rate.*{left}, from which"):
         kd.train(config_of(folder, name))
-    assert taken[-1] == stopped and names(folder / name) == [finite]
-    assert json.loads((folder / name / "checkpoints" / finite / "run.json").read_text())["finite"] is True
+    assert taken[-1] == stopped and names(folder / name) == [left]
+    assert json.loads((folder / name / "checkpoints" / left / "run.json").read_text())["finite"] is True
     assert not list((folder / name / "checkpoints").glob("*.partial"))
     taken.clear()  # the NaN is planted after as many steps again
     result = kd.train(config_of(folder, name, max_steps=stopped, resume=True))
