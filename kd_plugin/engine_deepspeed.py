@@ -77,7 +77,15 @@ class DeepSpeedEngine:
         for group in self.student.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._plain_norm()
-        self.student.step()
+        try:
+            self.student.step()
+        except Exception as error:  # of no kind of its own
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise EngineError(
+                "the student's gradients overflow at any loss scale of DeepSpeed's: lower train.learning_rate, or use "
+                "bfloat16 (student.dtype)"
+            ) from error
         norm = norm if norm is not None else self.student.get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
 

@@ -122,7 +122,7 @@ def _stop(session: Session, what: str) -> None:
         left = f"the last finite checkpoint is {folder}, from which train.resume=true goes on"
     else:
         left = "there is no checkpoint" + ("" if train.save_every else " (train.save_every is 0)")
-    raise DivergedError(f"training diverged {what}; nothing was saved since or exported: {cure}; {left}")
+    raise DivergedError(f"training diverged {what}; nothing was exported, nor saved since: {cure}; {left}")
 
 
 def _is_sound(session: Session) -> bool:

@@ -51,8 +51,8 @@ class MetricSums:
         self._total = None
         own, ranks, names = list((largest or {}).values()), num_ranks(group), len(self.names)
         # Each rank has columns of its own, so that their sum is everyone's numbers: a maximum in the same collective
-        columns = torch.zeros(len(own), ranks, dtype=total.dtype)
-        columns[:, dist.get_rank(group) if ranks > 1 else 0] = torch.tensor(own, dtype=total.dtype)
+        columns = torch.zeros(len(own), ranks, dtype=total.dtype, device="cpu")
+        columns[:, dist.get_rank(group) if ranks > 1 else 0] = torch.tensor(own, dtype=total.dtype, device="cpu")
         total = torch.cat([total, columns.flatten().to(total.device)])
         if ranks > 1:
             all_reduce(total, group, "metrics")

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ import kd_plugin as kd
 from kd_plugin import checkpoint, finite, loop
 from kd_plugin.config import RunConfig
 from kd_plugin.config_file import to_yaml
+from kd_plugin.engine import EngineError
+from kd_plugin.engine_deepspeed import DeepSpeedEngine
 from kd_plugin.engine_fsdp import FsdpEngine
 from kd_plugin.finite import DivergedError, FiniteWatch
 from kd_plugin.launcher import launch
+from kd_plugin.metrics import MetricSums
 from tests.tiny import make_folder, run_config
 
 FINE, NAN, INF = torch.tensor(1.0), torch.tensor(math.nan), torch.tensor(math.inf)
@@ -221,3 +225,22 @@ def test_what_the_last_bits_depend_on_is_kept_and_compared(folder: Path, caplog:
     kd.train(config_of(folder, "bits", max_steps=4, resume=True))
     (line,) = [line for line in caplog.messages if "last bits may differ" in line]
     assert "bfloat16 products was in bfloat16 (the processor has amx_tile), now it is in " in line
+
+
+@pytest.mark.parametrize("message", ["Current loss scale already at minimum - cannot decrease scale anymore", "else"])
+def test_deepspeeds_last_loss_scale_ends_with_a_cure(message: str) -> None:
+    def step() -> None:
+        raise Exception(message)
+
+    engine = object.__new__(DeepSpeedEngine)
+    engine.student = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), step=step)
+    with pytest.raises(Exception, match="use bfloat16" if "scale" in message else "^else$") as caught:
+        engine.step(0.1)
+    assert isinstance(caught.value, EngineError) == ("scale" in message)
+
+
+def test_numbers_are_taken_whatever_the_default_device() -> None:
+    sums = MetricSums(("a",))
+    sums.add(torch.tensor([2.0]))
+    with torch.device("meta"):
+        assert sums.take(torch.device("cpu"), largest={"b": 3.0}) == {"a": 2.0, "b": 3.0}
