@@ -5,7 +5,10 @@ Notable decisions:
   is never picked up; leftovers are removed by the next save;
 - the engine writes model and optimizer in its own format (torch.distributed.checkpoint or DeepSpeed), this
   file adds the step, the configuration and each rank's random state;
-- data order depends on seed and step alone, so there is no loader state to keep.
+- data order depends on seed and step alone, so there is no loader state to keep;
+- what decides the last bits (processor, row kernel, torch) is written down, and a difference at resuming is said;
+- a checkpoint says that its weights are finite. One that is not is never continued from, also an old one without the
+  mark, and pruning leaves the newest finite one.
 """
 
 from __future__ import annotations
@@ -21,10 +24,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from kd_plugin import processor, row_kernels
 from kd_plugin.config import RunConfig
 from kd_plugin.engine import Engine
+from kd_plugin.finite import has_finite_parameters
 
-__all__ = ["CheckpointError", "checkpoints", "latest", "resume", "save"]
+__all__ = ["CheckpointError", "checkpoints", "latest_finite", "resume", "save"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +50,21 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(path.parent for path in found if path.parent.name.removeprefix("step_").isdigit())
 
 
-def latest(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint, if there is one."""
-    return next(reversed(checkpoints(output_dir)), None)
+def latest_finite(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint that says that its weights are finite, if there is one."""
+    return next((folder for folder in reversed(checkpoints(output_dir)) if _is_finite(folder)), None)
+
+
+def _is_finite(folder: Path) -> bool | None:
+    """What the checkpoint says of itself; None for an old one, which says nothing."""
+    return json.loads((folder / _RUN).read_text()).get("finite")
 
 
 def save(engine: Engine, config: RunConfig, *, mode: str, step: int) -> Path:
-    """Write the checkpoint of `step`, remove those beyond `train.keep_checkpoints`. All ranks call this."""
+    """Write the checkpoint of `step`, remove those beyond `train.keep_checkpoints`. All ranks call this.
+
+    The caller has seen that the student is finite (`finite.has_finite_parameters`).
+    """
     output_dir, rank = Path(config.log.output_dir), dist.get_rank()
     final = output_dir / "checkpoints" / f"step_{step:08d}"
     partial = final.with_name(final.name + _PARTIAL)
@@ -65,11 +78,13 @@ def save(engine: Engine, config: RunConfig, *, mode: str, step: int) -> Path:
     dist.barrier()
     if rank == 0:
         run = {"step": step, "parallel": mode, "world_size": dist.get_world_size()}
+        run |= {"finite": True, "numerics": _numerics(config)}
         run["config"] = config.model_dump(mode="json")
         (partial / _RUN).write_text(json.dumps(run, indent=1))
         partial.rename(final)
         for old in checkpoints(output_dir)[: -config.train.keep_checkpoints]:
-            shutil.rmtree(old)
+            if old != final:  # which is finite; one of a later step may be older, and not
+                shutil.rmtree(old)
     dist.barrier()
     return final
 
@@ -79,13 +94,18 @@ def resume(engine: Engine, config: RunConfig, folder: Path, *, mode: str) -> int
 
     Raises:
         CheckpointError: written by DeepSpeed and read by FSDP or the other way round, or by ZeRO on another number
-            of ranks.
+            of ranks; or its weights are not finite.
     """
     run = json.loads((folder / _RUN).read_text())
     _check(run, folder, mode)
-    for section in _changed_sections(run["config"], config):
-        logger.warning("resume: section %s differs from the one that wrote %s", section, folder)
-    engine.load(folder / _STATE)
+    for section, keys in _changed_sections(run["config"], config).items():
+        logger.warning("resume: section %s differs from the one that wrote %s (%s)", section, folder, keys)
+    for name, now in _numerics(config).items():
+        before = run.get("numerics", {}).get(name, now)
+        if before != now:
+            logger.warning("resume: %s was %s, now it is %s: last bits may differ", name, before, now)
+    if not _loads_finite(engine, folder):
+        raise CheckpointError(_refusal(engine, config, folder))
     mine = folder / f"random_{dist.get_rank()}.pt"
     if mine.is_file():
         _set_random_state(torch.load(mine, weights_only=True))
@@ -110,9 +130,44 @@ def _check(run: dict[str, Any], folder: Path, mode: str) -> None:
         )
 
 
-def _changed_sections(before: dict[str, Any], config: RunConfig) -> list[str]:
-    now = config.model_dump(mode="json")
-    return [name for name in _SAME if before.get(name) != now[name]]
+def _loads_finite(engine: Engine, folder: Path) -> bool:
+    if _is_finite(folder) is False:
+        return False
+    engine.load(folder / _STATE)
+    return has_finite_parameters(engine.student)
+
+
+def _refusal(engine: Engine, config: RunConfig, folder: Path) -> str:
+    """Says which checkpoint could be continued from; tries old ones that do not say themselves."""
+    everything = checkpoints(Path(config.log.output_dir))
+    older = reversed([other for other in everything if other.name < folder.name])
+    finite = next((other for other in older if _is_finite(other) or _loads_finite(engine, other)), None)
+    cure = "no older one is finite: start anew in another log.output_dir, with a lower train.learning_rate"
+    if finite is not None:
+        cure = f"the newest finite one is {finite}: remove what is newer, and lower train.learning_rate"
+    return f"{folder} holds weights that are NaN or infinite; {cure}"
+
+
+def _numerics(config: RunConfig) -> dict[str, str]:
+    """What the last bits of a run depend on besides its settings."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {"torch": str(torch.__version__), "row_kernel": row_kernels.choose(config.distill.row_kernel, kind)}
+    if kind == "cuda":
+        return found | {"device": torch.cuda.get_device_name()}
+    found["device"] = str(torch.cpu.get_capabilities().get("cpu_name", kind))
+    for name, dtype in processor.HALVES.items():
+        found[f"{name} products"] = processor.describe(dtype)
+    return found
+
+
+def _changed_sections(before: dict[str, Any], config: RunConfig) -> dict[str, str]:
+    """Sections that differ, and which of their settings do."""
+    now, changed = config.model_dump(mode="json"), {}
+    for name in _SAME:
+        old, new = before.get(name) or {}, now[name] or {}
+        if before.get(name) != now[name]:
+            changed[name] = ", ".join(key for key in [*new, *(old.keys() - new)] if old.get(key) != new.get(key))
+    return changed
 
 
 def _random_state() -> dict[str, Any]:

@@ -100,16 +100,16 @@ class Engine(Protocol):
     applied_notes: list[str]
     """Lines for the log: what was filled in or could not be applied."""
 
-    def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> None:
-        """One micro-batch: its loss, summed and divided by `num_items`, into the gradients."""
+    def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> Tensor:
+        """One micro-batch: its loss, summed and divided by `num_items`, into the gradients; returns it (0-d)."""
         ...
 
-    def step(self, learning_rate: float) -> Tensor:
-        """One optimizer step at this rate; returns the global gradient norm before clipping (0-d)."""
+    def step(self, learning_rate: float) -> Tensor | None:
+        """One optimizer step at this rate; returns the global gradient norm before clipping (0-d), if it is known."""
         ...
 
-    def evaluate(self, inputs: Mapping[str, Tensor], *, num_items: int) -> None:
-        """The forward pass of one held-out micro-batch; its numbers are in the plugin's metrics."""
+    def evaluate(self, inputs: Mapping[str, Tensor], *, num_items: int) -> Tensor:
+        """The forward pass of one held-out micro-batch; its numbers are in the plugin's metrics. Returns its loss."""
         ...
 
     def full_state_dict(self) -> dict[str, Tensor]:

@@ -65,20 +65,29 @@ class DeepSpeedEngine:
         engine.eval()
         return engine
 
-    def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> None:
+    def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> Tensor:
         """See `Engine`; times world_size, because DeepSpeed averages the gradients over the ranks."""
         self.student.set_gradient_accumulation_boundary(is_last)
         loss = self.student(**inputs, num_items_in_batch=num_items).loss
         self.student.backward(loss * self.place.world_size, scale_wrt_gas=False)
+        return loss.detach()
 
-    def step(self, learning_rate: float) -> Tensor:
-        """See `Engine`."""
+    def step(self, learning_rate: float) -> Tensor | None:
+        """See `Engine`; no norm where the `deepspeed:` block says that none is computed."""
         for group in self.student.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._plain_norm()
-        self.student.step()
+        try:
+            self.student.step()
+        except Exception as error:  # of no kind of its own
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise EngineError(
+                "the student's gradients overflow at any loss scale of DeepSpeed's: lower train.learning_rate, or use "
+                "bfloat16 (student.dtype)"
+            ) from error
         norm = norm if norm is not None else self.student.get_global_grad_norm()
-        return torch.as_tensor(float("nan") if norm is None else norm)
+        return None if norm is None else torch.as_tensor(norm)
 
     def _plain_norm(self) -> Tensor | None:
         """The norm where DeepSpeed computes none: stage 0 in fp32, with gradients already averaged."""
@@ -88,9 +97,9 @@ class DeepSpeedEngine:
         return None
 
     @torch.no_grad()
-    def evaluate(self, inputs: Mapping[str, Tensor], *, num_items: int) -> None:
+    def evaluate(self, inputs: Mapping[str, Tensor], *, num_items: int) -> Tensor:
         """See `Engine`."""
-        self.student(**inputs, num_items_in_batch=num_items)
+        return self.student(**inputs, num_items_in_batch=num_items).loss
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """See `Engine`; ZeRO-3 parameters are gathered one at a time."""

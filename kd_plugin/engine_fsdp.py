@@ -88,12 +88,13 @@ class FsdpEngine:
         if config.offload and self.place.device.type == "cpu":
             self.applied_notes.append("teacher.offload has no effect: there is no GPU, host memory holds everything")
 
-    def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> None:
+    def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> Tensor:
         """See `Engine`; times world_size, because FSDP averages the gradients over the ranks."""
         if self._has_replicas:
             self._reduce_over_copies(is_last)
         loss = self.student(**inputs, num_items_in_batch=num_items).loss
         self._scaler.scale(loss * self.place.world_size).backward()
+        return loss.detach()
 
     def _reduce_over_copies(self, now: bool) -> None:
         self.student.set_requires_all_reduce(now)
@@ -119,9 +120,9 @@ class FsdpEngine:
         return norm
 
     @torch.no_grad()
-    def evaluate(self, inputs: Mapping[str, Tensor], *, num_items: int) -> None:
+    def evaluate(self, inputs: Mapping[str, Tensor], *, num_items: int) -> Tensor:
         """See `Engine`."""
-        self.student(**inputs, num_items_in_batch=num_items)
+        return self.student(**inputs, num_items_in_batch=num_items).loss
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """See `Engine`."""

@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kd_plugin import checkpoint
@@ -24,6 +26,7 @@ from kd_plugin.config import DistillConfig, RunConfig
 from kd_plugin.console import progress, step_line
 from kd_plugin.data import Batch, TrainBatches
 from kd_plugin.engine import Engine, Placement, learning_rate_at, reduce_numbers
+from kd_plugin.finite import CHECK_EVERY, DivergedError, FiniteWatch, has_finite_parameters, scales_loss
 from kd_plugin.metrics import memory_readings
 from kd_plugin.tensorboard import Writer, tagged
 
@@ -62,27 +65,34 @@ class Session:
 
 
 def run_steps(session: Session, first: int, before: dict[str, float]) -> dict[str, float]:
-    """Steps `first` to `max_steps`; returns the last evaluation (`before` when nothing is left to do)."""
+    """Steps `first` to `max_steps`; returns the last evaluation (`before` when nothing is left to do).
+
+    Raises:
+        DivergedError: on all ranks, a few steps after a loss or a gradient that is not a number.
+    """
     train, log = session.config.train, session.config.log
     session.plugin.metrics()  # the window starts here
     started = window_start = time.perf_counter()
-    window, result = 0, before
+    window, result, finite = 0, before, FiniteWatch(scaled=scales_loss(session.config))
     for step in progress(first, train.max_steps, rank=session.place.rank):
         with of_others(f"in step {step}"):
-            gradient_norm = _train_step(session, step)
+            loss, gradient_norm = _train_step(session, step)
+            finite.add(step, loss, gradient_norm)
         window += 1
         last = step == train.max_steps
         evaluated = last or (train.eval_every > 0 and step % train.eval_every == 0)
         if evaluated or step % log.every == 0:
-            norm = gradient_norm.item()  # waits for the device, so that the window's time is the window's
+            norm = _number(gradient_norm)  # waits for the device, so that the window's time is the window's
             elapsed = time.perf_counter() - window_start
             values = _measure(session, step, norm, elapsed, window)
             eta = (time.perf_counter() - started) / (step - first + 1) * (train.max_steps - step)
             _log(session, step, values, eta)
             window, window_start = 0, time.perf_counter()
         saved = train.save_every > 0 and step % train.save_every == 0
+        if evaluated or saved or step % log.every == 0 or step % CHECK_EVERY == 0:
+            # Waits for the device: the step's own work is over, what follows is no part of its time
+            _stop_if_broken(session, finite, step, loss, gradient_norm)
         if evaluated or saved:
-            gradient_norm.item()  # the step's own work is over, what follows is no part of its time
             pause = time.perf_counter()
             if evaluated:
                 result = evaluate(session, step)
@@ -92,23 +102,63 @@ def run_steps(session: Session, first: int, before: dict[str, float]) -> dict[st
     return result
 
 
+def _number(norm: Tensor | None) -> float:
+    return math.nan if norm is None else norm.item()
+
+
+def _stop_if_broken(
+    session: Session, finite: FiniteWatch, step: int, loss: Tensor, gradient_norm: Tensor | None
+) -> None:
+    """Raises on all ranks if the student has broken in one of the last steps. One collective."""
+    if first := finite.first_broken_step():
+        _stop(session, f"at step {first} (step {step}: loss {loss.item()}, gradient norm {_number(gradient_norm)})")
+
+
+def _stop(session: Session, what: str) -> None:
+    train, folder = session.config.train, checkpoint.latest_finite(Path(session.config.log.output_dir))
+    cure = "lower train.learning_rate, or raise train.warmup_steps"
+    cure += ", or use bfloat16" if scales_loss(session.config) else ""
+    if folder is not None:
+        left = f"the last finite checkpoint is {folder}, from which train.resume=true goes on"
+    else:
+        left = "there is no checkpoint" + ("" if train.save_every else " (train.save_every is 0)")
+    raise DivergedError(f"training diverged {what}; nothing was exported, nor saved since: {cure}; {left}")
+
+
+def _is_sound(session: Session) -> bool:
+    """Whether the student's weights are finite and give a loss. All ranks call this; no metric is touched."""
+    batch, engine = next(session.held_out()), session.engine
+    with session.plugin.unmeasured():
+        engine.student.eval()
+        try:
+            inputs = batch.to(session.place.device).model_inputs()
+            loss = engine.evaluate(inputs, num_items=max(1, batch.num_valid))
+        finally:
+            engine.student.train()
+    broken = reduce_numbers({"losses that are not finite": float(loss.isnan())}, op="max").popitem()[1]
+    return not broken and has_finite_parameters(engine.student)
+
+
 def _save(session: Session, step: int) -> None:
     with session.timed("save"):
+        if not _is_sound(session):
+            _stop(session, f"at step {step}: its update left weights that are not finite, or too large for a loss")
         folder = checkpoint.save(session.engine, session.config, mode=session.mode, step=step)
     logger.info("checkpoint %s", folder)
 
 
-def _train_step(session: Session, step: int) -> Tensor:
-    """One optimizer step; returns the gradient norm, on the device."""
+def _train_step(session: Session, step: int) -> tuple[Tensor, Tensor | None]:
+    """One optimizer step; returns this rank's loss and the gradient norm, if it is known, on the device."""
     engine = session.engine
     batches = session.batches.step(step - 1)
     # One count for the whole step: tokens weigh the same wherever they fall.
     counted = reduce_numbers({"valid": sum(batch.num_valid for batch in batches)})
     num_items = max(1, int(counted["valid"]))
+    loss = torch.zeros((), device=session.place.device)
     for index, batch in enumerate(batches):
         inputs = batch.to(session.place.device, non_blocking=True).model_inputs()
-        engine.forward_backward(inputs, num_items=num_items, is_last=index == len(batches) - 1)
-    return engine.step(learning_rate_at(step, session.config.train))
+        loss += engine.forward_backward(inputs, num_items=num_items, is_last=index == len(batches) - 1)
+    return loss, engine.step(learning_rate_at(step, session.config.train))
 
 
 def _measure(session: Session, step: int, norm: float, elapsed: float, window: int) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from kd_plugin.objective import make_objective
 
 
 class Measures:
-    """Sums over valid rows, kept on the device; wall times; the most memory that a loss has held."""
+    """Sums over valid rows, kept on the device; wall times; the most memory that a loss has held, all until asked."""
 
     def __init__(self) -> None:
         self.watch = Stopwatch()
@@ -36,9 +38,22 @@ class Measures:
         self._peak_loss_bytes = max(self._peak_loss_bytes, sums.workspace_bytes)
         self._dense_bytes = max(self._dense_bytes, sums.dense_bytes)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What the body computes is not measured, but for its wall times."""
+        peaks = self._peak_loss_bytes, self._dense_bytes
+        try:
+            with self._sums.aside():
+                yield
+        finally:
+            self._peak_loss_bytes, self._dense_bytes = peaks
+
     def take(self, config: DistillConfig, device: torch.device, group: Any, chunk_size: int) -> dict[str, float]:
         """See `Plugin.metrics`, for the objective of `config`. One collective."""
-        sums = self._sums.take(device, group)
+        peaks = {"loss_peak_gib": self._peak_loss_bytes / GIB, "logits_avoided_gib": self._dense_bytes / GIB}
+        self._peak_loss_bytes = self._dense_bytes = 0
+        sums = self._sums.take(device, group, largest=peaks)
+        peaks = {name: sums.pop(name) for name in peaks}
         valid = sums.pop("valid_tokens")
         means = {name: value / max(valid, 1.0) for name, value in sums.items()}
         kept = ("soft_loss", "hard_loss", *(["router_loss"] if self._has_router_loss else []))
@@ -53,7 +68,6 @@ class Measures:
             "valid_tokens": valid,
             "temperature": config.temperature,
             "chunk_size": float(chunk_size),
-            "loss_peak_gib": self._peak_loss_bytes / GIB,
-            "logits_avoided_gib": self._dense_bytes / GIB,
+            **peaks,
             **times,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from kd_plugin.collectives import all_reduce
 
 GIB = 2**30
+_WITHOUT_FP64 = ("mps",)
 
 
 class MetricSums:
@@ -24,18 +25,44 @@ class MetricSums:
 
     def add(self, values: Tensor) -> None:
         """`values` `[len(names)]`; kept in fp64 where the device has it, so that long sums stay exact."""
-        values = values.detach()
-        if values.device.type != "mps":
-            values = values.double()
+        values = _widened(values.detach())
         self._total = values.clone() if self._total is None else self._total + values
 
-    def take(self, device: torch.device, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Sums over all ranks since the last call, then zero. One all-reduce: call it on every rank."""
-        total = self._total if self._total is not None else torch.zeros(len(self.names), device=device).double()
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is added in the body is forgotten afterwards."""
+        before = self._total
+        try:
+            yield
+        finally:
+            self._total = before
+
+    def take(
+        self,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        largest: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """Sums over all ranks since the last call, then zero. One all-reduce: call it on every rank.
+
+        Of `largest`, numbers of this rank's host, the result has the maximum over all ranks.
+        """
+        total = self._total if self._total is not None else _widened(torch.zeros(len(self.names), device=device))
         self._total = None
-        if num_ranks(group) > 1:
+        own, ranks, names = list((largest or {}).values()), num_ranks(group), len(self.names)
+        # Each rank has columns of its own, so that their sum is everyone's numbers: a maximum in the same collective
+        columns = torch.zeros(len(own), ranks, dtype=total.dtype, device="cpu")
+        columns[:, dist.get_rank(group) if ranks > 1 else 0] = torch.tensor(own, dtype=total.dtype, device="cpu")
+        total = torch.cat([total, columns.flatten().to(total.device)])
+        if ranks > 1:
             all_reduce(total, group, "metrics")
-        return dict(zip(self.names, total.tolist(), strict=True))
+        sums, everyone = total[:names].tolist(), total[names:].view(len(own), ranks).tolist()
+        found = dict(zip(self.names, sums, strict=True))
+        return found | {name: max(values) for name, values in zip(largest or {}, everyone, strict=True)}
+
+
+def _widened(values: Tensor) -> Tensor:
+    return values if values.device.type in _WITHOUT_FP64 else values.double()
 
 
 def num_ranks(group: dist.ProcessGroup | None = None) -> int:
@@ -44,7 +71,10 @@ def num_ranks(group: dist.ProcessGroup | None = None) -> int:
 
 
 class Stopwatch:
-    """Milliseconds spent in named regions; CUDA events on a GPU, so that measuring never waits for it."""
+    """Milliseconds spent in named regions; CUDA events on a GPU, so that measuring never waits for it.
+
+    Only regions that the GPU has not finished hold events, so nothing piles up where nobody calls `take`.
+    """
 
     def __init__(self) -> None:
         self._elapsed: dict[str, float] = {}
@@ -59,10 +89,17 @@ class Stopwatch:
             yield
             stop.record()
             self._events.append((name, start, stop))
+            self._fold_finished()
         else:
             begin = time.perf_counter()
             yield
             self._add(name, (time.perf_counter() - begin) * 1e3)
+
+    def _fold_finished(self) -> None:
+        """Turn the oldest events into milliseconds, as far as the GPU is done with them."""
+        while self._events and self._events[0][2].query():
+            name, start, stop = self._events.pop(0)
+            self._add(name, start.elapsed_time(stop))
 
     def _add(self, name: str, milliseconds: float) -> None:
         self._elapsed[name] = self._elapsed.get(name, 0.0) + milliseconds

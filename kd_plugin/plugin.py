@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -58,8 +58,9 @@ class Plugin:
 
         Keys: loss, soft_loss, hard_loss, router_loss (of a mixture of experts that adds one; a part of loss),
         teacher_entropy, student_entropy (nats), top1_agreement,
-        acceptance_rate, kl_t1, valid_tokens, temperature, chunk_size, logits_avoided_gib, loss_peak_gib, and
-        this rank's wall time in student_ms (backbone), teacher_ms (backbone), loss_ms, summed over forwards.
+        acceptance_rate, kl_t1, valid_tokens, temperature, chunk_size, logits_avoided_gib and loss_peak_gib (of the
+        largest forward on any rank), and this rank's wall time in student_ms (backbone), teacher_ms (backbone),
+        loss_ms, summed over forwards.
         """
         values = self._measures.take(self.config, self._student.linear.weight.device, self.group, self.chunk_size)
         if not values["valid_tokens"]:
@@ -77,6 +78,10 @@ class Plugin:
             yield
         finally:
             self._set_config(before)
+
+    def unmeasured(self) -> AbstractContextManager[None]:
+        """What is computed in the body does not enter `metrics()`."""
+        return self._measures.aside()
 
     def _set_config(self, config: DistillConfig) -> None:
         self.config = config

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.distributed as dist
 
-__all__ = ["HALVES", "emulated_here", "instructions", "multiplies", "settle", "wanted"]
+__all__ = ["HALVES", "describe", "emulated_here", "instructions", "multiplies", "settle", "wanted"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,21 +48,25 @@ def multiplies(dtype: torch.dtype) -> bool:
     """Whether products of `dtype` are left in it: this processor and, after `settle`, every rank's has them."""
     if dtype not in _PRODUCTS:
         return True
-    elsewhere = dist.is_available() and dist.is_initialized() and dtype in _emulated_elsewhere
-    native = instructions(dtype) is not None
-    _say(dtype, native, native and elsewhere)
-    return native and not elsewhere
+    chosen = describe(dtype)
+    _say(dtype, chosen)
+    return not chosen.startswith("in float32")
+
+
+def describe(dtype: torch.dtype) -> str:
+    """In what products of the half precision `dtype` are computed, and why."""
+    found = instructions(dtype)
+    if found is None:
+        return f"in float32 (the processor has none of {wanted(dtype)})"
+    if dist.is_available() and dist.is_initialized() and dtype in _emulated_elsewhere:
+        return "in float32 (another rank's processor lacks it)"
+    return f"in {str(dtype).removeprefix('torch.')} (the processor has {found})"
 
 
 @functools.cache
-def _say(dtype: torch.dtype, native: bool, elsewhere: bool) -> None:
+def _say(dtype: torch.dtype, chosen: str) -> None:
     """Log what was chosen, once."""
-    name = str(dtype).removeprefix("torch.")
-    if native and not elsewhere:
-        logger.info("%s products: in %s (the processor has %s)", name, name, instructions(dtype))
-    else:
-        why = "another rank's processor lacks it" if elsewhere else f"the processor has none of {wanted(dtype)}"
-        logger.info("%s products: in float32 (%s)", name, why)
+    logger.info("%s products: %s", str(dtype).removeprefix("torch."), chosen)
 
 
 def emulated_here() -> dict[str, bool]:

@@ -55,9 +55,9 @@ def test_only_the_newest_checkpoints_are_kept(folder: Path) -> None:
 
 def test_a_killed_save_is_not_picked_up(folder: Path) -> None:
     output = kd.train(config_of(folder, "killed", export=False)).output_dir
-    newest = checkpoint.latest(output)
+    newest = checkpoint.checkpoints(output)[-1]
     newest.rename(newest.with_name(newest.name + ".partial"))
-    assert checkpoint.latest(output).name == "step_00000002"
+    assert checkpoint.checkpoints(output)[-1].name == "step_00000002"
     resumed = kd.train(config_of(folder, "killed", resume=True, export=False))
     assert [values["step"] for values in resumed.history] == [3, 4]
     assert not list(output.glob("checkpoints/*.partial"))
@@ -76,7 +76,7 @@ def test_resume_without_a_checkpoint_starts_at_step_one(folder: Path) -> None:
 
 def test_a_checkpoint_of_another_backend_is_refused(folder: Path) -> None:
     output = kd.train(config_of(folder, "foreign", max_steps=2, export=False)).output_dir
-    note = checkpoint.latest(output) / "run.json"
+    note = checkpoint.checkpoints(output)[-1] / "run.json"
     note.write_text(json.dumps({**json.loads(note.read_text()), "parallel": "deepspeed"}))
     with pytest.raises(checkpoint.CheckpointError, match=r"was written by train\.parallel deepspeed"):
         kd.train(config_of(folder, "foreign", resume=True, export=False))

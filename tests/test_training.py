@@ -24,8 +24,9 @@ from kd_plugin.early import SetupError
 from kd_plugin.engine import learning_rate_at, start_process_group
 from kd_plugin.engine_fsdp import FsdpEngine
 from kd_plugin.export import ExportError, export_student
+from kd_plugin.finite import DivergedError
 from kd_plugin.models import build_student, load_teacher, load_tokenizer
-from kd_plugin.training import TrainError, TrainResult
+from kd_plugin.training import TrainResult
 from tests.tiny import make_folder, run_config
 
 
@@ -184,10 +185,10 @@ def test_evaluation_measures_plain_losses_whatever_is_optimised(folder: Path, re
 
 def test_a_run_that_diverges_exports_nothing_and_says_so(folder: Path) -> None:
     config = run_config(folder, "diverged", train={"learning_rate": 1e38, "warmup_steps": 0})
-    with pytest.raises(TrainError, match=r"diverged: .* nan .* lower train\.learning_rate"):
+    with pytest.raises(DivergedError, match=r"diverged at step 2 .* nan.* lower train\.learning_rate"):
         kd.train(config)
     left = {path.name for path in (folder / "diverged").iterdir()}
-    assert left == {"config.yaml", "summary.json"}
+    assert left == {"config.yaml"}
 
 
 def test_weights_that_are_not_numbers_are_not_exported(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""A run whose numbers stopped being numbers: noticed within a few steps, by all ranks in the same one.
+
+Notable decisions:
+- what a step did is remembered on its device and read every `CHECK_EVERY` steps, so that no step waits for it;
+- fp16 leaves out steps whose gradient overflowed, until its loss scale fits: only many in a row are a fault;
+- an infinite loss alone is none, if its gradient is finite: a divergence may be infinite where a teacher is certain.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from kd_plugin.config import RunConfig
+from kd_plugin.engine import reduce_numbers
+
+__all__ = ["CHECK_EVERY", "DivergedError", "FiniteWatch", "has_finite_parameters", "scales_loss"]
+
+CHECK_EVERY = 8
+"""Steps."""
+# Steps in a row, of (NaN losses, gradients that are not finite). A NaN loss was not scaled yet: no scale cures it. A
+# scale starts at 2 ** 16 and is halved at each step that is left out: after 40 of them it has nothing to offer.
+_UNSCALED_LIMITS, _SCALED_LIMITS = (1, 1), (CHECK_EVERY, 40)
+
+
+class DivergedError(ValueError):
+    """The student's numbers are no numbers any more."""
+
+
+class FiniteWatch:
+    """Remembers on the device when losses or gradients stopped being finite.
+
+    Args:
+        scaled: steps whose gradient is not finite are left out (fp16's loss scaling).
+    """
+
+    def __init__(self, *, scaled: bool) -> None:
+        self._limits = _SCALED_LIMITS if scaled else _UNSCALED_LIMITS
+        self._last = 0
+        self._in_a_row: Tensor | None = None  # [2] int64
+        self._first: Tensor | None = None  # int64, 0 for never
+
+    def add(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
+        """One optimizer step, counted from 1: the sum of this rank's losses and the gradient's norm, both 0-d.
+
+        `norm` is None where it is not known.
+        """
+        self._last = step
+        broken = [loss.detach().isnan()]
+        broken.append(torch.zeros_like(broken[0]) if norm is None else ~norm.detach().isfinite().to(loss.device))
+        if self._in_a_row is None:
+            self._in_a_row = torch.zeros(2, dtype=torch.int64, device=loss.device)
+            self._first = torch.zeros((), dtype=torch.int64, device=loss.device)
+        assert self._first is not None
+        self._in_a_row = (self._in_a_row + 1) * torch.stack(broken)
+        for count, limit in zip(self._in_a_row, self._limits, strict=True):
+            found = (self._first == 0) & (count >= limit)
+            self._first = torch.where(found, step + 1 - count, self._first)
+
+    def first_broken_step(self) -> int:
+        """The step with which it began, over all ranks; 0 while all is well. One collective; waits for the device."""
+        first = 0 if self._first is None else int(self._first.item())
+        since = {"steps since the first that is not finite": self._last + 1 - first if first else 0}
+        most = int(max(reduce_numbers(since, op="max").values()))
+        return self._last + 1 - most if most else 0
+
+
+def scales_loss(config: RunConfig) -> bool:
+    """Whether steps with a gradient that is not finite are left out and tried again with a smaller loss scale."""
+    autocast: Any = (config.deepspeed or {}).get("torch_autocast") or {}
+    return config.student.dtype == "float16" or bool(autocast.get("enabled"))
+
+
+def has_finite_parameters(student: nn.Module) -> bool:
+    """Whether no parameter of any rank holds NaN or infinity. One collective; waits for the device."""
+    finite: Tensor | None = None
+    for parameter in student.parameters():
+        values = _values_here(parameter)
+        if values.numel() and values.is_floating_point():
+            here = values.isfinite().all()
+            finite = here if finite is None else finite & here.to(finite.device)
+    broken = finite is not None and not finite.item()
+    return not reduce_numbers({"parameters that are not finite": float(broken)}, op="max").popitem()[1]
+
+
+def _values_here(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of it, without padding."""
+    if isinstance(parameter, DTensor):
+        return parameter.detach().to_local()
+    part = getattr(parameter, "ds_tensor", None)  # ZeRO-3's, of which the last rank's ends in memory of any content
+    if part is None or parameter.numel():
+        return parameter.detach()
+    start = parameter.get_partition_rank() * part.ds_numel  # type: ignore[attr-defined]
+    return part.detach().flatten()[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]
