@@ -102,7 +102,7 @@ class _Watch:
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: it is not Python's
                 self._before[number] = signal.signal(number, self._handle)
         _State.watch = self
         if not _State.at_fork:

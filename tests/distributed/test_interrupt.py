@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from kd_plugin.config_file import to_yaml
+from kd_plugin.interrupt import last_step, one_line_end, reached
+from kd_plugin.launcher import Stop, one_line_errors
 from tests.distributed.launch import REPOSITORY
 from tests.tiny import make_folder, run_config
 
@@ -145,9 +147,14 @@ def test_a_second_ctrl_c_ends_a_process_that_no_handler_reaches() -> None:
     assert errors == "interrupted, that is all\n"
 
 
-def test_handlers_are_put_back_and_other_failures_pass_through() -> None:
-    from kd_plugin.interrupt import last_step, one_line_end, reached
+def test_ctrl_c_before_a_run_has_begun_is_one_line_too(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Stop) as stop, one_line_errors(verbose=False, exit_code=2):
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert capfd.readouterr().err == "interrupted\n"
 
+
+def test_handlers_are_put_back_and_other_failures_pass_through() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyError), one_line_end(lambda what: what, several=False):
         assert last_step() is None
@@ -159,8 +166,6 @@ def test_handlers_are_put_back_and_other_failures_pass_through() -> None:
 
 
 def test_what_fails_because_of_the_signal_is_no_failure(capfd: pytest.CaptureFixture[str]) -> None:
-    from kd_plugin.interrupt import one_line_end
-
     with pytest.raises(SystemExit) as stop, one_line_end(lambda what: f"{what}!", several=True):
         try:
             os.kill(os.getpid(), signal.SIGINT)
