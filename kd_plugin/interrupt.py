@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-__all__ = ["Interrupted", "last_step", "one_line_end", "reached"]
+__all__ = ["Ended", "Interrupted", "last_step", "one_line_end", "reached"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE_S = 10
@@ -32,6 +32,10 @@ _LATE_S = 3.0
 
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM has come."""
+
+
+class Ended(SystemExit):
+    """The line has been printed; `code` is 128 + the signal."""
 
 
 class _State:
@@ -54,7 +58,7 @@ def last_step() -> tuple[int, int] | None:
 
 @contextmanager
 def one_line_end(line: Callable[[str], str | None], *, several: bool) -> Iterator[None]:
-    """End the body on SIGINT or SIGTERM: print a line on stderr and raise SystemExit(128 + signal).
+    """End the body on SIGINT or SIGTERM: print a line on stderr and raise Ended.
 
     `line` gets what happened ("interrupted", "ended by SIGTERM") and returns what to print, or None for nothing.
     With `several` ranks, a RuntimeError waits a moment for the signal that may have been its cause. Signals that
@@ -81,7 +85,7 @@ def one_line_end(line: Callable[[str], str | None], *, several: bool) -> Iterato
         if watch.came is None:
             raise
         watch.tell()
-        raise SystemExit(128 + watch.came) from None
+        raise Ended(128 + watch.came) from None
     finally:
         watch.stop()
 

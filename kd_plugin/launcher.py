@@ -19,7 +19,7 @@ from pathlib import Path
 from kd_plugin.config import RunConfig
 from kd_plugin.config_file import ConfigError, load_config
 from kd_plugin.early import SetupError
-from kd_plugin.interrupt import last_step, one_line_end
+from kd_plugin.interrupt import Ended, last_step, one_line_end
 
 __all__ = ["Stop", "launch", "one_line_errors", "run_training"]
 
@@ -51,7 +51,7 @@ def launch(argv: Sequence[str], *, script: str, default: str, allowed: Sequence[
             overridden = any(arg.startswith("train.parallel=") for arg in rest[1:])
             stands = overridden and config.train.parallel != "auto"
             run_training(config if stands else _with_parallel(config, script, default, allowed))
-    except SystemExit as stop:
+    except (Stop, Ended) as stop:
         return int(str(stop.code))
     return 0
 

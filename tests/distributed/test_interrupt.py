@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kd_plugin.config_file import to_yaml
-from kd_plugin.interrupt import last_step, one_line_end, reached
+from kd_plugin.interrupt import Ended, last_step, one_line_end, reached
 from kd_plugin.launcher import Stop, one_line_errors
 from tests.distributed.launch import REPOSITORY
 from tests.tiny import make_folder, run_config
@@ -166,7 +166,7 @@ def test_handlers_are_put_back_and_other_failures_pass_through() -> None:
 
 
 def test_what_fails_because_of_the_signal_is_no_failure(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop, one_line_end(lambda what: f"{what}!", several=True):
+    with pytest.raises(Ended) as stop, one_line_end(lambda what: f"{what}!", several=True):
         try:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
