@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import kd_plugin as kd
+from kd_plugin.collectives import end_process_groups
 from kd_plugin.parallel import fsdp
 
 PRODUCTS = "products"
@@ -142,7 +143,7 @@ def main(job_file: Path, found_file: Path) -> None:
     table = measure(job)
     if dist.get_rank() == 0:
         found_file.write_text(json.dumps(table))
-    dist.destroy_process_group()
+    end_process_groups()
 
 
 def launch(job: Job, ranks: int, folder: Path) -> list[dict[str, Any]]:

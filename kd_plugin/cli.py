@@ -2,7 +2,8 @@
 
 Notable decisions:
 - nothing here imports torch until a command needs it, so that `validate` answers at once;
-- exit codes: 0 done, 1 `validate` found faults, 2 the run could not be started or the command was misused.
+- exit codes: 0 done, 1 `validate` found faults, 2 the run could not be started or the command was misused;
+  130 and 143: SIGINT or SIGTERM ended it.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def train(
 ) -> None:
     """Train, alone or under torchrun or deepspeed.
 
-    Exit code 2 if the run could not be started.
+    Exit code 2 if the run could not be started, 130 or 143 if Ctrl-C or SIGTERM ended it.
     """
     with one_line_errors(verbose, exit_code=2):
         run_training(load_config(config, overrides or ()))

@@ -9,8 +9,10 @@ before the first chunk therefore travel over gloo where a group has it (see `hos
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,3 +136,39 @@ def host_device(group: Any, device: torch.device) -> torch.device:
     # What the group itself says: a group split off another may be described as more than it has
     reached = getattr(dist.group.WORLD if group is None else group, "_device_types", ())
     return cpu if cpu in reached else device
+
+
+_THREADS = Path("/proc/self/task")
+_REST_S, _LONGEST_REST_S = 0.002, 5.0
+
+
+def end_process_groups() -> None:
+    """`destroy_process_group()` for all groups, then `wait_for_gloo()`: the last that a process does with its ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    wait_for_gloo()
+
+
+def wait_for_gloo() -> None:
+    """Return when gloo's threads have let go of the tensors of collectives that are over; a few milliseconds.
+
+    A collective returns to its caller before gloo's thread has dropped the tensors, and to drop one that Python has
+    seen it needs the interpreter. If that is ending by then, Python 3.13 and older end the thread instead, and C++ ends
+    the process: "terminate called without an active exception", exit code -6. `destroy_process_group` joins the threads
+    only of groups that nobody refers to, but DTensor's caches keep a mesh of FSDP2 and its groups for good, and
+    DeepSpeed keeps its own. So whoever may be the last to act before the process ends, waits for them here.
+    """
+    limit, asleep = time.monotonic() + _LONGEST_REST_S, 0
+    while asleep < 2 and time.monotonic() < limit:  # twice: one that waits for the interpreter sleeps, too, and gets it
+        time.sleep(_REST_S)
+        asleep = asleep + 1 if _gloo_sleeps() else 0
+
+
+def _gloo_sleeps() -> bool:
+    """Whether none of gloo's threads is running or about to; True where the system does not list threads."""
+    states = []
+    for thread in _THREADS.glob("*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            name, _, rest = thread.read_text().partition("(")[2].rpartition(")")
+            states += [rest.split()[0]] if "gloo" in name else []
+    return "R" not in states

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from kd_plugin.interrupt import reached
+
 __all__ = ["duration", "progress", "run_log", "step_line"]
 
 _PACKAGE = "kd_plugin"
@@ -65,6 +67,12 @@ def run_log(rank: int) -> Iterator[None]:
 
 def progress(first: int, last: int, *, rank: int) -> Iterator[int]:
     """Steps `first` to `last`; with a bar on rank 0 of a terminal."""
+    for step in _steps(first, last, rank=rank):
+        reached(step, last)
+        yield step
+
+
+def _steps(first: int, last: int, *, rank: int) -> Iterator[int]:
     steps = range(first, last + 1)
     if rank == 0 and sys.stderr.isatty():
         try:

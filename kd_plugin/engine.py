@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kd_plugin import checks, processor
-from kd_plugin.collectives import all_reduce
+from kd_plugin.collectives import all_reduce, end_process_groups, wait_for_gloo
 from kd_plugin.config import RunConfig, TrainConfig
 from kd_plugin.precision import automatic_dtype, slow_dtype, with_dtypes
 
@@ -84,9 +84,11 @@ class Placement:
         return config
 
     def close(self) -> None:
-        """End the process group if this run started it."""
-        if self.owns_group and dist.is_initialized():
-            dist.destroy_process_group()
+        """End the process group if this run started it; in any case the process may end afterwards."""
+        if self.owns_group:
+            end_process_groups()
+        else:
+            wait_for_gloo()
 
 
 class Engine(Protocol):

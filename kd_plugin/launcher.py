@@ -2,7 +2,9 @@
 
 Notable decisions:
 - a user's mistake is one line on stderr (`-v` adds the traceback), printed once however many ranks make it;
-- nothing here imports torch until the configuration is known to be good.
+- nothing here imports torch until the configuration is known to be good;
+- Ctrl-C and SIGTERM end a run with one line of rank 0 and exit codes 130 and 143. A program of the user's own that
+  calls `kd_plugin.train` keeps its own handlers.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from kd_plugin.config import RunConfig
 from kd_plugin.config_file import ConfigError, load_config
 from kd_plugin.early import SetupError
+from kd_plugin.interrupt import Ended, last_step, one_line_end
 
 __all__ = ["Stop", "launch", "one_line_errors", "run_training"]
 
@@ -29,8 +33,8 @@ class Stop(SystemExit):
 
 
 def launch(argv: Sequence[str], *, script: str, default: str, allowed: Sequence[str]) -> int:
-    """Run training for a script in launch/ and return its exit code: 0, or 2 if it could not be started
-    or came to nothing.
+    """Run training for a script in launch/ and return its exit code: 0; 2 if it could not be started
+    or came to nothing; 130 or 143 if SIGINT or SIGTERM ended it.
 
     `argv` is `CONFIG [section.key=value ...]`. `--local_rank=N` or `--local_rank N` in it is ignored (LOCAL_RANK
     says the same), `-v` shows tracebacks. Where the file's `train.parallel` is not among `allowed`, `default`
@@ -47,7 +51,7 @@ def launch(argv: Sequence[str], *, script: str, default: str, allowed: Sequence[
             overridden = any(arg.startswith("train.parallel=") for arg in rest[1:])
             stands = overridden and config.train.parallel != "auto"
             run_training(config if stands else _with_parallel(config, script, default, allowed))
-    except Stop as stop:
+    except (Stop, Ended) as stop:
         return int(str(stop.code))
     return 0
 
@@ -62,10 +66,27 @@ def _without_local_rank(argv: Sequence[str]) -> Iterator[str]:
 
 
 def run_training(config: RunConfig) -> None:
-    """`kd_plugin.train`, imported when it is needed."""
-    from kd_plugin.training import train
+    """`kd_plugin.train`, imported when it is needed; SIGINT and SIGTERM end it with one line of rank 0."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    with one_line_end(lambda what: None if _rank() else _last_words(config, what), several=several):
+        from kd_plugin.training import train
 
-    train(config)
+        train(config)
+
+
+def _last_words(config: RunConfig, what: str) -> str:
+    """Where the run was, what is left of it and how it goes on."""
+    step = last_step()
+    where = f"{what} in step {step[0]} of {step[1]}" if step else f"{what} before the first step"
+    # What is loaded by now is used: a process that is ending starts no import of torch.
+    latest = getattr(sys.modules.get("kd_plugin.checkpoint"), "latest", None)
+    newest = latest(Path(config.log.output_dir)) if latest else None
+    if newest is not None:
+        return f"{where}; saved: {newest}; train.resume=true continues from there"
+    if step is None:
+        return f"{where}; nothing was trained; the same command starts again"
+    cure = "" if config.train.save_every else " (train.save_every: N saves one every N steps)"
+    return f"{where}; saved: no checkpoint{cure}; the same command starts again at step 1"
 
 
 @contextmanager
@@ -75,6 +96,10 @@ def one_line_errors(verbose: bool, exit_code: int) -> Iterator[None]:
         yield
     except BrokenPipeError:  # `| head` is no mistake
         raise
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            print("interrupted", file=sys.stderr)
+        raise Stop(130) from None
     except (ValueError, OSError, ImportError) as error:
         if verbose:
             raise

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import kd_plugin as kd
+from kd_plugin.collectives import end_process_groups
 from kd_plugin.parallel import fsdp, zero
 from tests.distributed.attach_cases import (
     LEARNING_RATE,
@@ -211,7 +212,7 @@ def main(folder: Path) -> None:
         result = gathered(train(case, rank), ranks)
         if rank == 0:
             torch.save(result, folder / f"{case.name}.pt")
-    dist.destroy_process_group()
+    end_process_groups()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import kd_plugin as kd
 from benchmarks.received import Received
+from kd_plugin.collectives import end_process_groups
 from kd_plugin.parallel import fsdp, fsdp1
 from kd_plugin.workspace import release_workspace
 from tests.allocations import allocator_record
@@ -60,7 +61,7 @@ def main(folder: Path, cases: list[str]) -> None:
         found[case] = {"received": received.by_operation, "peak": peak}
     if dist.get_rank() == 0:
         (folder / f"measured_{dist.get_world_size()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    end_process_groups()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kd_plugin as kd
+from kd_plugin.collectives import end_process_groups
 from kd_plugin.parallel import fsdp
 from tests.distributed.attach_cases import make_models
 
@@ -119,7 +120,7 @@ def main(folder: Path, waiting: str) -> None:
     torch.save(reports, folder / f"{waiting or 'reports'}_{rank}.pt")
     if waiting:
         os._exit(0)  # a group whose collective has failed is not taken down in order
-    dist.destroy_process_group()
+    end_process_groups()
 
 
 if __name__ == "__main__":

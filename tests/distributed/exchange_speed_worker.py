@@ -17,6 +17,7 @@ from torch import Tensor
 
 import kd_plugin as kd
 from kd_plugin import row_gather
+from kd_plugin.collectives import end_process_groups
 from kd_plugin.fused_loss import loss_sums, make_problem
 from kd_plugin.teachers import HeadTeacher, ShardedHeadTeacher, sharded
 from kd_plugin.vocab_parallel import VocabParallelDistill, VocabShard, cut
@@ -131,7 +132,7 @@ def main(file: Path) -> None:
     dist.all_gather_object(results, {"race": race(rank), "overlap": overlap(rank)})
     if rank == 0:
         file.write_text(json.dumps(results))
-    dist.destroy_process_group()
+    end_process_groups()
 
 
 if __name__ == "__main__":

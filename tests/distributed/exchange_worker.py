@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import kd_plugin as kd
+from kd_plugin.collectives import end_process_groups
 from kd_plugin.parallel import fsdp, fsdp1, zero
 from tests.distributed import exchange_probes
 from tests.distributed.attach_worker import DeepSpeedRun, TorchRun
@@ -200,7 +201,7 @@ def main(folder: Path) -> None:
         dist.all_gather_object(results, getattr(exchange_probes, name)(rank))
         if rank == 0:
             torch.save(results, folder / f"{name}.pt")
-    dist.destroy_process_group()
+    end_process_groups()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import kd_plugin as kd
+from kd_plugin.collectives import end_process_groups
 from kd_plugin.plan import ChunkPlan
 from tests.distributed.attach_cases import make_model
 
@@ -127,7 +128,7 @@ def main(folder: Path) -> None:
     dist.all_gather_object(results, found)
     if rank == 0:
         torch.save(results, folder / "alone.pt")
-    dist.destroy_process_group()
+    end_process_groups()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kd_plugin as kd
+from kd_plugin.collectives import end_process_groups
 from tests.distributed.exchange_cases import count_valid, make_batch
 from tests.distributed.exchange_worker import EngineRun, WrappedRun
 from tests.distributed.lora_cases import Case, make_models
@@ -43,7 +44,7 @@ def main(folder: Path) -> None:
         parameters = train(case, rank)
         if rank == 0:
             torch.save(parameters, folder / f"{case.name}.pt")
-    dist.destroy_process_group()
+    end_process_groups()
 
 
 if __name__ == "__main__":

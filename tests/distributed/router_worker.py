@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import kd_plugin as kd
+from kd_plugin.collectives import end_process_groups
 from tests.distributed.attach_cases import STEPS, Case, items_of_step, make_batch
 from tests.distributed.attach_worker import DeepSpeedRun, TorchRun
 from tests.experts import make_mixture
@@ -51,7 +52,7 @@ def main(folder: Path) -> None:
         found = train(case, rank)
         if rank == 0:
             torch.save(found, folder / f"{case.name}.pt")
-    dist.destroy_process_group()
+    end_process_groups()
 
 
 if __name__ == "__main__":
