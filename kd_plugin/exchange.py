@@ -72,7 +72,8 @@ class Exchange:
         is called) is sharded, so that the forward is collective anyway: judged by what is the same on all ranks.
         """
         self._look_at(head.weight)
-        self._alone = not torch.is_grad_enabled() and self._rows is None and not is_gathered(teacher)
+        may_be = num_ranks(self.group) > 1 and not torch.is_grad_enabled() and self._rows is None
+        self._alone = may_be and not is_gathered(teacher)
         if not self._alone:
             self.compare(head)
 
