@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Linear
 
 from kd_plugin.collectives import all_gather_object
 from kd_plugin.config import DistillConfig
@@ -65,7 +65,7 @@ class Exchange:
         self._shard: VocabShard | None = None
         self._teacher_rows: HeadTeacher | None = None
 
-    def check(self, head: Linear, teacher: Module | None = None) -> None:
+    def check(self, head: Linear, teacher: Any = None) -> None:
         """Before anything of the step: all ranks must be about to compute the same. Collective in the first call.
 
         Without gradients a rank may be alone, and none is waited for, unless the student's head or `teacher` (as it
