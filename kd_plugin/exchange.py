@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Linear
 
 from kd_plugin import processor
 from kd_plugin.collectives import all_gather_object
@@ -68,14 +68,15 @@ class Exchange:
         self._shard: VocabShard | None = None
         self._teacher_rows: HeadTeacher | None = None
 
-    def check(self, head: Linear, teacher: Module | None = None) -> None:
+    def check(self, head: Linear, teacher: Any = None) -> None:
         """Before anything of the step: all ranks must be about to compute the same. Collective in the first call.
 
         Without gradients a rank may be alone, and none is waited for, unless the student's head or `teacher` (as it
         is called) is sharded, so that the forward is collective anyway: judged by what is the same on all ranks.
         """
         self._look_at(head.weight)
-        self._alone = not torch.is_grad_enabled() and self._rows is None and not is_gathered(teacher)
+        may_be = num_ranks(self.group) > 1 and not torch.is_grad_enabled() and self._rows is None
+        self._alone = may_be and not is_gathered(teacher)
         if not self._alone:
             self.compare(head)
 

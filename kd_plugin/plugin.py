@@ -258,6 +258,8 @@ def attach(
     the global mean; over several micro-batches that is a mean of means. The output has a loss and no logits. What a
     mixture of experts adds to its loss (router losses) is added with the model's own coefficients, as if it were a
     loss of each valid token: a step has the mean of its forwards' router losses, weighted by their valid tokens.
+    Without gradients and without `num_items_in_batch` the loss is the mean over this rank's tokens, for which no
+    other rank is needed; only where FSDP or ZeRO-3 shards a model do its forwards want all ranks.
 
     A student's head with more rows than the teacher's: cross-entropy and perplexity are the student's own, over all
     its rows, and any of them may be a label; the soft loss is over the rows of both; kl_t1, top1_agreement and

@@ -11,12 +11,13 @@ from kd_plugin import checks
 from kd_plugin.collectives import all_reduce
 from kd_plugin.metrics import num_ranks
 
-_STUDENTS_OWN = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs")
+# What one model has computed, and the other would take for its own or go without.
+_OF_ONE_MODEL = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "past_key_values")
 
 
 def check_readable(inputs: dict[str, Any]) -> None:
-    """Raise ValueError for what one model has computed and the teacher would read as its own, or not at all."""
-    found = [name for name in _STUDENTS_OWN if inputs.get(name) is not None]
+    """Raise `ValueError` for inputs of the student from which the teacher would compute something else."""
+    found = [name for name in _OF_ONE_MODEL if inputs.get(name) is not None]
     if found:
         raise ValueError(
             f"the student got {', '.join(found)}, which the teacher cannot read: pass input_ids (and "

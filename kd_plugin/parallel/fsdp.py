@@ -137,12 +137,12 @@ def sharded_over(weight: Tensor, numel: int) -> int | None:
     return 1 if here and not hasattr(weight, "ds_id") else None
 
 
-def is_gathered(model: nn.Module | None) -> bool:
+def is_gathered(model: Any) -> bool:
     """Whether FSDP or ZeRO-3 gathers parts of `model` in its forward, which all ranks then have to call.
 
     It is the same on all ranks: nothing is asked of the parts that are here.
     """
-    if model is None:
+    if not isinstance(model, nn.Module):
         return False
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return True
