@@ -58,7 +58,7 @@ class StudentSide:
         try:
             lora.check_student(self.model, slot)
             observed = observe(self.model, slot, "student")
-            self.convention, self._why_unknown = _convention_of(self.model, slot.parent, observed)
+            self.convention, self._why_unknown = _convention_of(_base(self.model), observed)
             self._after_head = observed.after_head
             self._router = RouterLoss(always=observed.adds)
             after = observed.after_head or AfterHead()
@@ -132,7 +132,7 @@ class StudentSide:
         convention = self.convention or Convention(shift=False)
         has_inputs = any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
         if getattr(self.model.config, "is_encoder_decoder", False) and not has_inputs:
-            ids = decoder_input_ids(self.slot.parent, given, convention, self.config.ignore_index)
+            ids = decoder_input_ids(_base(self.model), given, convention, self.config.ignore_index)
             inputs["decoder_input_ids"] = ids
         return given if shift_labels is not None else row_targets(given, convention, self.config.ignore_index)
 
@@ -181,7 +181,12 @@ class StudentSide:
         return loss_sum
 
 
-def _convention_of(model: nn.Module, parent: nn.Module, observed: Observed) -> tuple[Convention | None, str]:
+def _base(model: nn.Module) -> nn.Module:
+    """The Transformers model inside peft's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _convention_of(model: nn.Module, observed: Observed) -> tuple[Convention | None, str]:
     """How the student reads its labels: as it showed, or by the table for a class of Transformers'; and why not.
 
     Raises:
@@ -193,17 +198,17 @@ def _convention_of(model: nn.Module, parent: nn.Module, observed: Observed) -> t
         raise LabelError(
             f"which row a label of the student belongs to cannot be known: {observed.why}; use DistillHead directly"
         )
-    for kind in type(parent).__mro__:
+    for kind in type(model).__mro__:
         if kind.__module__.startswith("transformers.") and kind.__name__ in CONVENTIONS:
             logger.info("student: labels of a %s are read by the table (%s)", kind.__name__, observed.why)
             return Convention(*CONVENTIONS[kind.__name__]), ""
     if observed.after_head is None:
-        return None, f"{observed.why}, and {type(parent).__name__} is in no table"
+        return None, f"{observed.why}, and {type(model).__name__} is in no table"
     shift = not getattr(model.config, "is_encoder_decoder", False)
     logger.warning(
         "the student (%s) has no loss of its own to learn from (%s): row s is taken to predict labels[s%s], as in "
         "Hugging Face's %s; pass shift_labels, the label of each row itself, if that is wrong",
-        *(type(parent).__name__, observed.why, " + 1" if shift else ""),
+        *(type(model).__name__, observed.why, " + 1" if shift else ""),
         "causal language models" if shift else "encoder-decoders",
     )
     return Convention(shift), ""

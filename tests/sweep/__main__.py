@@ -1,23 +1,23 @@
 """Runs the sweep: `python -m tests.sweep [ROW ...]` writes `table.json`; exit code 1 where a row is a mismatch.
 
-`python -m tests.sweep --labels FILE` writes what the table says of labels, decoder inputs and logits, as JSON.
+`python -m tests.sweep --labels` writes `kd_plugin/label_table.py` from it.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from tests.sweep.table import all_rows, label_table, measured, read_table, summary, write_table
+from tests.sweep.table import ROOT, all_rows, label_table, measured, read_table, summary, write_table
+
+LABELS = ROOT / "kd_plugin" / "label_table.py"
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line."""
     if arguments[:1] == ["--labels"]:
-        Path(arguments[1]).write_text(json.dumps(label_table(read_table()), indent=1) + "\n", encoding="utf-8")
+        LABELS.write_text(label_table(read_table()), encoding="utf-8")
         return 0
     found: dict[str, dict[str, Any]] = {}
     start = time.perf_counter()

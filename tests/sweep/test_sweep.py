@@ -12,10 +12,16 @@ import pytest
 import torch
 from torch import nn
 
+from kd_plugin import causal_lm, logit_probe, probe, student_side, teacher_side
+from kd_plugin.label_table import CONVENTIONS
 from tests.sweep import conventions, dense, heads
+from tests.sweep.__main__ import LABELS
 from tests.sweep.shrink import small_model
-from tests.sweep.table import EXPECTED, all_rows, measured, read_table, summary
+from tests.sweep.table import EXPECTED, all_rows, label_table, measured, read_table, summary
 from tests.sweep.verdict import Case, facts_of, judge, make_case, verdict_of
+
+# MobileBert's head has a weight without columns where its embedding is as wide as its layers
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
 
 TABLE = read_table()
 QUICK = [
@@ -73,6 +79,20 @@ def test_the_table_has_every_class_of_the_installed_transformers() -> None:
     assert {row: entry["registered"] for row, entry in TABLE.items()} == all_rows()
 
 
+def test_the_packages_table_of_labels_is_what_the_sweep_found() -> None:
+    assert LABELS.read_text(encoding="utf-8") == label_table(TABLE)
+    assert CONVENTIONS["MBartForConditionalGeneration"] == (False, "prepare_decoder_input_ids_from_labels")
+    assert CONVENTIONS["LlamaForCausalLM"] == (True, None) and "ProphetNetForCausalLM" not in CONVENTIONS
+
+
+@pytest.mark.parametrize("row", [row for row in QUICK if row in CONVENTIONS and TABLE[row]["verdict"] == "equal"])
+def test_the_packages_table_says_what_a_model_shows(row: str) -> None:
+    """By kd_plugin's own probe, which uses no class names, of a model whose weights are there."""
+    model = make_case(row).student
+    shown = probe.observe(model, causal_lm.find_head(model, "student"), "student").convention
+    assert shown == CONVENTIONS[row]
+
+
 def test_the_table_expects_no_mismatch_and_gives_reasons() -> None:
     assert {entry["verdict"] for entry in TABLE.values()} <= set(EXPECTED)
     assert all(entry["reason"] for entry in TABLE.values() if entry["verdict"] == "cannot be built")
@@ -93,15 +113,11 @@ def test_labels_one_place_off_are_seen() -> None:
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_dropped_transform_is_seen(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kd_plugin import causal_lm
-    from kd_plugin.row_kernels import LogitTransform
-
-    measure = causal_lm.logit_transform
-
     def dropped(model: nn.Module, slot: Any, which: str) -> Any:
-        return (LogitTransform(), None) if which == side else measure(model, slot, which)
+        observed = probe.observe(model, slot, which)
+        return observed._replace(after_head=logit_probe.AfterHead()) if which == side else observed
 
-    monkeypatch.setattr(causal_lm, "logit_transform", dropped)
+    monkeypatch.setattr({"student": student_side, "teacher": teacher_side}[side], "observe", dropped)
     assert verdict_of("GraniteForCausalLM").verdict == "mismatch"
     assert verdict_of("BartForConditionalGeneration").verdict == "mismatch"
     assert verdict_of("LlamaForCausalLM").verdict == "equal"

@@ -97,7 +97,7 @@ def judge(case: Case) -> Verdict:
         loss, found = _attached(case, None, soft_weight=0.0, hard_weight=1.0)
     except Exception as error:
         return _refusal(error)
-    return _difference("own loss", loss, own, found, own_gradients)
+    return _difference("own loss", loss, own.detach(), found, own_gradients)
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
