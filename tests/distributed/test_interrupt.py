@@ -66,7 +66,7 @@ def started(command: list[str], until: str) -> Iterator[subprocess.Popen[str]]:
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
 
 
 def ours(text: str) -> list[str]:
