@@ -10,8 +10,9 @@ _CLASSES: dict[tuple[bool, str | None], str] = {
     AfmoeForCausalLM ApertusForCausalLM ArceeForCausalLM AriaForConditionalGeneration AriaTextForCausalLM
     AudioFlamingo3ForConditionalGeneration AXK1ForCausalLM AXK2ForCausalLM AyaVisionForConditionalGeneration
     BailingHybridForCausalLM BambaForCausalLM BeamForCausalLM BertGenerationDecoder BertLMHeadModel
-    BigBirdForCausalLM BioGptForCausalLM BitNetForCausalLM BlipForConditionalGeneration BlipTextLMHeadModel
-    BloomForCausalLM BltForCausalLM CamembertForCausalLM ClvpForCausalLM CodeGenForCausalLM Cohere2ForCausalLM
+    BigBirdForCausalLM BioGptForCausalLM BitNetForCausalLM Blip2ForConditionalGeneration
+    BlipForConditionalGeneration BlipTextLMHeadModel BloomForCausalLM BltForCausalLM CamembertForCausalLM
+    ChameleonForConditionalGeneration ClvpForCausalLM CodeGenForCausalLM Cohere2ForCausalLM
     Cohere2MoeForCausalLM Cohere2VisionForConditionalGeneration CohereCompassForCausalLM
     CohereCompassForConditionalGeneration CohereForCausalLM Cosmos3EdgeForConditionalGeneration
     Cosmos3OmniForConditionalGeneration CTRLLMHeadModel CwmForCausalLM Data2VecTextForCausalLM DbrxForCausalLM
@@ -37,9 +38,10 @@ _CLASSES: dict[tuple[bool, str | None], str] = {
     HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM HunYuanVLForConditionalGeneration HyperCLOVAXForCausalLM
     HyperCLOVAXVisionV2ForConditionalGeneration HYV3ForCausalLM HYV4ForCausalLM Idefics2ForConditionalGeneration
     Idefics3ForConditionalGeneration IdeficsForVisionText2Text Inkling2ForCausalLM
-    Inkling2ForConditionalGeneration InklingForCausalLM InternVLForConditionalGeneration Jais2ForCausalLM
-    JambaForCausalLM JanusForConditionalGeneration JetMoeForCausalLM Kimi_K25ForConditionalGeneration
-    KimiLinearForCausalLM Kolibri1ForCausalLM Kosmos2_5ForConditionalGeneration Kosmos2ForConditionalGeneration
+    Inkling2ForConditionalGeneration InklingForCausalLM InstructBlipForConditionalGeneration
+    InstructBlipVideoForConditionalGeneration InternVLForConditionalGeneration Jais2ForCausalLM JambaForCausalLM
+    JanusForConditionalGeneration JetMoeForCausalLM Kimi_K25ForConditionalGeneration KimiLinearForCausalLM
+    Kolibri1ForCausalLM Kosmos2_5ForConditionalGeneration Kosmos2ForConditionalGeneration
     KyutaiSpeechToTextForConditionalGeneration LagunaForCausalLM Lfm2ForCausalLM Lfm2MoeForCausalLM
     Lfm2VlForConditionalGeneration Lfm3ForCausalLM Lfm3VlForConditionalGeneration
     LightOnOcrForConditionalGeneration Llama4ForCausalLM Llama4ForConditionalGeneration LlamaForCausalLM
@@ -50,7 +52,7 @@ _CLASSES: dict[tuple[bool, str | None], str] = {
     MiniMaxForCausalLM MiniMaxM2ForCausalLM MiniMaxM3SparseForConditionalGeneration MiniMaxM3VLForCausalLM
     Ministral3ForCausalLM MinistralForCausalLM Mistral3ForConditionalGeneration Mistral4ForCausalLM
     MistralForCausalLM MistralLarge4ForConditionalGeneration MixtralForCausalLM MllamaForCausalLM
-    MllamaForConditionalGeneration ModernBertDecoderForCausalLM MoshiForCausalLM
+    MllamaForConditionalGeneration ModernBertDecoderForCausalLM Molmo2ForConditionalGeneration MoshiForCausalLM
     MossTranscribeDiarizeForConditionalGeneration MptForCausalLM MuseGlimmerForConditionalGeneration
     MuseSparkForConditionalGeneration MusicFlamingoForConditionalGeneration NanoChatForCausalLM
     Nemotron3_5TranscribeForConditionalGeneration NemotronForCausalLM NemotronH_Omni_Reasoning_V3
@@ -74,46 +76,43 @@ _CLASSES: dict[tuple[bool, str | None], str] = {
     XGLMForCausalLM XLMRobertaForCausalLM XLMRobertaXLForCausalLM xLSTMForCausalLM XmodForCausalLM
     YoutuForCausalLM Zamba2ForCausalLM ZambaForCausalLM ZayaForCausalLM
     """,
-    (True, "last token wrapped"): """
-    Blip2ForConditionalGeneration InstructBlipForConditionalGeneration InstructBlipVideoForConditionalGeneration
-    """,
     (False, None): """
     AlbertForMaskedLM BartForCausalLM BertForMaskedLM BigBirdForMaskedLM BigBirdPegasusForCausalLM
     BlenderbotForCausalLM BlenderbotSmallForCausalLM BridgeTowerForMaskedLM CamembertForMaskedLM
     ConvBertForMaskedLM CpmAntForCausalLM Data2VecTextForMaskedLM DebertaForMaskedLM DebertaV2ForMaskedLM
-    DistilBertForMaskedLM ElectraForMaskedLM EncoderDecoderModel ErnieForMaskedLM EsmcForMaskedLM EsmForMaskedLM
-    EuroBertForMaskedLM FlaubertWithLMHeadModel FNetForMaskedLM FSMTForConditionalGeneration FunnelForMaskedLM
-    GteForMaskedLM IBertForMaskedLM JinaEmbeddingsV3ForMaskedLM LayoutLMForMaskedLM LongformerForMaskedLM
-    LukeForMaskedLM MarianForCausalLM MBartForCausalLM MegatronBertForMaskedLM MobileBertForMaskedLM
-    ModernBertForMaskedLM ModernVBertForMaskedLM MPNetForMaskedLM MraForMaskedLM MvpForCausalLM
-    NeoMMEForMaskedLM NomicBertForMaskedLM NystromformerForMaskedLM PegasusForCausalLM PerceiverForMaskedLM
-    Pix2StructForConditionalGeneration PLBartForCausalLM PPFormulaNetForConditionalGeneration
-    ReformerForMaskedLM RemBertForMaskedLM RobertaForMaskedLM RobertaPreLayerNormForMaskedLM RoCBertForMaskedLM
-    RoFormerForMaskedLM SpeechEncoderDecoderModel SqueezeBertForMaskedLM TapasForMaskedLM TrOCRForCausalLM
-    UltrabertForMaskedLM UltraVBertForMaskedLM ViltForMaskedLM WhisperForCausalLM XLMRobertaForMaskedLM
-    XLMRobertaXLForMaskedLM XLMWithLMHeadModel XLNetLMHeadModel XmodForMaskedLM YosoForMaskedLM
+    DistilBertForMaskedLM ElectraForMaskedLM ErnieForMaskedLM EsmcForMaskedLM EsmForMaskedLM EuroBertForMaskedLM
+    FlaubertWithLMHeadModel FNetForMaskedLM FSMTForConditionalGeneration FunnelForMaskedLM GteForMaskedLM
+    IBertForMaskedLM JinaEmbeddingsV3ForMaskedLM LayoutLMForMaskedLM LongformerForMaskedLM LukeForMaskedLM
+    MarianForCausalLM MBartForCausalLM MegatronBertForMaskedLM MobileBertForMaskedLM ModernBertForMaskedLM
+    ModernVBertForMaskedLM MPNetForMaskedLM MraForMaskedLM MvpForCausalLM NeoMMEForMaskedLM NomicBertForMaskedLM
+    NystromformerForMaskedLM PegasusForCausalLM PerceiverForMaskedLM PLBartForCausalLM
+    PPFormulaNetForConditionalGeneration ReformerForMaskedLM RemBertForMaskedLM RobertaForMaskedLM
+    RobertaPreLayerNormForMaskedLM RoCBertForMaskedLM RoFormerForMaskedLM SqueezeBertForMaskedLM
+    TapasForMaskedLM TrOCRForCausalLM UltrabertForMaskedLM UltraVBertForMaskedLM ViltForMaskedLM
+    WhisperForCausalLM XLMRobertaForMaskedLM XLMRobertaXLForMaskedLM XLMWithLMHeadModel XLNetLMHeadModel
+    XmodForMaskedLM YosoForMaskedLM
     """,
     (False, "start token"): """
     BlenderbotForConditionalGeneration BlenderbotSmallForConditionalGeneration CanaryForConditionalGeneration
     CohereAsrForConditionalGeneration M2M100ForConditionalGeneration MoonshineForConditionalGeneration
     MoonshineStreamingForConditionalGeneration NllbMoeForConditionalGeneration SeamlessM4TForSpeechToText
-    SeamlessM4TForTextToText SeamlessM4Tv2ForSpeechToText SeamlessM4Tv2ForTextToText SpeechT5ForSpeechToText
-    WhisperForConditionalGeneration
+    SeamlessM4TForTextToText SeamlessM4Tv2ForSpeechToText SeamlessM4Tv2ForTextToText
+    Speech2TextForConditionalGeneration SpeechT5ForSpeechToText WhisperForConditionalGeneration
     """,
     (False, "start token of the text decoder"): """
     Florence2ForConditionalGeneration
     """,
     (False, "prepare_decoder_input_ids_from_labels"): """
-    BartForConditionalGeneration BigBirdPegasusForConditionalGeneration LEDForConditionalGeneration
-    LongT5ForConditionalGeneration MarianMTModel MBartForConditionalGeneration MT5ForConditionalGeneration
-    MvpForConditionalGeneration PegasusForConditionalGeneration PegasusXForConditionalGeneration
-    PLBartForConditionalGeneration Pop2PianoForConditionalGeneration
-    SeamlessM4TTextToUnitForConditionalGeneration SwitchTransformersForConditionalGeneration
-    T5ForConditionalGeneration T5Gemma2ForConditionalGeneration T5GemmaForConditionalGeneration
-    UMT5ForConditionalGeneration VisionEncoderDecoderModel
+    BartForConditionalGeneration BigBirdPegasusForConditionalGeneration EncoderDecoderModel
+    LEDForConditionalGeneration LongT5ForConditionalGeneration MarianMTModel MBartForConditionalGeneration
+    MT5ForConditionalGeneration MvpForConditionalGeneration PegasusForConditionalGeneration
+    PegasusXForConditionalGeneration PLBartForConditionalGeneration Pop2PianoForConditionalGeneration
+    SeamlessM4TTextToUnitForConditionalGeneration SpeechEncoderDecoderModel
+    SwitchTransformersForConditionalGeneration T5ForConditionalGeneration T5Gemma2ForConditionalGeneration
+    T5GemmaForConditionalGeneration UMT5ForConditionalGeneration VisionEncoderDecoderModel
     """,
     (False, "_shift_right"): """
-    UdopForConditionalGeneration
+    Pix2StructForConditionalGeneration UdopForConditionalGeneration
     """,
 }
 CONVENTIONS = {name: convention for convention, names in _CLASSES.items() for name in names.split()}

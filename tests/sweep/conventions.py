@@ -114,11 +114,12 @@ def decoder_inputs(model: nn.Module, batch: dict[str, Any]) -> list[str]:
 
     Empty for a model that takes no decoder inputs, and where no known way gives those logits.
     """
-    if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+    labels, wanted = batch["labels"], dense.run(model, batch).logits
+    if "decoder_input_ids" not in inspect.signature(model.forward).parameters or labels.ndim != 2:
         return []
-    wanted = dense.run(model, batch).logits
-    rest = {name: value for name, value in batch.items() if name != "labels"}
-    return [name for name, ids in _candidates(model, batch).items() if _same(model, rest, ids, wanted)]
+    if _same(model, batch, torch.zeros_like(labels), wanted):
+        return []  # they make no difference
+    return [name for name, ids in _candidates(model, batch).items() if _same(model, batch, ids, wanted)]
 
 
 def _candidates(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -150,8 +151,19 @@ def _parts(config: Any) -> dict[str, Any]:
     return {f"config.{n}": p for n in getattr(config, "sub_configs", {}) if (p := getattr(config, n, None)) is not None}
 
 
-def _same(model: nn.Module, rest: dict[str, Any], ids: Tensor, wanted: Tensor) -> bool:
-    try:
-        return close(dense.run(model, {**rest, "decoder_input_ids": ids}).logits, wanted)
-    except (IndexError, RuntimeError, TypeError, ValueError):
-        return False
+def _same(model: nn.Module, batch: dict[str, Any], ids: Tensor, wanted: Tensor) -> bool:
+    """With a mask of the padding in them, too: some models make one along with the inputs."""
+    parameters = inspect.signature(model.forward).parameters
+    given = {name: value for name, value in batch.items() if name != "labels"} | {"decoder_input_ids": ids}
+    if "use_cache" in parameters:
+        given["use_cache"] = False
+    pads = {getattr(config, "pad_token_id", None) for config in (model.config, *_parts(model.config).values())}
+    masks = [ids.ne(pad) for pad in pads if isinstance(pad, int)] if "decoder_attention_mask" in parameters else []
+    tries = [given, *({**given, "decoder_attention_mask": mask.long()} for mask in masks)]
+    for inputs in tries:
+        try:
+            if close(dense.run(model, inputs).logits, wanted):
+                return True
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            continue
+    return False

@@ -21,8 +21,8 @@ def head_facts(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     raw: list[Tensor] = []
 
     def cut(_: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        raw.append(output.detach().requires_grad_())
-        return raw[-1]
+        raw.append(output.detach().clone().requires_grad_())
+        return raw[-1] * 1  # some models write into what the head returns
 
     handle = head.register_forward_hook(cut)
     try:

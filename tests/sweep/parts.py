@@ -55,6 +55,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "Lfm3Config": {"layer_types": ["conv", "full_attention"]},
     "LongformerConfig": {"attention_window": 4},
     "Mamba2Config": {"num_heads": 8, "n_groups": 2},
+    "MobileBertConfig": {"embedding_size": 16, "intra_bottleneck_size": 16},
     "MimiConfig": {
         "num_filters": 4,
         "upsample_groups": 32,

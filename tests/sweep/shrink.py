@@ -54,6 +54,8 @@ FIELDS: dict[str, Any] = {
     # and what is added to the loss
     "output_router_logits": True, "router_aux_loss_coef": 0.3, "aux_loss_coef": 0.3, "router_z_loss_coef": 0.2,
     "lm_head_bias": True,
+    # and what is drawn at random in training
+    "apply_spec_augment": False, "mask_time_prob": 0.0, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0,
 }
 # fmt: on
 

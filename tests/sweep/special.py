@@ -179,6 +179,7 @@ INPUTS: dict[str, Callable[[], dict[str, Any]]] = {
         "image_embeds_position_mask": (torch.arange(12) < 4).long().expand(2, -1),
     },
     "KyutaiSpeechToTextForConditionalGeneration": lambda: {**frames(3)(), "labels": labels(12)},
+    "Molmo2ForConditionalGeneration": lambda: {"mm_token_type_ids": torch.zeros(2, 12, dtype=torch.long)},
     "MoonshineForConditionalGeneration": lambda: {"input_values": noise(2, 4000)},
     "MoonshineStreamingForConditionalGeneration": lambda: {"input_values": noise(2, 4000)},
     "MoshiForConditionalGeneration": lambda: {
@@ -195,7 +196,7 @@ INPUTS: dict[str, Callable[[], dict[str, Any]]] = {
     "SeamlessM4TForSpeechToText": lambda: {"input_features": noise(2, 32, 32)},
     "SeamlessM4TTextToUnitForConditionalGeneration": lambda: {"inputs_embeds": noise(2, 12, 32), "input_ids": None},
     "SeamlessM4Tv2ForSpeechToText": lambda: {"input_features": noise(2, 32, 32)},
-    "Speech2TextForConditionalGeneration": lambda: {"input_features": noise(2, 32, 80)},
+    "Speech2TextForConditionalGeneration": lambda: {"input_features": noise(2, 32, 32)},
     "SpeechEncoderDecoderModel": lambda: {"input_values": noise(2, 4000)},
     "SpeechT5ForSpeechToText": lambda: {"input_values": noise(2, 4000)},
     "UdopForConditionalGeneration": lambda: {

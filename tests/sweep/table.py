@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from typing import Any
 
 PATH = Path(__file__).with_name("table.json")
 ROOT = Path(__file__).parents[2]
+_UNDERSTOOD = re.compile(r"(nothing|times [\d.]+(, soft-cap [\d.]+)?|plus a bias)$")
 EXPECTED = ("equal", "refused", "cannot be built")
 
 
@@ -49,23 +51,23 @@ def measured(rows: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def ought(found: dict[str, Any]) -> str:
     """What a row that is a mismatch today should be: equal where scale, soft-cap or bias follow one linear head."""
-    words = {"nothing", "times", "soft-cap", "plus", "a", "bias"}
-    after = found.get("after", "").replace(",", " ").split()
     plain = found.get("kind") == "nn.Linear" and found.get("calls") == 1 and not found.get("trains_after")
-    understood = bool(after) and all(word in words or word[0].isdigit() for word in after)
     known = found.get("labels") in ("shifted", "unshifted")
-    return "equal" if plain and understood and known else "refused"
+    return "equal" if plain and known and _UNDERSTOOD.match(found.get("after", "")) else "refused"
 
 
 def write_table(found: dict[str, dict[str, Any]]) -> list[str]:
     """Write the rows found into the table -> faults, one a line. A mismatch is never written as expected."""
     table, kinds, faults = read_table(), all_rows(), []
     for row, entry in found.items():
-        if entry["verdict"] not in EXPECTED:
-            faults.append(f"{row}: {entry['reason']}")
-            before = table.get(row, {}).get("verdict")
-            entry = {**entry, "verdict": before or ought(entry), "reason": ""}
-        table[row] = {"registered": kinds[row], **entry}
+        before = {key: table.get(row, {}).get(key) for key in ("verdict", "late")}
+        entry = {"registered": kinds[row], **entry}
+        for key, reason in (("verdict", "reason"), ("late", "late_reason")):
+            if entry.get(key) == "mismatch":
+                faults.append(f"{row}{' (late)' if key == 'late' else ''}: {entry[reason]}")
+                entry[key] = before[key] if before[key] in ("equal", "refused") else ought(entry)
+                entry[reason] = ""
+        table[row] = entry
     table = {row: table[row] for row in kinds if row in table}
     lines = [f" {json.dumps(row)}: {json.dumps(entry, ensure_ascii=False)}" for row, entry in table.items()]
     PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")  # one line each
@@ -73,9 +75,11 @@ def write_table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def summary(table: dict[str, dict[str, Any]]) -> str:
-    """How many rows have which verdict."""
-    counts = Counter(entry["verdict"] for entry in table.values())
-    return f"{len(table)} rows: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in sorted(counts))
+    """How many rows have which verdict, with their weights at once and late."""
+    at_once = Counter(entry["verdict"] for entry in table.values())
+    late = Counter(entry["late"] for entry in table.values() if "late" in entry)
+    told = (", ".join(f"{counts[verdict]} {verdict}" for verdict in sorted(counts)) for counts in (at_once, late))
+    return "{} rows: {}; attached before their weights: {}".format(len(table), *told)
 
 
 # What the sweep calls a way to make decoder inputs -> what `kd_plugin.labels` calls it; the first that fits counts.

@@ -6,6 +6,7 @@ A row is a class, or a variant of one. The verdicts are `equal`, `refused`, `can
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -79,25 +80,28 @@ def verdict_of(row: str) -> Verdict:
     return judge(case)
 
 
-def judge(case: Case) -> Verdict:
-    """Compare with a teacher, then without one, against the dense values."""
+def judge(case: Case, late: bool = False) -> Verdict:
+    """Compare with a teacher, then without one, against the dense values.
+
+    `late`: both models are on the meta device when they are attached, and their weights come afterwards.
+    """
     try:
         wanted = _dense(case) if case.convention in dense.CONVENTIONS else None
-        own = dense.run(case.student, case.batch).loss if wanted else None
-        own_gradients = None if own is None else gradients(case.student, own)
+        own = _own(case) if wanted else None
     except RuntimeError as error:
         return Verdict("cannot be built", one_line(error))
     try:
-        loss, found = _attached(case, case.teacher, soft_weight=SOFT, hard_weight=HARD)
+        loss, found = _attached(case, case.teacher, late, soft_weight=SOFT, hard_weight=HARD)
         if wanted is None:
             return Verdict("mismatch", f"accepted with loss {float(loss):.5f}, though labels are {case.convention}")
         first = _difference("loss", loss, wanted[0], found, wanted[1])
         if first.verdict != "equal":
             return first
-        loss, found = _attached(case, None, soft_weight=0.0, hard_weight=1.0)
+        loss, found = _attached(case, None, late, soft_weight=0.0, hard_weight=1.0)
+        assert own is not None
     except Exception as error:
         return _refusal(error)
-    return _difference("own loss", loss, own.detach(), found, own_gradients)
+    return _difference("own loss", loss, own[0], found, own[1])
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -121,14 +125,47 @@ def _dense(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
     return wanted.detach(), gradients(case.student, wanted)
 
 
-def _attached(case: Case, teacher: nn.Module | None, **weights: float) -> tuple[Tensor, dict[str, Tensor]]:
+def _own(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = dense.run(case.student, case.batch).loss
+    return loss.detach(), gradients(case.student, loss)
+
+
+def _attached(case: Case, teacher: nn.Module | None, late: bool, **weights: float) -> tuple[Tensor, dict[str, Tensor]]:
     config = kd.DistillConfig(temperature=TEMPERATURE, row_kernel="eager", chunk_size=8, **weights)
-    plugin = kd.attach(case.student, teacher, config)
+    models = [model for model in (case.student, teacher) if model is not None]
+    bring_back = [_without_weights(model) for model in models] if late else []
+    plugin = None
     try:
+        plugin = kd.attach(case.student, teacher, config)
+        while bring_back:
+            bring_back.pop()()
         loss = case.student(**case.batch).loss
         return loss.detach(), gradients(case.student, loss)
     finally:
-        plugin.detach()
+        if plugin is not None:
+            plugin.detach()
+        for act in bring_back:
+            act()
+
+
+def _without_weights(model: nn.Module) -> Callable[[], None]:
+    """Put a model on the meta device -> what brings its weights back, as deferred initialisation does."""
+    kept = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
+    model.to("meta")
+
+    def bring_back() -> None:
+        model.to_empty(device="cpu")
+        with torch.no_grad():
+            for name, tensor in _tensors(model):
+                tensor.copy_(kept[name])
+        model.tie_weights()
+
+    return bring_back
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _difference(what: str, loss: Tensor, wanted: Tensor, found: dict[str, Tensor], grads: dict[str, Tensor]) -> Verdict:

@@ -18,7 +18,8 @@ def measure(row: str) -> dict[str, Any]:
         return Verdict("cannot be built", one_line(error))._asdict()
     try:
         facts = facts_of(case)
-        return {**judge(case)._asdict(), **facts}
+        at_once, late = judge(case), judge(case, late=True)
+        return {**at_once._asdict(), "late": late.verdict, "late_reason": late.reason, **facts}
     except Exception as error:
         return Verdict("mismatch", f"the sweep itself failed: {one_line(error)}")._asdict()
 
