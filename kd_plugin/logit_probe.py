@@ -53,8 +53,13 @@ def after_head(logits: Tensor, model: nn.Module, side: str) -> AfterHead:
         side: "student" or "teacher", for the message.
 
     Raises:
-        LogitsChanged: by more than a scale, a tanh soft-cap or a bias.
+        LogitsChanged: by more than a scale, a tanh soft-cap or a bias, or by something trainable.
     """
+    if logits.requires_grad:  # the known rows do not
+        raise LogitsChanged(
+            f"the {side} ({type(model).__name__}) changes its logits after the head by trainable parameters, whose "
+            "gradient would be lost: freeze them, or use DistillHead directly"
+        )
     tolerance = _TOLERANCES.get(logits.dtype, 1e-4)
     seen = logits.detach().to(device="cpu", dtype=torch.float32)
     known = known_rows(seen.shape[-1])
@@ -76,6 +81,14 @@ def after_head(logits: Tensor, model: nn.Module, side: str) -> AfterHead:
     raise LogitsChanged(
         f"the {side} ({type(model).__name__}) changes its logits after the head by more than a scale, a tanh "
         "soft-cap or a bias: the loss would be computed on other logits than the model's; use DistillHead directly"
+    )
+
+
+def changed_by_place(model: nn.Module, side: str) -> LogitsChanged:
+    """The error about known rows that came out differently in different places."""
+    return LogitsChanged(
+        f"the {side} ({type(model).__name__}) changes its logits after the head by what depends on the position or on "
+        "the hidden states: the loss would be computed on other logits than the model's; use DistillHead directly"
     )
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from kd_plugin.causal_lm import HeadCallsError, HeadSlot, accepts, run_with_stand_in
 from kd_plugin.labels import DECODER_INPUTS, OWN_IGNORE_INDEX, Convention, OwnLoss, shift_of
-from kd_plugin.logit_probe import NUM_ROWS, AfterHead, LogitsChanged, after_head, known_rows
+from kd_plugin.logit_probe import NUM_ROWS, AfterHead, LogitsChanged, after_head, changed_by_place, known_rows
 from kd_plugin.token_ids import embedded_ids
 
 _BATCH, _LENGTH = 2, 2 * NUM_ROWS
@@ -161,16 +161,7 @@ def _consistent(logits: Tensor, model: nn.Module, side: str) -> AfterHead:
     seen = logits.reshape(_BATCH, _LENGTH, -1)
     first, second = seen[0, :NUM_ROWS], seen[1, NUM_ROWS:].flip(0)
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
-        raise LogitsChanged(
-            f"the {side} ({type(model).__name__}) changes its logits after the head by what depends on the position or "
-            "on the hidden states: the loss would be computed on other logits than the model's; use DistillHead "
-            "directly"
-        )
-    if logits.requires_grad:
-        raise LogitsChanged(
-            f"the {side} ({type(model).__name__}) changes its logits after the head by trainable parameters, whose "
-            "gradient would be lost: freeze them, or use DistillHead directly"
-        )
+        raise changed_by_place(model, side)
     return after_head(first, model, side)
 
 

@@ -161,7 +161,8 @@ class StudentSide:
             measure=None if self._after_head is not None else "student",
         )
         if result.after_head is not None:
-            self._after_head = result.after_head
+            if torch.is_grad_enabled():  # else nobody has seen whether something trainable is in it
+                self._after_head = result.after_head
             for head in self._heads():
                 head.set_after_head(*result.after_head)
         return result, router_loss

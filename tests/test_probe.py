@@ -138,6 +138,21 @@ def test_a_trainable_scale_after_the_head_is_refused_for_the_student_only() -> N
     assert student(**batch).loss.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_trainable_bias_after_the_head_is_refused_also_where_it_shows_in_a_forward_only() -> None:
+    """An evaluation cannot tell, so the first step that trains does."""
+    student, teacher, batch = make_model("llama", seed=1), make_model("llama", seed=2), make_batch()
+    student.bias = nn.Parameter(torch.linspace(-1, 1, 61, dtype=torch.float64))
+    changed(student, lambda logits: logits + student.bias)
+    expected = expected_loss(student, teacher, batch, config_of()).loss.item()
+    bring = later(student)
+    kd.attach(student, teacher, config_of())
+    bring()
+    with torch.no_grad():
+        assert student(**batch).loss.item() == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="by trainable parameters, whose gradient would be lost"):
+        student(**batch)
+
+
 def test_a_scale_and_a_bias_after_the_head_are_both_followed() -> None:
     bias = torch.randn(61, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     student = changed(make_model("llama", seed=1), lambda logits: logits * 0.5 + bias)
