@@ -204,7 +204,7 @@ def default(request: pytest.FixtureRequest) -> Iterator[Any]:
     torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("row_kernel", ["eager", "compile"])
+@pytest.mark.parametrize("row_kernel", ["eager", pytest.param("compile", marks=pytest.mark.slow)])
 def test_defaults_of_the_process_change_nothing(default: Any, row_kernel: str) -> None:
     student, teacher, batch = make_model("gemma2", seed=1), make_model("gemma2", seed=2), make_batch()
     config = config_of(row_kernel=row_kernel, chunk_size=5)
