@@ -25,11 +25,12 @@ import torch
 import torch.distributed as dist
 
 from kd_plugin import processor, row_kernels
+from kd_plugin.collectives import all_gather_object
 from kd_plugin.config import RunConfig
 from kd_plugin.engine import Engine
 from kd_plugin.finite import has_finite_parameters
 
-__all__ = ["CheckpointError", "checkpoints", "latest_finite", "resume", "save"]
+__all__ = ["CheckpointError", "checkpoints", "latest_finite", "resume", "save", "to_continue"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,34 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints below `output_dir`, oldest first."""
     found = output_dir.glob(f"checkpoints/step_*/{_RUN}")
     return sorted(path.parent for path in found if path.parent.name.removeprefix("step_").isdigit())
+
+
+def to_continue(config: RunConfig, world_size: int) -> Path | None:
+    """The checkpoint that all ranks continue from, if there is one: the newest that rank 0 sees. One collective.
+
+    Raises:
+        CheckpointError: on all ranks, where one does not see that folder, or where checkpoints are in the way.
+    """
+    folder = Path(config.log.output_dir)
+    names = [path.name for path in checkpoints(folder)]
+    everyone = all_gather_object(names, None, "names of checkpoints") if world_size > 1 else [names]
+    newest = folder / "checkpoints" / everyone[0][-1] if everyone[0] else None
+    lacking = [rank for rank, seen in enumerate(everyone) if newest is not None and newest.name not in seen]
+    if lacking and config.train.resume:
+        raise CheckpointError(
+            f"train.resume: {newest}, the newest checkpoint that rank 0 sees, is not there on rank "
+            f"{', '.join(map(str, lacking))}: log.output_dir must be a folder that all machines share"
+        )
+    if config.train.resume:
+        if newest is None:
+            logger.info("train.resume: no checkpoint below %s, starting at step 1", folder)
+        return newest
+    if newest is not None and config.train.save_every:
+        raise CheckpointError(
+            f"log.output_dir {folder} holds checkpoints of another run ({newest.name}): "
+            "set train.resume=true to continue it, or choose another log.output_dir"
+        )
+    return None
 
 
 def latest_finite(output_dir: Path) -> Path | None:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kd_plugin import checkpoint
-from kd_plugin.collectives import all_gather_object
 from kd_plugin.config import RunConfig
 from kd_plugin.config_file import to_yaml
 from kd_plugin.console import run_log
@@ -126,7 +125,7 @@ def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
     if problems := early_problems(config, mode=mode, world_size=place.world_size, accumulation=accumulation):
         raise SetupError("\n".join(problems))
     _announce(config, place, mode, accumulation)
-    start_from = _resume_from(config, place)
+    start_from = checkpoint.to_continue(config, place.world_size)
     start = time.perf_counter()
     material = _load(config, place)
     build = partial(type(material.student), copy.deepcopy(material.student.config))
@@ -231,34 +230,6 @@ def _announce(config: RunConfig, place: Placement, mode: str, accumulation: int)
         logger.warning("%s", line)
     if train.warmup_steps > train.max_steps:
         logger.warning("train.warmup_steps %d: the peak rate is never reached", train.warmup_steps)
-
-
-def _resume_from(config: RunConfig, place: Placement) -> Path | None:
-    """The checkpoint that all ranks continue from: the newest that rank 0 sees. One collective.
-
-    Raises:
-        TrainError: on all ranks, where one does not see that folder, or where checkpoints are in the way.
-    """
-    folder = Path(config.log.output_dir)
-    names = [path.name for path in checkpoint.checkpoints(folder)]
-    everyone = all_gather_object(names, None, "names of checkpoints") if place.world_size > 1 else [names]
-    newest = folder / "checkpoints" / everyone[0][-1] if everyone[0] else None
-    lacking = [rank for rank, seen in enumerate(everyone) if newest is not None and newest.name not in seen]
-    if lacking and config.train.resume:
-        raise TrainError(
-            f"train.resume: {newest}, the newest checkpoint that rank 0 sees, is not there on rank "
-            f"{', '.join(map(str, lacking))}: log.output_dir must be a folder that all machines share"
-        )
-    if config.train.resume:
-        if newest is None:
-            logger.info("train.resume: no checkpoint below %s, starting at step 1", folder)
-        return newest
-    if newest is not None and config.train.save_every:
-        raise TrainError(
-            f"log.output_dir {folder} holds checkpoints of another run ({newest.name}): "
-            "set train.resume=true to continue it, or choose another log.output_dir"
-        )
-    return None
 
 
 def _resume(session: Session, folder: Path | None) -> int:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import kd_plugin as kd
 from kd_plugin import checkpoint
 from kd_plugin.config import RunConfig
-from kd_plugin.training import TrainError, TrainResult
+from kd_plugin.training import TrainResult
 from tests.tiny import make_folder, run_config
 
 
@@ -65,7 +65,7 @@ def test_a_killed_save_is_not_picked_up(folder: Path) -> None:
 
 def test_checkpoints_of_another_run_are_not_overwritten(folder: Path) -> None:
     kd.train(config_of(folder, "taken", max_steps=2, export=False))
-    with pytest.raises(TrainError, match=r"holds checkpoints of another run \(step_00000002\)"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"holds checkpoints of another run \(step_00000002\)"):
         kd.train(config_of(folder, "taken", export=False))
 
 

@@ -209,7 +209,7 @@ def test_pruning_never_takes_what_was_just_saved(folder: Path) -> None:
     output = kd.train(config).output_dir
     (output / "checkpoints" / "step_00000002").rename(output / "checkpoints" / "step_00000009")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kd_plugin.training._resume_from", lambda config, place: None)
+        patch.setattr(checkpoint, "to_continue", lambda config, world_size: None)
         kd.train(config)
     assert names(output) == ["step_00000002", "step_00000009"]
 

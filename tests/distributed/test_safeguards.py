@@ -44,7 +44,7 @@ def test_all_ranks_resume_what_rank_0_sees(found: list[dict[str, Any]]) -> None:
 def test_a_rank_without_the_checkpoint_is_named_on_all(found: list[dict[str, Any]]) -> None:
     for rank in found:
         run = rank["resume_1"]
-        assert run["kind"] == "TrainError"
+        assert run["kind"] == "CheckpointError"
         assert "step_00000002" in run["message"] and "is not there on rank 1" in run["message"]
 
 
