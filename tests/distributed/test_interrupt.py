@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -115,7 +116,9 @@ def test_deepspeeds_ranks_end_with_one_line_of_rank_zero(folder: Path) -> None:
     pytest.importorskip("deepspeed")
     launcher = [str(shutil.which("deepspeed", path=str(Path(sys.executable).parent))), "--num_accelerators", "2"]
     arguments = endless(folder, "deepspeed", parallel="deepspeed", save_every=2)
-    command = [*launcher, "--master_port", "29741", "launch/train_deepspeed.py", *arguments]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    command = [*launcher, "--master_port", port, "launch/train_deepspeed.py", *arguments]
     with started(command, until="checkpoint ") as process:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output, errors = process.communicate(timeout=60)
