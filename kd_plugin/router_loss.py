@@ -85,15 +85,19 @@ class RouterLoss:
         labelled = {**inputs, "labels": probe.labels}
         hidden_states, output = causal_lm.run_with_stand_in(slot, forward, labelled, probe.reply)
         loss = probe.of(output, slot.parent, shift=shift)
-        if asked and torch.is_grad_enabled() and not loss.requires_grad and not self._warned:
+        if asked and torch.is_grad_enabled() and not loss.requires_grad:
+            self._say_nothing_trains(slot.parent)
+        after = None if measure is None else probe.after_head(output, slot.parent, measure)
+        return causal_lm.Backbone(hidden_states, output, after), loss
+
+    def _say_nothing_trains(self, model: Any) -> None:
+        if not self._warned:
             self._warned = True
             logger.warning(
                 "%s is set, but %s adds no router loss that trains: Transformers has none for it, or it reads the flag "
                 "as an argument of its forward only",
-                *(_FLAG, type(slot.parent).__name__),
+                *(_FLAG, type(model).__name__),
             )
-        after = None if measure is None else probe.after_head(output, slot.parent, measure)
-        return causal_lm.Backbone(hidden_states, output, after), loss
 
 
 class _Addition:
