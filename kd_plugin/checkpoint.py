@@ -61,6 +61,12 @@ def to_continue(config: RunConfig, world_size: int) -> Path | None:
     names = [path.name for path in checkpoints(folder)]
     everyone = all_gather_object(names, None, "names of checkpoints") if world_size > 1 else [names]
     newest = folder / "checkpoints" / everyone[0][-1] if everyone[0] else None
+    others = [f"rank {rank} sees {seen[-1]}" for rank, seen in enumerate(everyone) if seen]
+    if newest is None and others and config.train.resume:
+        raise CheckpointError(
+            f"train.resume: rank 0 sees no checkpoint below {folder}, but {others[0]}: log.output_dir must be a folder "
+            "that all machines share"
+        )
     lacking = [rank for rank, seen in enumerate(everyone) if newest is not None and newest.name not in seen]
     if lacking and config.train.resume:
         raise CheckpointError(
@@ -163,7 +169,7 @@ def _loads_finite(engine: Engine, folder: Path) -> bool:
     if _is_finite(folder) is False:
         return False
     engine.load(folder / _STATE)
-    return has_finite_parameters(engine.student)
+    return has_finite_parameters(engine.student, engine.torch_optimizer)
 
 
 def _refusal(engine: Engine, config: RunConfig, folder: Path) -> str:
@@ -183,7 +189,8 @@ def _numerics(config: RunConfig) -> dict[str, str]:
     found = {"torch": str(torch.__version__), "row_kernel": row_kernels.choose(config.distill.row_kernel, kind)}
     if kind == "cuda":
         return found | {"device": torch.cuda.get_device_name()}
-    found["device"] = str(torch.cpu.get_capabilities().get("cpu_name", kind))
+    name = torch.cpu.get_capabilities().get("cpu_name", kind)
+    found["device"] = f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     for name, dtype in processor.HALVES.items():
         found[f"{name} products"] = processor.describe(dtype)
     return found

@@ -99,6 +99,8 @@ class Engine(Protocol):
     teacher: nn.Module
     module: nn.Module
     """The Hugging Face student itself, whose forward the plugin owns."""
+    torch_optimizer: torch.optim.Optimizer | None
+    """Whose state is this rank's, without padding; None where only its backend knows that (DeepSpeed)."""
     applied_notes: list[str]
     """Lines for the log: what was filled in or could not be applied."""
 

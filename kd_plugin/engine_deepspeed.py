@@ -37,7 +37,7 @@ class DeepSpeedEngine:
         if config.student.dtype == "float16" and place.device.type == "cpu":
             raise EngineError("student.dtype float16 under DeepSpeed needs a GPU: use bfloat16 or float32 on CPU")
         deepspeed = _import_deepspeed()
-        self.module, self.place = student, place
+        self.module, self.place, self.torch_optimizer = student, place, None
         self.config, self.applied_notes = zero.student_config(
             config,
             world_size=place.world_size,

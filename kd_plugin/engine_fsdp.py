@@ -56,7 +56,7 @@ class FsdpEngine:
         fp16 = config.student.dtype == "float16"
         self._scaler = self._make_scaler(place.device.type, enabled=fp16)
         settings = {"lr": train.learning_rate, "betas": train.adam_betas, "eps": train.adam_eps}
-        self.optimizer = torch.optim.AdamW(groups, **settings, fused=self._fused(fp16))
+        self.optimizer = self.torch_optimizer = torch.optim.AdamW(groups, **settings, fused=self._fused(fp16))
 
     def _shard_student(self, student: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float) -> Any:
         """-> (what to call, parameter groups)."""

@@ -74,19 +74,23 @@ def scales_loss(config: RunConfig) -> bool:
     return config.student.dtype == "float16" or bool(autocast.get("enabled"))
 
 
-def has_finite_parameters(student: nn.Module) -> bool:
-    """Whether no parameter of any rank holds NaN or infinity. One collective; waits for the device."""
+def has_finite_parameters(student: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> bool:
+    """Whether no parameter of any rank, and no state of its optimizer, holds NaN or infinity.
+
+    An infinite second moment stops a parameter for good, and no loss shows it. One collective; waits for the device.
+    """
+    states = [] if optimizer is None else [value for state in optimizer.state.values() for value in state.values()]
     finite: Tensor | None = None
-    for parameter in student.parameters():
+    for parameter in [*student.parameters(), *(value for value in states if isinstance(value, Tensor))]:
         values = _values_here(parameter)
         if values.numel() and values.is_floating_point():
             here = values.isfinite().all()
             finite = here if finite is None else finite & here.to(finite.device)
     broken = finite is not None and not finite.item()
-    return not reduce_numbers({"parameters that are not finite": float(broken)}, op="max").popitem()[1]
+    return not reduce_numbers({"parameters or states that are not finite": float(broken)}, op="max").popitem()[1]
 
 
-def _values_here(parameter: nn.Parameter) -> Tensor:
+def _values_here(parameter: Tensor) -> Tensor:
     """What this rank holds of it, without padding."""
     if isinstance(parameter, DTensor):
         return parameter.detach().to_local()

@@ -136,7 +136,7 @@ def _is_sound(session: Session) -> bool:
         finally:
             engine.student.train()
     broken = reduce_numbers({"losses that are not finite": float(loss.isnan())}, op="max").popitem()[1]
-    return not broken and has_finite_parameters(engine.student)
+    return not broken and has_finite_parameters(engine.student, engine.torch_optimizer)
 
 
 def _save(session: Session, step: int) -> None:

@@ -20,7 +20,7 @@ from kd_plugin.config_file import to_yaml
 from kd_plugin.engine import EngineError
 from kd_plugin.engine_deepspeed import DeepSpeedEngine
 from kd_plugin.engine_fsdp import FsdpEngine
-from kd_plugin.finite import DivergedError, FiniteWatch
+from kd_plugin.finite import DivergedError, FiniteWatch, has_finite_parameters
 from kd_plugin.launcher import launch
 from kd_plugin.metrics import MetricSums
 from tests.tiny import make_folder, run_config
@@ -244,3 +244,23 @@ def test_numbers_are_taken_whatever_the_default_device() -> None:
     sums.add(torch.tensor([2.0]))
     with torch.device("meta"):
         assert sums.take(torch.device("cpu"), largest={"b": 3.0}) == {"a": 2.0, "b": 3.0}
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_an_infinite_moment_of_the_optimizer_is_not_finite() -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert has_finite_parameters(model, optimizer)
+    optimizer.state[model.weight]["exp_avg_sq"][1, 1] = float("inf")
+    assert has_finite_parameters(model) and not has_finite_parameters(model, optimizer)
+
+
+def test_a_checkpoint_that_only_another_rank_sees_is_no_fresh_start(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folder, "elsewhere", resume=True)
+    monkeypatch.setattr(checkpoint, "all_gather_object", lambda names, *_: [[], ["step_00000004"]])
+    with pytest.raises(ValueError, match=r"rank 0 sees no checkpoint .*rank 1 sees step_00000004.*all machines share"):
+        checkpoint.to_continue(config, world_size=2)
