@@ -36,9 +36,7 @@ class Rows(NamedTuple):
     weight: Tensor | None = None
 
 
-def make_rows(
-    vocab: int, rows: int = 2, scale: float = 3.0, seed: int = 0, teacher_vocab: int | None = None
-) -> Rows:
+def make_rows(vocab: int, rows: int = 2, scale: float = 3.0, seed: int = 0, teacher_vocab: int | None = None) -> Rows:
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (scale * torch.randn(rows, vocab, generator=generator) for _ in range(2))
     targets = torch.randint(0, vocab, (rows, 1), generator=generator)
