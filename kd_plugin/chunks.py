@@ -127,10 +127,15 @@ def _of_labels(logits: Tensor, targets: Tensor) -> Tensor:
     except (IndexError, RuntimeError) as error:
         if "out of bounds" not in str(error):  # out of memory, or any other trouble of the device
             raise
-        raise ValueError(
-            f"loss_rows point at labels outside the vocabulary of {logits.shape[1]} ({error}): they must list "
-            "the rows whose (shifted) label is not ignore_index, and no others"
-        ) from error
+        raise ValueError(foreign_labels(logits.shape[1], str(error))) from error
+
+
+def foreign_labels(vocab_size: int, found: str) -> str:
+    """What is wrong where a row that counts has a label that is no token id."""
+    return (
+        f"loss_rows point at labels outside the vocabulary of {vocab_size} ({found}): they must list the rows whose "
+        "(shifted) label is not ignore_index, and no others"
+    )
 
 
 def _plan(problem: Problem, device: torch.device) -> ChunkPlan:

@@ -134,6 +134,7 @@ class DistillHead(nn.Linear):
             raise ValueError(f"teacher is a {type(teacher).__name__}; wanted (teacher_hidden, teacher_weight)")
         if teacher is None and self.distill_config.soft_weight:
             raise ValueError("no teacher given: pass teacher=(teacher_hidden, teacher_weight), or set soft_weight=0")
+        checks.floats("hidden_states", hidden_states, "what enters the head, not token ids")
         checks.loss_targets(targets, hidden_states.shape[:-1], self.distill_config)
         checks.token_weights(token_weights, hidden_states)
         sums = self._sums(hidden_states, targets, teacher, token_weights, rows=None)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd_plugin import row_kernels
-from kd_plugin.chunks import Problem, dense_bytes, wide_dtype
+from kd_plugin.chunks import Problem, dense_bytes, foreign_labels, wide_dtype
 from kd_plugin.collectives import all_gather, all_reduce, reduce_scatter
 from kd_plugin.fused_loss import scaled
 from kd_plugin.low_rank import LowRankProduct, low_rank_product
@@ -114,12 +114,23 @@ class _Loop:
         ones = hidden.new_ones(hidden.shape[0], dtype=self.dtype)  # 0 where a short rank is padded
         rows = {"weights": torch.stack([ones if weights is None else weights.to(self.dtype), ones], -1)}
         if self.problem.objective.hard_weight:
-            assert self.problem.targets is not None
-            rows["targets"] = self.problem.targets[:, None]
+            rows["targets"] = self._own_labels()[:, None]
         rows["student"] = hidden
         if self.low_rank is not None:
             rows["factor"] = self.low_rank.factor
         return rows if self.teacher is None else rows | {"teacher": self.teacher.hidden}
+
+    def _own_labels(self) -> Tensor:
+        """`[N]`, once those that count are token ids: one that no rank holds would pass for a logit of 0."""
+        labels, size = self.problem.targets, self.shard.sizes.student
+        assert labels is not None
+        counted = labels if self.problem.rows is None else labels[self.problem.rows]
+        foreign = (counted < 0) | (counted >= size)
+        if labels.is_cuda:  # asserted by the device, for which the host does not wait
+            torch._assert_async(~foreign.any(), foreign_labels(size, "on this rank"))
+        elif foreign.any():
+            raise ValueError(foreign_labels(size, f"such as {int(counted[foreign][0])}"))
+        return labels
 
     def logits(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Both models' logits of this rank's columns, `[W * C, V_r]` and `[W * C, V'_r]`."""

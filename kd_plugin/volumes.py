@@ -1,8 +1,9 @@
 """Bytes that one rank receives per micro-batch for the heads of sharded models, by `distill.exchange`.
 
 With f = (W - 1) / W, n rows per rank, e bytes per weight and hidden state, r bytes per reduced gradient (none of a
-frozen head), widths D (student) and E (teacher), vocabulary V, m numbers per row that every rank gathers (two per
-softmax, and the label's logit), k sums per row that are added over ranks (0 for KLs):
+frozen head), widths D (student) and E (teacher), vocabulary V (of unequal ones, each head's own; of the teacher's
+logits, the ids of both), m numbers per row that every rank gathers (two per softmax, of which a student with more token
+ids than the teacher has one more, and the label's logit), k sums per row that are added over ranks (0 for KLs):
 
     weight   f V (e (D + E) + r D)                           gather both heads, reduce-scatter a gradient
     logits   f V (e + r) D + (W - 1) n e E + 4 f n V         the student's head; teacher hidden states, logits

@@ -20,83 +20,23 @@ Formulas: log-sum-exp merging of partial softmaxes, as in online softmax (arXiv:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kd_plugin.divergences import LOG_FLOOR, Row
 from kd_plugin.divergences.definition import TINY
-from kd_plugin.objective import Objective, Term
 from kd_plugin.row_kernels.body import RowSpec, write_gradient
+from kd_plugin.row_kernels.shard_numbers import (
+    Kind,
+    Sizes,
+    chained,
+    soft_terms,
+    student_softmaxes,
+    summed,
+    teacher_temperatures,
+)
 from kd_plugin.row_kernels.softmaxes import parts_of, row_sum
-
-
-class Sizes(NamedTuple):
-    """Token ids of whole rows, of all ranks together."""
-
-    student: int
-    shared: int
-    """The first so many of the student's, which the teacher has too; without a teacher, all of them."""
-
-    @property
-    def unequal(self) -> bool:
-        """Whether the student has ids that the teacher lacks."""
-        return self.shared < self.student
-
-
-class Kind(NamedTuple):
-    """One of the student's softmaxes."""
-
-    temperature: float
-    over_all: bool
-    """Over all of the student's token ids, though the teacher has fewer."""
-
-
-def student_softmaxes(objective: Objective, unequal: bool) -> tuple[Kind, ...]:
-    """The student's softmaxes that are needed, in the order in which they are exchanged."""
-    found = {term.temperature for term in _terms(objective)}
-    wants_all = bool(objective.hard_weight or objective.measured)
-    if wants_all and not unequal:
-        found.add(1.0)
-    over_shared = tuple(Kind(temperature, False) for temperature in sorted(found))
-    return (*over_shared, Kind(1.0, True)) if wants_all and unequal else over_shared
-
-
-def teacher_temperatures(objective: Objective) -> tuple[float, ...]:
-    """Temperatures at which the teacher's softmax is needed, ascending."""
-    return tuple(sorted({term.temperature for term in _terms(objective)} | ({1.0} if objective.measured else set())))
-
-
-def _terms(objective: Objective) -> tuple[Term, ...]:
-    return objective.terms if objective.needs_teacher else ()
-
-
-def _chained(objective: Objective) -> list[Term]:
-    return [term for term in _terms(objective) if term.divergence.chain_rule]
-
-
-def _summed(objective: Objective) -> list[Term]:
-    """Terms whose sums take a round of their own."""
-    about = ((term, term.divergence) for term in _terms(objective))
-    return [term for term, divergence in about if not (divergence.chain_rule or divergence.gradient_without_sums)]
-
-
-def has_sums(objective: Objective) -> bool:
-    """Whether there is a second round."""
-    return bool(_summed(objective))
-
-
-def exchanged_numbers(objective: Objective, unequal: bool = False) -> tuple[int, int]:
-    """Per row: numbers that every rank gathers from all (with the label's logit), and sums added over ranks.
-
-    `unequal`: the student has token ids that the teacher lacks.
-    """
-    one = torch.zeros(1, 1)
-    row = Row(one, one, one, one, one, one, 1)
-    softmaxes = len(student_softmaxes(objective, unequal)) + len(teacher_temperatures(objective))
-    others = bool(objective.measured) + bool(objective.hard_weight) + len(_chained(objective))
-    return 2 * softmaxes + others, sum(len(t.divergence.elements(torch, row)) for t in _summed(objective))
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
@@ -133,13 +73,10 @@ def shard_moments(
     models; the values of the divergences that obey the chain rule, of the softmaxes over these columns alone.
     """
     objective, here = spec.objective, _here(student_logits, teacher_logits)
-    students = {
-        kind: _tempered(
-            _first(spec.student.apply(student_logits), student_logits.shape[1] if kind.over_all else here),
-            kind.temperature,
-        )
-        for kind in student_softmaxes(objective, sizes.unequal)
-    }
+    students: dict[Kind, Tensor] = {}
+    for kind in student_softmaxes(objective, sizes.unequal):
+        logits = spec.student.apply(student_logits)
+        students[kind] = _tempered(logits if kind.over_all else _first(logits, here), kind.temperature)
     teachers: dict[float, Tensor] = {}
     if teacher_logits is not None:
         teachers = {t: _tempered(spec.teacher.apply(teacher_logits), t) for t in teacher_temperatures(objective)}
@@ -150,7 +87,7 @@ def shard_moments(
         whole = Kind(1.0, sizes.unequal)
         best = (_first(students[whole], here) == of_student[whole][0]) & (teachers[1.0] == of_teacher[1.0][0])
         columns.append(best.any(-1, keepdim=True).to(student_logits.dtype))
-    for term in _chained(objective):
+    for term in chained(objective):
         t, kind = term.temperature, Kind(term.temperature, False)
         row = _normalised(students[kind], teachers[t], _logs(of_student[kind]), _logs(of_teacher[t]), sizes.shared)
         columns += [row_sum(e) for e in term.divergence.elements(torch, row)]
@@ -190,7 +127,7 @@ def merge_moments(spec: RowSpec, sizes: Sizes, gathered: Tensor) -> Tensor:
         merged.append((next(others) * at_the_top).amax(0))
     log_masses = torch.where(sums > 0, ((maxima - maximum) + sums.log()) - log_sum, 0.0)
     masses = torch.where(sums > 0, log_masses.exp(), 0.0)
-    for term in _chained(objective):
+    for term in chained(objective):
         s, t = both(term.temperature)
         lq, lp, q, p = (x[..., i, None] for x in (log_masses, masses) for i in (s, t))
         between = term.divergence.elements(torch, Row(lq, lp, lq, lp, q, p, gathered.shape[0]))[0]
@@ -245,7 +182,7 @@ def shard_sums(
 ) -> Tensor:
     """`[n, S]`: this rank's part of every sum that a gradient reads."""
     rows = _Rows(spec, student_logits, teacher_logits, merged, sizes).rows
-    found = (t.divergence.elements(torch, rows[t.temperature]) for t in _summed(spec.objective))
+    found = (t.divergence.elements(torch, rows[t.temperature]) for t in summed(spec.objective))
     return torch.cat([row_sum(element) for elements in found for element in elements], -1)
 
 
@@ -279,16 +216,16 @@ def shard_finish(
 def _metrics(x: Row, log_q: list[Tensor]) -> list[Tensor]:
     """What these columns add to both entropies, the acceptance rate and the KL; `log_q` as `_Rows.log_q` has it."""
     rest = [part.exp() for part in log_q[1:]]  # to which the teacher gives probability 0
-    terms = (-q * lq for q, lq in zip((x.q, *rest), (x.lq, *log_q[1:]), strict=True))
-    entropies = [row_sum(-x.p * x.lp), row_sum(*terms)]
-    return [*entropies, row_sum(torch.minimum(x.q, x.p)), row_sum(x.p * (x.lp - x.lq) + (x.q - x.p), *rest)]
+    of_rest = ((), [-q * lq for q, lq in zip(rest, log_q[1:], strict=True)], (), rest)
+    elements = (-x.p * x.lp, -x.q * x.lq, torch.minimum(x.q, x.p), x.p * (x.lp - x.lq) + (x.q - x.p))
+    return [row_sum(element, *others) for element, others in zip(elements, of_rest, strict=True)]
 
 
 def _soft(spec: RowSpec, rows: _Rows, sums: Iterable[Tensor], zero: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """All terms -> value `[n, 1]` of whole rows, what these columns add to it, gradient `[n, V'_r]`."""
     remaining = iter(sums)
     whole, part, gradient = zero, zero, None
-    for term in _terms(spec.objective):
+    for term in soft_terms(spec.objective):
         row, divergence = rows.rows[term.temperature], term.divergence
         weight, known = term.weight * term.scale, ()
         if divergence.gradient_without_sums:

@@ -11,15 +11,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kd_plugin.row_kernels import shard_body
+from kd_plugin.row_kernels import shard_body, shard_numbers
 from kd_plugin.row_kernels.blocks import compiled, in_blocks
 from kd_plugin.row_kernels.body import RowSpec
 
 logger = logging.getLogger(__name__)
 
-Sizes = shard_body.Sizes
+Sizes = shard_numbers.Sizes
 merge = shard_body.merge_moments
-exchanged_numbers = shard_body.exchanged_numbers
+exchanged_numbers = shard_numbers.exchanged_numbers
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def sums(
     merged: Tensor,
 ) -> Tensor:
     """This rank's `[n, S]`; S is 0 for divergences that need no second round."""
-    if not shard_body.has_sums(spec.objective):
+    if not shard_numbers.has_sums(spec.objective):
         return merged.new_zeros(merged.shape[0], 0)
     return _run(kernel, "shard_sums", spec, sizes, student_logits, teacher_logits, merged)
 

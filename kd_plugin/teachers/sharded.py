@@ -108,7 +108,7 @@ class ShardedLogits:
         transform: what the teacher does to these logits afterwards (scale, soft-cap).
 
     Raises:
-        ValueError: `local_slice` is not 2-D, or has another number of rows than the student (when used).
+        ValueError: `local_slice` is not 2-D or no floats, or has another number of rows than the student (when used).
     """
 
     def __init__(
@@ -124,6 +124,8 @@ class ShardedLogits:
                 f"ShardedLogits got {tuple(local_slice.shape)}; wanted [rows, columns of this rank]: "
                 "flatten batch and sequence, local_slice.flatten(0, -2)"
             )
+        if not local_slice.is_floating_point():
+            raise ValueError(f"ShardedLogits got {local_slice.dtype}; wanted logits, in floats")
         self.local, self.group = local_slice.detach(), group if group is not None else dist.group.WORLD
         if widths is None:
             widths = all_gather_object(local_slice.shape[1], self.group, "the widths of the slices of logits")

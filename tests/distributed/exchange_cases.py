@@ -108,8 +108,8 @@ def make_batch(case: Case, step: int, micro: int, rank: int) -> tuple[Tensor, Te
         input_ids = torch.randint(3, 37, (6, 64), generator=torch.Generator().manual_seed(rank))
         counts = torch.arange(6 * 63).view(6, 63) < RAGGED[rank]
         labels = input_ids.masked_fill(~torch.cat([torch.zeros(6, 1, dtype=torch.bool), counts], 1), -100)
-    smallest = min(case.vocab_size, case.teacher_vocab_size)
-    return input_ids % smallest, torch.where(labels < 0, labels, labels % smallest)
+    smallest = min(case.vocab_size, case.teacher_vocab_size)  # what both embed; a label may be any id of the student
+    return input_ids % smallest, torch.where(labels < 0, labels, labels % case.vocab_size)
 
 
 def _sequences() -> tuple[Tensor, Tensor]:

@@ -365,6 +365,36 @@ def agreement(rank: int) -> dict[str, list[Tensor]]:
     return found
 
 
+SMALLER_TEACHERS = (17, 31)  # of the student's 37 ids; with 17, rank 1 of two has none of them
+LARGER: dict[str, dict[str, Any]] = {
+    "all parts": {"divergence": "jsd", "label_smoothing": 0.1, "z_loss_weight": 0.02},
+    "temperature 1": {"divergence": "reverse_kl", "temperature": 1.0},
+    "soft only": {"divergence": "tvd", "hard_weight": 0.0},
+    "soft only, no metrics": {"hard_weight": 0.0, "metrics": False},
+    "hard only": {"soft_weight": 0.0},
+}
+
+
+def larger_student(rank: int) -> dict[tuple[str, int, str], tuple[float, Tensor, dict[str, float]]]:
+    """In fp64, by objective, the teacher's size and mode: this rank's loss, the head's gradient, what is measured."""
+    found = {}
+    for name, settings in LARGER.items():
+        for size in SMALLER_TEACHERS:
+            for mode in ("weight", "logits", "stats"):
+                models = [make_model("llama", width, n, seed=n).double() for width, n in ((16, 37), (24, size))]
+                plugin = kd.attach(*models, make_config(mode, **settings))
+                for model in models:
+                    shard_head(model)
+                generator = torch.Generator().manual_seed(rank)
+                ids, labels = torch.randint(37, (2, 2, 11 + rank), generator=generator)
+                loss = models[0](ids % size, shift_labels=labels, num_items_in_batch=50).loss
+                loss.backward()
+                gradient = models[0].get_output_embeddings().weight.grad.full_tensor()
+                measured = {k: v for k, v in plugin.metrics().items() if not k.endswith("_ms") and "peak" not in k}
+                found[name, size, mode] = loss.item(), gradient, measured
+    return found
+
+
 def tensor_parallel(rank: int) -> dict[str, float]:
     """Largest error of loss and gradients with a teacher's logits in slices, fp64, by how they are cut."""
     ranks = dist.get_world_size()

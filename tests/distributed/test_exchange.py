@@ -62,7 +62,10 @@ LAUNCHES: dict[str, list[Case]] = {
     "one": [*splits("alone", 1), *splits("zero3", 1)],
     "torch": [
         *(case for wrapper in TORCH for case in matrix(wrapper)),
-        *(Case("alone", False, mode, teacher_vocab_size=size) for mode in MODES for size in (31, 41)),
+        *(Case("alone", False, mode, teacher_vocab_size=size) for mode in MODES for size in (17, 31, 41)),
+        *(Case("alone", False, "stats", divergence, teacher_vocab_size=17) for divergence in DIVERGENCES[1:]),
+        *(Case(w, False, m, teacher_vocab_size=17) for w in ("ddp", "fsdp1", "root") for m in MODES[1:]),
+        *(Case("alone", head == "softcap", "stats", head=head, teacher_vocab_size=31) for head in ("bias", "softcap")),
         *(Case("alone", tied, mode, teacher="offload") for tied, mode in ((False, "weight"), (True, "stats"))),
         *(Case("alone", tied, mode, teacher_tied=not tied) for tied in (True, False) for mode in MODES),
         *(Case(wrapper, False, mode, teacher="part") for wrapper in ("ddp", "fsdp1", "root") for mode in MODES),
@@ -73,6 +76,7 @@ LAUNCHES: dict[str, list[Case]] = {
     ],
     "deepspeed": [
         *(case for wrapper in ("zero1", "zero2", "zero3") for case in matrix(wrapper)),
+        *(Case("zero3", False, mode, teacher_vocab_size=size) for mode in MODES for size in (17, 31)),
         *splits("zero3", 2),
         *(Case(f"zero{n}", False, "stats", batch="split", accumulation=times) for n in (1, 2) for times in (1, 8)),
         *(Case("zero3", False, mode, batch="early") for mode in MODES),
@@ -101,7 +105,10 @@ LAUNCHES: dict[str, list[Case]] = {
 }
 PROBES = {
     "deepspeed": ["automatic_zero3", "outside_zero3"],
-    "torch": ["head_collectives", "memory", "counting", "rounds", "hooks", "mismatch", "agreement", "tensor_parallel"],
+    "torch": [
+        *("head_collectives", "memory", "counting", "rounds", "hooks", "mismatch", "agreement", "tensor_parallel"),
+        "larger_student",
+    ],
     "four": ["memory", "counting", "traffic", "groups", "automatic", "mismatch", "agreement", "tensor_parallel"],
 }
 LAUNCHED = [case for cases in LAUNCHES.values() for case in cases]
@@ -307,6 +314,18 @@ def test_every_exchange_gives_the_same_numbers(result_of: Callable[..., Any], na
         for mode in ("logits", "stats"):
             for one, other in zip(found[mode], found["weight"], strict=True):
                 assert (one - other).abs().max() <= 1e-9 * other.abs().max()
+
+
+def test_every_exchange_gives_a_larger_student_the_same_numbers(result_of: Callable[..., Any]) -> None:
+    """Losses, the head's gradient, metrics, and the bytes of the logits that never were; also where rank 1 has nothing
+    of the teacher's head."""
+    for found in result_of(probe=("torch", "larger_student")):
+        assert len(found) == len(probes.LARGER) * len(probes.SMALLER_TEACHERS) * len(MODES)
+        for (name, size, _), (loss, gradient, metrics) in found.items():
+            expected_loss, expected_gradient, expected_metrics = found[name, size, "weight"]
+            assert loss == pytest.approx(expected_loss, rel=1e-12)
+            assert (gradient - expected_gradient).abs().max() <= 1e-9 * expected_gradient.abs().max()
+            assert metrics == pytest.approx(expected_metrics, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["torch", "four"])
