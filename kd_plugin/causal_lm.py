@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kd_plugin.logit_probe import NUM_ROWS, AfterHead, LogitsChanged, after_head, changed_by_place, known_rows
+from kd_plugin.logit_probe import (
+    NUM_ROWS,
+    AfterHead,
+    LogitsChanged,
+    after_head,
+    changed_by_place,
+    known_rows,
+    other_size,
+)
 from kd_plugin.token_ids import input_embeddings
 
 
@@ -164,6 +172,8 @@ def run_backbone(
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise no_logits(slot.parent, side)
+    if logits.shape[-1] != vocab_size:
+        raise other_size(slot.parent, side, vocab_size, logits.shape[-1])
     each = logits.reshape(-1, NUM_ROWS, vocab_size)  # of each sequence
     if not torch.allclose(each[0], each[-1], rtol=1e-3, atol=1e-3):
         raise changed_by_place(slot.parent, side)

@@ -103,16 +103,16 @@ _CLASSES: dict[tuple[bool, str | None], str] = {
     Florence2ForConditionalGeneration
     """,
     (False, "prepare_decoder_input_ids_from_labels"): """
-    BartForConditionalGeneration BigBirdPegasusForConditionalGeneration EncoderDecoderModel
-    LEDForConditionalGeneration LongT5ForConditionalGeneration MarianMTModel MBartForConditionalGeneration
-    MT5ForConditionalGeneration MvpForConditionalGeneration PegasusForConditionalGeneration
-    PegasusXForConditionalGeneration PLBartForConditionalGeneration Pop2PianoForConditionalGeneration
-    SeamlessM4TTextToUnitForConditionalGeneration SpeechEncoderDecoderModel
-    SwitchTransformersForConditionalGeneration T5ForConditionalGeneration T5Gemma2ForConditionalGeneration
-    T5GemmaForConditionalGeneration UMT5ForConditionalGeneration VisionEncoderDecoderModel
+    BartForConditionalGeneration BigBirdPegasusForConditionalGeneration LEDForConditionalGeneration
+    LongT5ForConditionalGeneration MarianMTModel MBartForConditionalGeneration MT5ForConditionalGeneration
+    MvpForConditionalGeneration PegasusForConditionalGeneration PegasusXForConditionalGeneration
+    PLBartForConditionalGeneration Pop2PianoForConditionalGeneration
+    SeamlessM4TTextToUnitForConditionalGeneration SwitchTransformersForConditionalGeneration
+    T5ForConditionalGeneration T5Gemma2ForConditionalGeneration T5GemmaForConditionalGeneration
+    UMT5ForConditionalGeneration VisionEncoderDecoderModel
     """,
     (False, "_shift_right"): """
-    Pix2StructForConditionalGeneration UdopForConditionalGeneration
+    UdopForConditionalGeneration
     """,
 }
 CONVENTIONS = {name: convention for convention, names in _CLASSES.items() for name in names.split()}

@@ -21,7 +21,15 @@ from torch.distributed.tensor import DTensor
 
 from kd_plugin.causal_lm import HeadCallsError, HeadSlot, accepts, run_with_stand_in
 from kd_plugin.labels import DECODER_INPUTS, OWN_IGNORE_INDEX, Convention, OwnLoss, shift_of
-from kd_plugin.logit_probe import NUM_ROWS, AfterHead, LogitsChanged, after_head, changed_by_place, known_rows
+from kd_plugin.logit_probe import (
+    NUM_ROWS,
+    AfterHead,
+    LogitsChanged,
+    after_head,
+    changed_by_place,
+    known_rows,
+    other_size,
+)
 from kd_plugin.token_ids import embedded_ids
 
 _BATCH, _LENGTH = 2, 2 * NUM_ROWS
@@ -69,15 +77,15 @@ def _look(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
     if not accepts(model.forward, "labels"):
         inputs |= {"decoder_input_ids": tokens} if encoder_decoder else {}
         _, output = run_with_stand_in(slot, model.forward, inputs, known.reply)
-        return Observed(_consistent(output.logits, model, side), why="it takes no labels")
+        return Observed(_consistent(output.logits, vocab_size, model, side), why="it takes no labels")
     try:
         hidden, output = run_with_stand_in(slot, model.forward, {**inputs, "labels": labels}, known.reply)
     except HeadCallsError:  # fused losses read the head's weight; without labels the head must be called all the same
         if encoder_decoder:
             raise
         _, output = run_with_stand_in(slot, model.forward, inputs, known.reply)
-        return Observed(_consistent(output.logits, model, side), why="its own loss does not call its head")
-    after = _consistent(output.logits, model, side)
+        return Observed(_consistent(output.logits, vocab_size, model, side), why="its own loss does not call its head")
+    after = _consistent(output.logits, vocab_size, model, side)
     first = _own_loss(output, labels)
     if first is None:
         return Observed(after, why="it computes no loss of labels")
@@ -156,9 +164,11 @@ class _Known:
         return self.logits.to(hidden_states.device).reshape(*hidden_states.shape[:-1], -1).clone()
 
 
-def _consistent(logits: Tensor, model: nn.Module, side: str) -> AfterHead:
+def _consistent(logits: Tensor, vocab_size: int, model: nn.Module, side: str) -> AfterHead:
     """What was done to the known rows, the same wherever they stood and without anything trainable in it."""
-    seen = logits.reshape(_BATCH, _LENGTH, -1)
+    if logits.shape[-1] != vocab_size:
+        raise other_size(model, side, vocab_size, logits.shape[-1])
+    seen = logits.reshape(_BATCH, _LENGTH, vocab_size)
     first, second = seen[0, :NUM_ROWS], seen[1, NUM_ROWS:].flip(0)
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
         raise changed_by_place(model, side)

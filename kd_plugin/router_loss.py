@@ -22,7 +22,7 @@ from torch import Tensor
 from kd_plugin import causal_lm
 from kd_plugin.fused_loss import LossSums
 from kd_plugin.labels import OWN_IGNORE_INDEX, own_loss
-from kd_plugin.logit_probe import NUM_ROWS, AfterHead, after_head, known_rows
+from kd_plugin.logit_probe import NUM_ROWS, AfterHead, after_head, known_rows, other_size
 
 __all__ = ["RouterLoss", "with_router_loss"]
 
@@ -136,6 +136,8 @@ class _Addition:
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise causal_lm.no_logits(model, side)
+        if logits.shape[-1] != self._vocab_size:
+            raise other_size(model, side, self._vocab_size, logits.shape[-1])
         return after_head(logits.reshape(-1, self._vocab_size)[_CERTAIN_ROWS:], model, side)
 
 

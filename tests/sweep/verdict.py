@@ -47,6 +47,7 @@ def make_case(row: str) -> Case:
     """The case of a row. Raises whatever the class or its forward raises where it cannot be built small."""
     name, changes = VARIANTS.get(row, (row, {}))
     student, teacher = small_model(name, 1, changes), small_model(name, 2, changes)
+    teacher.eval()  # some compute otherwise in training, and a teacher is never trained
     for model in (student, teacher):
         model.register_forward_pre_hook(_same_random_numbers)
     batch = batch_for(student)
