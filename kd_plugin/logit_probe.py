@@ -87,8 +87,8 @@ def after_head(logits: Tensor, model: nn.Module, side: str) -> AfterHead:
 def other_size(model: nn.Module, side: str, wanted: int, found: int) -> LogitsChanged:
     """The error about logits that are cut or padded after the head."""
     return LogitsChanged(
-        f"the {side} ({type(model).__name__}) returns {found} logits of the {wanted} that its head gives: the loss would "
-        "be computed on other logits than the model's; use DistillHead directly"
+        f"the {side} ({type(model).__name__}) returns {found} logits of the {wanted} that its head gives: the loss "
+        "would be computed on other logits than the model's; use DistillHead directly"
     )
 
 

@@ -128,6 +128,8 @@ class _Addition:
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             return loss  # of logits that are certain, the cross-entropy is 0 unless a soft-cap makes them less so
+        if logits.shape[-1] != self._vocab_size:
+            raise other_size(model, "student", self._vocab_size, logits.shape[-1])
         logits = logits.detach().reshape(1, -1, self._vocab_size)
         return loss - own_loss(logits, self.labels.to(logits.device), shift=shift).to(loss)
 
@@ -136,8 +138,6 @@ class _Addition:
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise causal_lm.no_logits(model, side)
-        if logits.shape[-1] != self._vocab_size:
-            raise other_size(model, side, self._vocab_size, logits.shape[-1])
         return after_head(logits.reshape(-1, self._vocab_size)[_CERTAIN_ROWS:], model, side)
 
 
