@@ -76,10 +76,52 @@ def test_a_bias_of_the_wrong_length(loss: Callable[..., kd.DistillOutput], side:
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_tensors_on_different_devices(side: str) -> None:
+    name = "hidden" if side == "student" else "teacher_hidden"
+    problem = changed(**{name: getattr(make_problem(), name).detach().to("meta")})
+    words = (f"{side}_hidden is on meta", f"{side}_weight on cpu", "move one")
+    refused(lambda: kd.distill_loss(*problem, config=config_of()), *words)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_weight_whose_values_are_elsewhere(loss: Callable[..., kd.DistillOutput], side: str) -> None:
     name = "weight" if side == "student" else "teacher_weight"
     problem = changed(**{name: getattr(make_problem(), name).detach().to("meta")})
-    words = (f"{side}_hidden is on cpu", f"{side}_weight on meta", "move one")
-    refused(lambda: kd.distill_loss(*problem, config=config_of()), *words)
+    words = (f"{side}_weight is on the meta device", "its values are elsewhere", "accelerate offload")
+    refused(lambda: loss(*problem, config=config_of()), *words)
+    head = nn.Linear(5, 11, bias=False, device="meta", dtype=torch.float64)
+    teacher = tuple(make_problem())[2:4]
+    head = kd.DistillHead(head, config_of())
+    refused(
+        lambda: head(make_problem().hidden, make_problem().targets, teacher=teacher), "lm_head.weight is on the meta"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["hidden", "teacher_hidden", "weight", "teacher_weight"])
+def test_tensors_that_are_no_floats(loss: Callable[..., kd.DistillOutput], name: str, dtype: torch.dtype) -> None:
+    problem = changed(**{name: torch.ones_like(getattr(make_problem(), name), requires_grad=False).to(dtype)})
+    argument = name if name.startswith("teacher") else f"student_{name}"
+    refused(lambda: loss(*problem, config=config_of()), f"{argument} is {dtype}", "wanted")
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_bias_and_the_hidden_states_of_a_head_that_are_no_floats(side: str) -> None:
+    bias = {f"{side}_bias": torch.ones(11, dtype=torch.int64)}
+    for function in LOSSES.values():
+        refused(lambda f=function: f(*make_problem(), config=config_of(), **bias), f"{side}_bias is torch.int64")
+    head = kd.DistillHead(nn.Linear(5, 11, bias=False), config_of(soft_weight=0))
+    hidden = torch.zeros(13, 5, dtype=torch.int64)
+    refused(lambda: head(hidden, make_problem().targets), "hidden_states is torch.int64", "not token ids")
+    refused(lambda: kd.ShardedLogits(torch.zeros(4, 5, dtype=torch.int64), widths=[5]), "torch.int64", "in floats")
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_logits_that_are_no_floats(side: str) -> None:
+    logits = {"student": torch.randn(4, 5), "teacher": torch.randn(4, 5)}
+    logits[side] = torch.zeros(4, 5, dtype=torch.int64)
+    for function in LOGITS_LOSSES.values():
+        call = lambda f=function: f(*logits.values(), config=config_of(hard_weight=0))  # noqa: E731
+        refused(call, f"{side}_logits is torch.int64", "wanted")
 
 
 def test_no_teacher_though_the_soft_loss_wants_one(loss: Callable[..., kd.DistillOutput]) -> None:

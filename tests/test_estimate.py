@@ -260,6 +260,32 @@ def test_chunks_of_uld_count_both_vocabularies(folder: Path, tmp_path: Path) -> 
     assert "(4 B x (V 64 + V' 192)) = 16 rows" in notes_of(found)[0]
 
 
+def test_a_student_with_more_rows_than_its_teacher(folder: Path, tmp_path: Path) -> None:
+    """Each head's own columns, a chunk of them, and one more softmax on the wire."""
+    from transformers import LlamaConfig
+
+    for name, rows in (("student", 192), ("teacher", 64)):
+        LlamaConfig.from_pretrained(folder / "teacher", vocab_size=rows).save_pretrained(tmp_path / name)
+    models = {side: {"model": str(tmp_path / side)} for side in ("student", "teacher")}
+    distill = {"chunk_size": "auto", "loss_memory_mb": 4 * 16 * (192 + 64) / 2**20, "temperature": 1.0}
+    train = {"parallel": "fsdp", "tokens_per_step": None}
+    student = {"from_teacher": None, **models["student"]}
+    config = run_config(folder, teacher=models["teacher"], student=student, distill=distill, train=train)
+    found = estimate(config, world_size=4)
+    assert found.setup.chunk == 16
+    assert "(4 B x (V 192 + V' 64)) = 16 rows" in notes_of(found)[0]
+    buffers = {}
+    for exchange in ("weight", "stats"):
+        phase = memory(replace(found.setup, exchange=exchange)).phases["loss"]
+        buffers[exchange] = next(line.num_bytes for line in phase if line.name == "chunk buffers")
+    assert buffers == {
+        "weight": 4 * 16 * (192 + 64),
+        "stats": 4 * 4 * 16 * (48 + 48),
+    }  # rank 0's: 48 of the teacher's 64
+    equal = stats_bytes(Head(192, 32, 4, 4, 4), Head(64, 32, 4, 4), 64, ranks=4, numbers=(6, 0))
+    assert found.exchanges["stats"].num_bytes - equal == pytest.approx(3 * 64 * 4 * 2 * 4)  # two numbers to 4 ranks
+
+
 def test_the_kernels_scratch_is_of_one_block(qwen: Path) -> None:
     config = qwen_config(qwen, parallel="fsdp").model_copy(update={"distill": DistillConfig(exchange="stats")})
     (scratch,) = (
