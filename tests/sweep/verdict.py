@@ -5,6 +5,7 @@ A row is a class, or a variant of one. The verdicts are `equal`, `refused`, `can
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -117,7 +118,10 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def _dense(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
     rows, labels = dense.CONVENTIONS[case.convention], case.batch["labels"]
     with torch.no_grad():
-        teachers = rows(dense.run(case.teacher, case.batch).logits, labels)
+        # As in training: with a cache, T5Gemma in eval mode leaves its decoder's padding unmasked
+        cached = "use_cache" in inspect.signature(type(case.teacher).forward).parameters
+        read = {**case.batch, "use_cache": False} if cached else case.batch
+        teachers = rows(dense.run(case.teacher, read).logits, labels)
     output = dense.run(case.student, case.batch)
     students = rows(output.logits, labels)
     hard = dense.cross_entropy(students)
