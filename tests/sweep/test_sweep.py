@@ -5,6 +5,7 @@ The expected verdicts stand in `table.json`; `python -m tests.sweep` measures an
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from kd_plugin.label_table import CONVENTIONS
 from tests.sweep import conventions, dense, heads
 from tests.sweep.__main__ import LABELS
 from tests.sweep.shrink import small_model
-from tests.sweep.table import EXPECTED, all_rows, label_table, measured, read_table, summary
+from tests.sweep.table import EXPECTED, ROOT, all_rows, label_table, measured, read_table, summary
 from tests.sweep.verdict import Case, facts_of, judge, make_case, verdict_of
 
 # MobileBert's head has a weight without columns where its embedding is as wide as its layers
@@ -101,6 +102,14 @@ def test_the_table_expects_no_mismatch_and_gives_reasons() -> None:
     assert {entry["verdict"] for entry in TABLE.values()} <= set(EXPECTED)
     assert all(entry["reason"] for entry in TABLE.values() if entry["verdict"] == "cannot be built")
     assert summary(TABLE).startswith(f"{len(TABLE)} rows: ")
+
+
+def test_the_readmes_numbers_are_the_tables() -> None:
+    counts = Counter(entry["verdict"] for row, entry in TABLE.items() if "," not in row)
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"Of the {counts.total()} language model classes of Transformers" in readme
+    assert f"small models of {counts['equal']} give the model's own loss" in readme
+    assert f"{counts['refused']} are refused by name, and {counts['cannot be built']} could not be built" in readme
 
 
 # -- that the sweep would see a fault -----------------------------------------------------------------------
