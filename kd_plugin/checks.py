@@ -260,6 +260,8 @@ def divisor(num_items: int | float | Tensor | None, num_valid: int | Tensor) -> 
         if items.numel() != 1:
             raise ValueError(f"num_items has shape {tuple(items.shape)}; wanted one number, e.g. labels.ne(-100).sum()")
         items = items.reshape(())
+        if items.is_cpu and items < 0:  # elsewhere it would have to be waited for
+            raise ValueError(f"num_items is {items}; wanted the number of tokens to divide by, 0 or more")
         return torch.where(items == 0, torch.ones_like(items), items)
     if not items >= 0:
         raise ValueError(f"num_items is {items}; wanted the number of tokens to divide by, 0 or more")

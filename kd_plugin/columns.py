@@ -9,8 +9,8 @@ Notable decisions:
   refused, and likewise `instruction`, `context` and their like unless the prompt holds them;
 - plain text is whole, and only what a template would have had to render into it is refused. Whatever stands beside
   a column that `data.text_column` names is of no account;
-- a turn with `weight: 0` (OpenAI) or `train: false` (Axolotl: `training`) is read and not trained on; weights
-  between are refused;
+- a turn with `weight: 0` (OpenAI), `train: false` (Axolotl: `training`), `loss: false` or `masked: true` is read and not
+  trained on; weights between are refused;
 - content in parts is joined where all of them are text, as templates do. A turn says something: one without content
   is refused unless it calls a tool, since templates print None as a word.
 """
@@ -48,10 +48,12 @@ _AS_TOOLS = "rename it 'tools', a list of {type: function, function: ...}"
 _NO_MEDIA = "the models read text only: leave such rows out"
 _NO_MASK = "what is trained on follows from the form of the row: remove the column if that is meant"
 _BY_TEMPLATE = "it reaches a model through a chat template: give 'messages', or remove it if the text has it already"
-_FUNCTIONS = {"functions": _AS_TOOLS}
+_FUNCTIONS = dict.fromkeys(("functions", "available_tools", "tool_definitions"), _AS_TOOLS)
 _ALWAYS = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _NO_MEDIA),
     **dict.fromkeys(("assistant_masks", "completion_mask", "labels", "loss_mask"), _NO_MASK),
+    **dict.fromkeys(("chat_template", "enable_thinking"), "give it to the template: 'chat_template_kwargs'"),
+    **dict.fromkeys(("tool_choice", "suffix"), "write it into the text, as the model is to read it"),
     "response_format": "write it into the system turn, as the model is to read it",
     "history": "write earlier turns into 'messages'",
 }
@@ -62,12 +64,16 @@ _REFUSED: dict[Form, dict[str, str]] = {
 }
 """Columns that would change prompt or mask and cannot be heeded -> what to do."""
 _TEXTS: dict[Form, tuple[str, ...]] = {
-    "messages": ("system", "system_prompt", "system_message"),
-    "prompt + completion": ("system", "system_prompt", "system_message", "instruction", "input", "context"),
+    "messages": ("system", "system_prompt", "system_message", "developer", "instructions", "context"),
+    "prompt + completion": (
+        *("system", "system_prompt", "system_message", "developer", "instruction", "instructions", "input"),
+        *("context", "passage", "document"),
+    ),
     "text": (),
 }
 """Columns whose text a prompt should hold."""
-_WEIGHTS = ("weight", "train", "training")
+_WEIGHTS = ("weight", "train", "training", "loss", "loss_weight")
+_MASKS = ("masked", "mask")
 _PARTIAL_TURNS = ("train_detail", "training_detail")
 _TEXT_ROLES = ("system", "developer", "user", "assistant")
 _OTHER_ROLES = ("tool", "function", "ipython", "environment", "observation", "tool_response", "document")
@@ -230,11 +236,11 @@ def _is_trained(turn: Mapping[str, Any], place: str) -> bool:
     for key in _PARTIAL_TURNS:
         if turn.get(key):
             raise DataError(f"{place}: {key!r} trains on parts of a turn, which is not possible: remove it")
-    given = {key: turn[key] for key in _WEIGHTS if turn.get(key) is not None}
+    given = {key: turn[key] for key in (*_WEIGHTS, *_MASKS) if turn.get(key) is not None}
     for key, value in given.items():
         if value not in (0, 1):  # True and False are among these
             raise DataError(f"{place}: {key!r} is {value!r}, wanted 0 or 1 (not trained on, or trained on)")
-    return all(given.values())
+    return all(bool(value) != (key in _MASKS) for key, value in given.items())
 
 
 def _turn(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -242,7 +248,11 @@ def _turn(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     for key in _ALWAYS:
         if _counts(turn.get(key), "messages", key):
             raise DataError(f"{place}: {key!r} changes what a turn means and cannot be heeded: {_ALWAYS[key]}")
-    kept = {key: value for key, value in turn.items() if value is not None and key not in (*_WEIGHTS, *_PARTIAL_TURNS)}
+    kept = {
+        key: value
+        for key, value in turn.items()
+        if value is not None and key not in (*_WEIGHTS, *_MASKS, *_PARTIAL_TURNS)
+    }
     content = _content(turn.get("content"), str(turn["role"]), place)
     if content is None and not any(turn.get(key) for key in _SAYS_IT_OTHERWISE):
         raise DataError(f"{place}: has no 'content'; found {', '.join(map(str, kept))}: write '' for nothing")

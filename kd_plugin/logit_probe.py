@@ -44,6 +44,23 @@ def known_rows(vocab_size: int) -> Tensor:
     return rows
 
 
+class BufferWatch:
+    """Notices that a buffer of a model has been written to or replaced, as by `load_state_dict`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places = [(module._buffers, name) for module in model.modules() for name in module._buffers]
+        self._seen = self._state()
+
+    def changed(self) -> bool:
+        """Whether that has happened since the last call; costs as much as there are buffers, few in language models."""
+        before, self._seen = self._seen, self._state()
+        return before != self._seen
+
+    def _state(self) -> list[tuple[int, int]]:
+        found = [buffers.get(name) for buffers, name in self._places]
+        return [(id(b), 0 if b.is_inference() else b._version) for b in found if b is not None]
+
+
 def after_head(logits: Tensor, model: nn.Module, side: str) -> AfterHead:
     """What a model does to logits, given those `[NUM_ROWS, V]` that it made of `known_rows(V)`.
 
@@ -61,6 +78,8 @@ def after_head(logits: Tensor, model: nn.Module, side: str) -> AfterHead:
             "gradient would be lost: freeze them, or use DistillHead directly"
         )
     tolerance = _TOLERANCES.get(logits.dtype, 1e-4)
+    if logits.is_meta:
+        raise LogitsChanged(f"the {side} ({type(model).__name__}) is on the meta device: load its weights first")
     seen = logits.detach().to(device="cpu", dtype=torch.float32)
     known = known_rows(seen.shape[-1])
 

@@ -54,7 +54,7 @@ class LossWatch:
         """All calls."""
         self._inside = False
         self._calls_measured = 0
-        self._said = False
+        self._said: set[str] = set()
         self._expected_backbone = False
         self._handles: list[Any] = []
         models = _models_around(model, head_parent)
@@ -64,7 +64,7 @@ class LossWatch:
             self._handles.append(watched.register_forward_hook(hook.after, with_kwargs=True))
         backbone = getattr(models[-1], "base_model", None)
         if isinstance(backbone, nn.Module) and backbone not in models:
-            self._handles.append(backbone.register_forward_pre_hook(_BackboneHook(self)))
+            self._handles.append(backbone.register_forward_hook(_BackboneHook(self)))
 
     def remove(self) -> None:
         """Watch no longer."""
@@ -118,30 +118,31 @@ class LossWatch:
                 f"{_describe(model)}. Nothing would be distilled: {_CURE}"
             )
         if labelled:
-            self._say(f"a call of {type(model).__name__} with labels went past the distillation loss: {_CURE}")
-        elif model.training and _requires_grad(output):
+            self._say(
+                "labels", f"a call of {type(model).__name__} with labels went past the distillation loss: {_CURE}"
+            )
+        elif _requires_grad(output):  # whatever the mode: from_pretrained hands models out in eval()
             self._without_labels(f"{type(model).__name__} is trained on a forward without labels")
 
-    def backbone_called(self, backbone: nn.Module) -> None:
-        """The backbone runs, perhaps past the student's forward."""
+    def backbone_called(self, backbone: nn.Module, output: Any) -> None:
+        """The backbone has run, perhaps past the student's forward."""
         expected, self._expected_backbone = self._expected_backbone, False
-        if not (expected or self._inside) and backbone.training and torch.is_grad_enabled():
+        if not (expected or self._inside) and _requires_grad(output):
             self._without_labels(f"{type(backbone).__name__} is called past the student's forward")
 
     def _without_labels(self, what: str) -> None:
-        if self._said:
-            return
         causes = _trainer_causes(sys._getframe())
         if causes.refused:
             raise BypassError(f"{what}, so nothing would be distilled: {causes.refused}")
         self._say(
+            "without labels",
             f"{what}, so nothing is distilled there. That is as it should be for generation, scoring and reinforcement "
-            f"learning; otherwise {causes.likely}"
+            f"learning; otherwise {causes.likely}",
         )
 
-    def _say(self, message: str) -> None:
-        if not self._said:
-            self._said = True
+    def _say(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
             logger.warning("%s", message)
 
 
@@ -163,11 +164,11 @@ class _Hook:
         labelled = self._labelled(module, args, kwargs)
         if self._watch is not None:
             self._watch.left(self._losses, module, labelled, output)
-        elif labelled and not self._said and module.training and _requires_grad(output):
+        elif labelled and not self._said and _requires_grad(output):
             self._said = True
             logger.warning(
                 "this %s is a copy of a student with a teacher attached: it is trained on its own loss, without the "
-                "teacher; attach a teacher to the copy if that is not what is wanted",
+                "teacher. If that is not what is wanted: plugin.detach(), copy, and attach() to the copy",
                 type(module).__name__,
             )
 
@@ -193,9 +194,9 @@ class _BackboneHook:
         self._watch = watch
 
     @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._watch is not None:
-            self._watch.backbone_called(module)
+            self._watch.backbone_called(module, output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _BackboneHook:
         return _BackboneHook(None)
@@ -239,7 +240,7 @@ class _Causes:
 
 
 def _trainer_causes(frame: FrameType | None) -> _Causes:
-    """Look for the Hugging Face Trainer that is running this forward, if one is; called once in a run."""
+    """Look for the Hugging Face Trainer that is running this forward, if one is; called for forwards without labels."""
     likely = (
         "the labels are missing: a collator that gives none, a loss computed from the logits, a trainer that calls the "
         "backbone itself (TRL's GKD and DistillationTrainer), or one that keeps the labels (label_smoothing_factor, "

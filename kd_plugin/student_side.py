@@ -17,7 +17,7 @@ from kd_plugin.config import DistillConfig
 from kd_plugin.head import DistillHead, HeadCall
 from kd_plugin.label_table import CONVENTIONS
 from kd_plugin.labels import Convention, LabelError, decoder_input_ids, row_targets
-from kd_plugin.logit_probe import AfterHead
+from kd_plugin.logit_probe import AfterHead, BufferWatch
 from kd_plugin.loss_watch import LossWatch
 from kd_plugin.parallel.fsdp import row_shards, waits_for_engine
 from kd_plugin.probe import Observed, observe
@@ -60,6 +60,7 @@ class StudentSide:
             observed = observe(self.model, slot, "student")
             self.convention, self._why_unknown = _convention_of(_base(self.model), observed)
             self._after_head = observed.after_head
+            self._buffers = BufferWatch(self.model)
             self._router = RouterLoss(always=observed.adds)
             after = observed.after_head or AfterHead()
             make = functools.partial(DistillHead, config=config, transform=after.transform, logits_bias=after.bias)
@@ -150,6 +151,8 @@ class StudentSide:
             )
         self._engine_seen = True
         causal_lm.still_there(self.slot, self._head_module, "student")
+        if self._buffers.changed():  # a bias of the logits, say, that has been loaded since
+            self._after_head = None
         result, router_loss = self._router.run_backbone(
             self.slot,
             self.own_forward,
@@ -173,7 +176,11 @@ class StudentSide:
         if call.shard is not None and row_shards(linear.weight) is not None:
             return lora.on_shards(linear, hidden_states, call)  # past the hooks that would gather the weight
         loss_sum = self.slot.module(hidden_states, call)
-        assert call.sums is not None
+        if call.sums is None:
+            raise ValueError(
+                "a forward pre-hook on the student's head has dropped its second argument, so the loss was not asked "
+                "for: take the hook off while a teacher is attached"
+            )
         if loss_sum.data_ptr() != call.sums.loss_sum.data_ptr():
             raise ValueError(
                 "a forward hook on the student's head changed what it returned, which here is the loss and not logits: "
@@ -200,7 +207,8 @@ def _convention_of(model: nn.Module, observed: Observed) -> tuple[Convention | N
             f"which row a label of the student belongs to cannot be known: {observed.why}; use DistillHead directly"
         )
     for kind in type(model).__mro__:
-        if kind.__module__.startswith("transformers.") and kind.__name__ in CONVENTIONS:
+        own = type(model).forward is getattr(kind, "forward", None) and "_loss_function" not in model.__dict__
+        if own and kind.__module__.startswith("transformers.") and kind.__name__ in CONVENTIONS:
             logger.info("student: labels of a %s are read by the table (%s)", kind.__name__, observed.why)
             return Convention(*CONVENTIONS[kind.__name__]), ""
     if observed.after_head is None:

@@ -18,6 +18,7 @@ from kd_plugin import causal_lm, checks
 from kd_plugin.exchange import Consumer, Exchange
 from kd_plugin.head import teacher_head_forward
 from kd_plugin.labels import Convention
+from kd_plugin.logit_probe import BufferWatch
 from kd_plugin.metrics import Stopwatch
 from kd_plugin.parallel.fsdp import waits_for_engine, whole_shape
 from kd_plugin.plain_head import check_plain
@@ -71,6 +72,8 @@ class TeacherSide:
         exchange.teacher_size, exchange.teacher_width = self.vocab_size, width
         exchange.teacher_head, exchange.teacher_tied = head, self._tied
         exchange.teacher_after_head = observed.after_head
+        self._buffers = BufferWatch(model)
+        self._modules = list(model.modules())
         of_model = ReplacedForward(model, self._forward, innermost(model))
         self._model_forward = of_model.original
         self._undo.append(of_model.restore)
@@ -86,7 +89,7 @@ class TeacherSide:
     def run(self, teacher: Any, inputs: dict[str, Any], consumer: Consumer) -> None:
         """Call `teacher`, what now wraps the model, with the student's inputs; `consumer` gets what comes of it."""
         model = causal_lm.unwrap(teacher)
-        if model.training:  # set by the train() of a module that it is a part of
+        if any(module.training for module in self._modules):  # set by the train() of a module around it, or inside
             model.eval()
         if not self._engine_seen and waits_for_engine(model):
             raise ValueError(
@@ -95,15 +98,23 @@ class TeacherSide:
             )
         self._engine_seen = True
         shared = {name: value for name, value in inputs.items() if name not in _NOT_FOR_TEACHER}
+        self._asked = False
         with torch.no_grad():
             teacher(**shared, kd_consumer=consumer)
+        if not self._asked:
+            raise ValueError(
+                f"plugin.teacher ({type(teacher).__name__}) is not the teacher that was attached, nor what wraps it: "
+                "set it to what wraps that teacher, or detach() and attach() the other one"
+            )
 
     # Not compiled with a teacher that is: only its backbone is, called from here.
     @torch.compiler.disable(recursive=False)
     def _forward(self, *args: Any, kd_consumer: Consumer | None = None, **kwargs: Any) -> Any:
         if kd_consumer is None:
             return self._model_forward(*args, **kwargs)
-        exchange = self._exchange
+        exchange, self._asked = self._exchange, True
+        if self._buffers.changed():  # a bias of the logits, say, that has been loaded since
+            exchange.teacher_after_head = None
         measure = None if exchange.teacher_after_head is not None else (self.vocab_size, "teacher")
         with self._watch.region("teacher", self._head.weight.device):
             backbone = causal_lm.run_backbone(self._slot, self._model_forward, kwargs, measure=measure)
@@ -116,7 +127,13 @@ class TeacherSide:
         causal_lm.still_there(self._slot, self._head, "teacher")
         if not (consumer.needs_head or self._tied):
             return consumer.use_hidden(hidden_states)
-        return self._slot.module(hidden_states, consumer)
+        answer = self._slot.module(hidden_states, consumer)
+        if answer.data_ptr() != self._answer.data_ptr():
+            raise ValueError(
+                "a forward hook on the teacher's head changes what it returns, which would be lost: take it off, or "
+                "put it on before attach(), where it is judged by what it does"
+            )
+        return answer
 
     def _head_forward(self, hidden_states: Tensor, kd_consumer: Consumer | None = None) -> Tensor:
         if kd_consumer is None:
@@ -124,7 +141,8 @@ class TeacherSide:
         after = self._exchange.teacher_after_head
         assert after is not None
         kd_consumer.use(teacher_head_forward(self._head, hidden_states, after.transform, after.bias))
-        return hidden_states.new_zeros(())
+        self._answer = hidden_states.new_zeros(())
+        return self._answer
 
     def _freeze(self, teacher: nn.Module) -> None:
         trainable = [p for p in teacher.parameters() if p.requires_grad]

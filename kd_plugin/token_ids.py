@@ -56,10 +56,10 @@ def check_inputs(inputs: Mapping[str, Any], models: Mapping[str, tuple[nn.Module
         ids = inputs.get(name)
         if not isinstance(ids, Tensor) or ids.numel() == 0 or ids.is_meta or not (ids.is_cpu or len(sizes) > 1):
             continue
-        if int(ids.max()) < min(sizes):
+        if int(ids.max()) < min(sizes) and int(ids.min()) >= 0:
             continue
         for role, (model, size) in models.items():
-            unknown = ids >= (size if size is not None else int(ids.max()) + 1)
+            unknown = (ids >= (size if size is not None else int(ids.max()) + 1)) | (ids < 0)
             for known in _replaced_ids(model):
                 unknown &= ids != known
             if unknown.any():

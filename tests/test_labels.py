@@ -157,6 +157,26 @@ def test_models_that_predict_different_places_are_refused() -> None:
         kd.attach(model_of("BertLMHeadModel", seed=1), model_of("BertForMaskedLM", seed=2), config_of())
 
 
+def test_the_table_speaks_for_no_class_that_computes_otherwise() -> None:
+    """Without weights: a subclass with a forward of its own, an instance with a loss of its own."""
+
+    class Own(T.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    plain, batch = make_model("llama"), make_batch()
+    for own in (Own, T.LlamaForCausalLM):
+        with torch.device("meta"):
+            model = own(plain.config).double()
+        if own is T.LlamaForCausalLM:
+            model.loss_function = lambda **kwargs: torch.zeros(())
+        kd.attach(model, make_model("llama", seed=2), config_of())
+        model.to_empty(device="cpu").load_state_dict(plain.state_dict())
+        model.model.rotary_emb.inv_freq.copy_(plain.model.rotary_emb.inv_freq)
+        with pytest.raises(ValueError, match="is not known"):
+            model(**batch)
+
+
 def test_an_unknown_convention_wants_labels_by_row() -> None:
     class Own(T.LlamaForCausalLM):
         pass

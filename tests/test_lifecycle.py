@@ -196,3 +196,15 @@ def test_loss_rows_that_cover_ignored_labels_are_named():
     labels = torch.full_like(ids, -100)
     with pytest.raises(ValueError, match="loss_rows"):
         student(input_ids=ids, labels=labels, loss_rows=torch.arange(3))
+
+
+def test_another_model_in_the_teachers_place_is_named():
+    student, teacher, plugin = attached()
+    plugin.teacher = make_model("llama", seed=5)
+    with pytest.raises(ValueError, match="is not the teacher that was attached"):
+        student(**make_batch())
+    plugin.teacher = teacher
+    assert torch.isfinite(student(**make_batch()).loss)
+    teacher.model.train()  # a part of it
+    student(**make_batch())
+    assert not any(module.training for module in teacher.modules())

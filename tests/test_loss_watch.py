@@ -86,8 +86,6 @@ def test_generation_scoring_and_evaluation_without_labels_say_nothing(caplog: py
     student.generate(ids, max_new_tokens=3, do_sample=False)
     with torch.no_grad():
         student(ids)
-    student.eval()
-    assert student(ids).logits.requires_grad
     assert not [record for record in caplog.records if record.name.startswith("kd_plugin.loss_watch")]
 
 
@@ -98,6 +96,23 @@ def test_training_on_logits_is_said_once_and_goes_on(caplog: pytest.LogCaptureFi
         student(ids).logits.square().mean().backward()
     assert caplog.text.count("is trained on a forward without labels") == 1
     assert "reinforcement learning" in caplog.text and "label_smoothing_factor" in caplog.text
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_was_said_before_excuses_no_trainer(tmp_path: Path, training: bool) -> None:
+    """An unlabelled forward, to look at shapes say; also in eval mode, in which from_pretrained hands models out."""
+    student, _, _ = pair()
+    student.train(training)
+    student(make_batch()["input_ids"])
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1"):
+        trainer(student, tmp_path, label_smoothing_factor=0.1).train()
+
+
+def test_training_in_eval_mode_is_said_too(caplog: pytest.LogCaptureFixture) -> None:
+    student, _, _ = pair()
+    student.eval()
+    student(make_batch()["input_ids"]).logits.square().mean().backward()
+    assert "is trained on a forward without labels" in caplog.text
 
 
 def test_a_backbone_called_past_the_forward_is_said(caplog: pytest.LogCaptureFixture) -> None:

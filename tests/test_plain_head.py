@@ -39,6 +39,34 @@ class Rounding(nn.Linear):
         return nn.functional.linear(hidden.bfloat16(), self.weight.bfloat16()).to(hidden.dtype)
 
 
+class Normed(nn.Linear):
+    """A norm inside: nothing of it shows at hidden states of unit norm."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden * hidden.square().mean(-1, keepdim=True).add(1e-6).rsqrt())
+
+
+class Capped(nn.Linear):
+    """A cap that only large logits reach."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 30 * (super().forward(hidden) / 30).tanh()
+
+
+class Stretched(nn.Linear):
+    """Three per cent, hardly more than what bfloat16 rounds."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) * 1.03
+
+
+class Dropping(nn.Linear):
+    """Dropout, which an evaluation does not show."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(hidden, 0.5, self.training))
+
+
 class Widening(nn.Linear):
     """A cast that changes nothing: logits of half-precision models in fp32, as several models want them."""
 
@@ -80,6 +108,24 @@ def test_a_head_that_changes_its_logits_is_refused(what: str, side: str) -> None
     assert what in str(caught.value) and "its logits are not hidden @ weight.T + bias" in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Normed, Capped, Stretched, Dropping])
+def test_a_head_whose_own_way_shows_only_at_some_sizes_or_in_training_is_refused(
+    kind: type[nn.Linear], dtype: torch.dtype
+) -> None:
+    model = with_head(kind).to(dtype).eval()
+    with torch.no_grad():
+        model.lm_head.weight.div_(10)
+    with pytest.raises(ValueError, match="its logits are not hidden @"):
+        kd.attach(make_model("llama"), model, config_of())
+    assert not model.lm_head.training
+
+
+def test_a_plain_head_in_half_precision_that_is_watched_passes() -> None:
+    model = hooked("register_forward_hook", lambda module, args, output: None).bfloat16()
+    kd.attach(make_model("llama"), model, config_of()).detach()
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_head_that_only_looks_or_widens_passes(side: str) -> None:
     batch, calls = make_batch(), []
@@ -117,10 +163,17 @@ def test_a_parametrized_head_is_refused_with_the_cure() -> None:
 
 
 def test_a_hook_that_comes_after_attach_and_changes_the_loss_is_noticed() -> None:
-    student, batch = make_model("llama"), make_batch()
-    kd.attach(student, make_model("llama", seed=2), config_of())
+    student, teacher, batch = make_model("llama"), make_model("llama", seed=2), make_batch()
+    kd.attach(student, teacher, config_of())
     handle = student.lm_head.register_forward_hook(lambda module, args, output: output * 2)
     with pytest.raises(ValueError, match="a forward hook on the student's head changed what it returned"):
         student(**batch)
     handle.remove()
     student(**batch)
+    handle = teacher.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(ValueError, match="a forward hook on the teacher's head changes what it returns"):
+        student(**batch)
+    handle.remove()
+    student.lm_head.register_forward_pre_hook(lambda module, args: (args[0],))
+    with pytest.raises(ValueError, match="a forward pre-hook on the student's head has dropped"):
+        student(**batch)

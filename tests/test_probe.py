@@ -85,6 +85,21 @@ def test_weights_that_come_after_attach_are_measured_in_the_first_forward(name: 
     plugin.detach()
 
 
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_bias_of_the_logits_that_is_loaded_after_attach_counts(side: str) -> None:
+    """Build, attach, load a checkpoint: the order that many scripts have."""
+    models = {"student": make_model("bart", seed=1), "teacher": make_model("bart", seed=2)}
+    loaded = make_model("bart", seed=3 if side == "student" else 4).state_dict()
+    kd.attach(models["student"], models["teacher"], config_of())
+    models["student"](**make_batch())
+    models[side].load_state_dict(loaded)
+    plain = {"student": make_model("bart", seed=1), "teacher": make_model("bart", seed=2)}
+    plain[side].load_state_dict(loaded)
+    expected = expected_loss(plain["student"], plain["teacher"], make_batch(), config_of()).loss.item()
+    for _ in range(2):
+        assert models["student"](**make_batch()).loss.item() == pytest.approx(expected, rel=1e-6)
+
+
 def changed(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     """`model`, with its logits changed after the head."""
     forward = model.forward

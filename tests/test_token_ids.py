@@ -29,6 +29,14 @@ def test_an_id_that_neither_can_embed_is_the_students_fault_first() -> None:
         student(**batch)
 
 
+def test_a_masked_label_given_as_an_input_is_named() -> None:
+    student = make_model("llama")
+    kd.attach(student, make_model("llama"), config_of())
+    batch = make_batch()
+    with pytest.raises(ValueError, match=r"input_ids\[0, 3\] is -100, but the student embeds"):
+        student(input_ids=batch["labels"], labels=batch["labels"])
+
+
 def test_without_a_teacher_only_the_student_counts() -> None:
     student = make_model("llama", vocab_size=VOCAB + 2)
     kd.attach(student, None, config_of(soft_weight=0.0, hard_weight=1.0))
