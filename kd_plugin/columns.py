@@ -9,8 +9,8 @@ Notable decisions:
   refused, and likewise `instruction`, `context` and their like unless the prompt holds them;
 - plain text is whole, and only what a template would have had to render into it is refused. Whatever stands beside
   a column that `data.text_column` names is of no account;
-- a turn with `weight: 0` (OpenAI), `train: false` (Axolotl: `training`), `loss: false` or `masked: true` is read and not
-  trained on; weights between are refused;
+- a turn with `weight: 0` (OpenAI), `train: false` (Axolotl: `training`), `loss: false` or `masked: true` is read and
+  not trained on; weights between are refused;
 - content in parts is joined where all of them are text, as templates do. A turn says something: one without content
   is refused unless it calls a tool, since templates print None as a word.
 """
