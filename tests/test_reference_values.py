@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kd_plugin as kd
 from tests import oracle
@@ -86,18 +87,22 @@ def test_metrics(path: str) -> None:
 
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
 @pytest.mark.parametrize("name", [*PADDING_INVARIANT, "half_ce_plus_half_jsd", "half_ce_plus_half_forward_kl_T2"])
-def test_a_padded_vocabulary_on_either_side_changes_nothing(name: str, chunk_size: int) -> None:
+def test_a_padded_vocabulary_changes_no_soft_loss_and_the_students_own_cross_entropy_alone(
+    name: str, chunk_size: int
+) -> None:
     config = _config(name, chunk_size=chunk_size)
     identity, padded = torch.eye(4, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
     padded_student = torch.cat([S, torch.randn(8, 2, dtype=torch.float64)], dim=1)
+    more = F.cross_entropy(padded_student, Y) - F.cross_entropy(S, Y)
+    wanted = LOSSES[name][1] + config.hard_weight * float(more)
     for loss in (kd.distill_loss, kd.reference.distill_loss):
         wide_teacher = loss(S, identity, PADDED_T, padded, Y, config=config)
         wide_student = loss(padded_student, padded, T, identity, Y, config=config)
         assert wide_teacher.loss.item() == pytest.approx(LOSSES[name][1], abs=TOLERANCE)
-        assert wide_student.loss.item() == pytest.approx(LOSSES[name][1], abs=TOLERANCE)
+        assert wide_student.loss.item() == pytest.approx(wanted, abs=TOLERANCE)
     for loss in (kd.distill_logits, kd.reference.distill_logits):
         assert float(loss(S, PADDED_T, Y, config=config).loss) == pytest.approx(LOSSES[name][1], abs=TOLERANCE)
-        assert float(loss(padded_student, T, Y, config=config).loss) == pytest.approx(LOSSES[name][1], abs=TOLERANCE)
+        assert float(loss(padded_student, T, Y, config=config).loss) == pytest.approx(wanted, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("path", ["distill_logits", "reference.distill_logits"])
@@ -134,14 +139,17 @@ def test_a_ranker_and_its_teacher_are_trained_together() -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-15)
 
 
-def test_padding_rows_of_the_students_head_get_no_gradient() -> None:
+@pytest.mark.parametrize("name", ["half_ce_plus_half_jsd", "forward_kl"])
+def test_rows_that_only_the_student_has_get_the_gradient_of_the_hard_loss_alone(name: str) -> None:
+    config = _config(name)
     padded = torch.eye(6, dtype=torch.float64, requires_grad=True)
     hidden = torch.cat([S, torch.ones(8, 2, dtype=torch.float64)], dim=1).requires_grad_()
-    out = kd.distill_loss(hidden, padded, T, torch.eye(4).double(), Y, config=_config("half_ce_plus_half_jsd"))
-    out.loss.backward()
-    assert torch.equal(padded.grad[4:], torch.zeros(2, 6, dtype=torch.float64))
-    assert padded.grad[:4].abs().sum() > 0
-    assert torch.equal(hidden.grad[:, 4:], torch.zeros(8, 2, dtype=torch.float64))
+    kd.distill_loss(hidden, padded, T, torch.eye(4).double(), Y, config=config).loss.backward()
+    own = padded.detach().requires_grad_()
+    hard = config.hard_weight * F.cross_entropy(hidden.detach() @ own.T, Y)
+    (wanted,) = torch.autograd.grad(hard, own)
+    torch.testing.assert_close(padded.grad[4:], wanted[4:], rtol=0, atol=1e-12)
+    assert bool(padded.grad[4:].any()) == bool(config.hard_weight)
 
 
 @pytest.mark.parametrize("path", ["distill_loss", "distill_logits"])
