@@ -144,7 +144,7 @@ class Exchange:
         assert self._shard is not None
         if self.mode == "stats":
             call.shard = self._shard
-        rows = self._rows_of_teacher(call.targets.device) or self._teacher_rows
+        held = self._rows_of_teacher(call.targets.device)  # now: a unit of norm and head is gathered by the backbone
 
         def keep_rows(teacher: HeadTeacher) -> None:
             if self._teacher_rows is None:
@@ -154,23 +154,24 @@ class Exchange:
             call.teacher = self._as_source(self._teacher_rows, teacher.hidden)
 
         def use_hidden(hidden: Tensor) -> None:
-            held = self._rows_of_teacher(call.targets.device) or self._teacher_rows
-            assert held is not None
-            call.teacher = self._as_source(held, hidden.reshape(-1, hidden.shape[-1]))
+            rows = self._teacher_rows if held is None else self._after_head_of(*held)
+            assert rows is not None
+            call.teacher = self._as_source(rows, hidden.reshape(-1, hidden.shape[-1]))
 
-        return Consumer(keep_rows, None if rows is None else use_hidden)
+        return Consumer(keep_rows, None if held is None and self._teacher_rows is None else use_hidden)
 
-    def _rows_of_teacher(self, device: torch.device) -> HeadTeacher | None:
+    def _rows_of_teacher(self, device: torch.device) -> tuple[Tensor, Tensor | None] | None:
         """This rank's rows of the teacher's head as FSDP2 holds them; None where it does not, or gathers all anyway."""
         head, shard = self.teacher_head, self._shard
         assert shard is not None
         if head is None or self.teacher_tied:
             return None
-        found = held_rows(head, shard.teacher_bounds, shard.group, device)
-        if found is None:
-            return None
-        weight, bias = found
-        after = self.teacher_after_head or AfterHead()  # else not measured yet, and read again once it is
+        return held_rows(head, shard.teacher_bounds, shard.group, device)
+
+    def _after_head_of(self, weight: Tensor, bias: Tensor | None) -> HeadTeacher:
+        """These rows with what the teacher does to its logits, which its first forward may have shown only now."""
+        after, shard = self.teacher_after_head, self._shard
+        assert after is not None and shard is not None
         if after.bias is not None:
             extra = after.bias[shard.of_teacher].to(weight)
             bias = extra if bias is None else bias + extra
