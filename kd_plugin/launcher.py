@@ -79,8 +79,8 @@ def _last_words(config: RunConfig, what: str) -> str:
     step = last_step()
     where = f"{what} in step {step[0]} of {step[1]}" if step else f"{what} before the first step"
     # What is loaded by now is used: a process that is ending starts no import of torch.
-    latest = getattr(sys.modules.get("kd_plugin.checkpoint"), "latest", None)
-    newest = latest(Path(config.log.output_dir)) if latest else None
+    checkpoint = sys.modules.get("kd_plugin.checkpoint")
+    newest = None if checkpoint is None else checkpoint.latest_finite(Path(config.log.output_dir))
     if newest is not None:
         return f"{where}; saved: {newest}; train.resume=true continues from there"
     if step is None:
