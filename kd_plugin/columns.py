@@ -63,18 +63,17 @@ _REFUSED: dict[Form, dict[str, str]] = {
     "text": {**_FUNCTIONS, **dict.fromkeys(_RENDERED, _BY_TEMPLATE)},
 }
 """Columns that would change prompt or mask and cannot be heeded -> what to do."""
+_IN_FRONT = ("system", "system_prompt", "system_message", "developer", "instructions", "context")
 _TEXTS: dict[Form, tuple[str, ...]] = {
-    "messages": ("system", "system_prompt", "system_message", "developer", "instructions", "context"),
-    "prompt + completion": (
-        *("system", "system_prompt", "system_message", "developer", "instruction", "instructions", "input"),
-        *("context", "passage", "document"),
-    ),
+    "messages": _IN_FRONT,
+    "prompt + completion": (*_IN_FRONT, "instruction", "input", "passage", "document"),
     "text": (),
 }
 """Columns whose text a prompt should hold."""
 _WEIGHTS = ("weight", "train", "training", "loss", "loss_weight")
 _MASKS = ("masked", "mask")
 _PARTIAL_TURNS = ("train_detail", "training_detail")
+_FOR_US = (*_WEIGHTS, *_MASKS, *_PARTIAL_TURNS)
 _TEXT_ROLES = ("system", "developer", "user", "assistant")
 _OTHER_ROLES = ("tool", "function", "ipython", "environment", "observation", "tool_response", "document")
 _SAYS_IT_OTHERWISE = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
