@@ -249,6 +249,11 @@ def teacher_pair(
         )
 
 
+def free_to_read(tensor: Tensor) -> bool:
+    """Whether the host can read values of `tensor` without waiting for a device."""
+    return tensor.is_cpu
+
+
 def divisor(num_items: int | float | Tensor | None, num_valid: int | Tensor) -> float | Tensor:
     """What the sums over rows are divided by: `num_items`, or the valid rows; 1 where that is 0.
 
@@ -260,7 +265,7 @@ def divisor(num_items: int | float | Tensor | None, num_valid: int | Tensor) -> 
         if items.numel() != 1:
             raise ValueError(f"num_items has shape {tuple(items.shape)}; wanted one number, e.g. labels.ne(-100).sum()")
         items = items.reshape(())
-        if items.is_cpu and items < 0:  # elsewhere it would have to be waited for
+        if free_to_read(items) and items < 0:
             raise ValueError(f"num_items is {items}; wanted the number of tokens to divide by, 0 or more")
         return torch.where(items == 0, torch.ones_like(items), items)
     if not items >= 0:

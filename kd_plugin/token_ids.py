@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_plugin import checks
+
 __all__ = ["UnknownTokenError", "check_inputs", "check_labels", "embedded_ids", "input_embeddings"]
 
 
@@ -54,7 +56,9 @@ def check_inputs(inputs: Mapping[str, Any], models: Mapping[str, tuple[nn.Module
         return
     for name in ("input_ids", "decoder_input_ids"):
         ids = inputs.get(name)
-        if not isinstance(ids, Tensor) or ids.numel() == 0 or ids.is_meta or not (ids.is_cpu or len(sizes) > 1):
+        if not isinstance(ids, Tensor) or ids.numel() == 0 or ids.is_meta:
+            continue
+        if len(sizes) == 1 and not checks.free_to_read(ids):
             continue
         if int(ids.max()) < min(sizes) and int(ids.min()) >= 0:
             continue
@@ -76,7 +80,7 @@ def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
     Raises:
         UnknownTokenError: naming the first such label and its place.
     """
-    if not labels.is_cpu or labels.dtype != torch.int64 or labels.numel() == 0:
+    if not checks.free_to_read(labels) or labels.dtype != torch.int64 or labels.numel() == 0:
         return
     unknown = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
     if unknown.any():

@@ -94,7 +94,7 @@ class Heads:
 
     def logits(self) -> Tensor:
         """The loss with the teacher's logits on the wire."""
-        teacher = ShardedHeadTeacher(self._teacher_rows(), self.shard.bounds, self.shard.group)
+        teacher = ShardedHeadTeacher(self._teacher_rows(), self.shard.teacher_bounds, self.shard.group)
         return loss_sums(self.hidden, self.weight, None, teacher, self.targets, self.config).loss_sum
 
     def stats(self) -> Tensor:
