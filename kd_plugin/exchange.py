@@ -67,6 +67,8 @@ class Exchange:
         self._agreed: set[bool] = set()
         self._shard: VocabShard | None = None
         self._teacher_rows: HeadTeacher | None = None
+        self._version: int | None = None
+        """Of the whole weight that these rows were copied from."""
 
     def check(self, head: Linear, teacher: Any = None) -> None:
         """Before anything of the step: all ranks must be about to compute the same. Collective in the first call.
@@ -144,6 +146,8 @@ class Exchange:
         assert self._shard is not None
         if self.mode == "stats":
             call.shard = self._shard
+        if self._teacher_rows is not None and self._version != self._whole_version():
+            self._teacher_rows = None
         held = self._rows_of_teacher(call.targets.device)  # now: a unit of norm and head is gathered by the backbone
 
         def keep_rows(teacher: HeadTeacher) -> None:
@@ -151,6 +155,7 @@ class Exchange:
                 assert self._shard is not None
                 ids = self._shard.of_teacher
                 self._teacher_rows = teacher.rows(ids.start, ids.stop)
+                self._version = self._whole_version()
             call.teacher = self._as_source(self._teacher_rows, teacher.hidden)
 
         def use_hidden(hidden: Tensor) -> None:
@@ -159,6 +164,20 @@ class Exchange:
             call.teacher = self._as_source(rows, hidden.reshape(-1, hidden.shape[-1]))
 
         return Consumer(keep_rows, None if held is None and self._teacher_rows is None else use_hidden)
+
+    def forget_teacher(self) -> None:
+        """The teacher does something else to its logits than before, so what was kept of it is of no use."""
+        self.teacher_after_head = self._teacher_rows = None
+
+    def _whole_version(self) -> int | None:
+        """How often the teacher's head has been written to, as a teacher that follows its student is in each step.
+
+        None where a wrapper holds the weight, and moves it itself.
+        """
+        head = self.teacher_head
+        if head is None or sharded_over(head.weight, head.out_features * head.in_features) != 1:
+            return None
+        return 0 if head.weight.is_inference() else head.weight._version
 
     def _rows_of_teacher(self, device: torch.device) -> tuple[Tensor, Tensor | None] | None:
         """This rank's rows of the teacher's head as FSDP2 holds them; None where it does not, or gathers all anyway."""

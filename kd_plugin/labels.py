@@ -36,6 +36,8 @@ class Convention(NamedTuple):
     """True: row s predicts labels[s + 1]. False: row s predicts labels[s]."""
     decoder_inputs: str | None = None
     """How an encoder-decoder makes `decoder_input_ids` of labels, a name of `DECODER_INPUTS`; None: not known."""
+    masked: bool = False
+    """Whether it leaves out the labels of tokens that `attention_mask` hides."""
 
 
 def own_loss(logits: Tensor, labels: Tensor, *, shift: bool) -> Tensor:
@@ -51,6 +53,10 @@ class OwnLoss(NamedTuple):
     loss: Tensor  # 0-d
     logits: Tensor  # [B, S, V], as the model returned them
     labels: Tensor  # [B, S]
+
+    def without(self, hidden: Tensor) -> OwnLoss:
+        """The same loss, of labels without those where `hidden` `[B, S]` is true."""
+        return self._replace(labels=self.labels.masked_fill(hidden, OWN_IGNORE_INDEX))
 
     def beyond_cross_entropy(self, *, shift: bool) -> Tensor:
         """What there is in the loss besides the cross-entropy, if that shifts the labels so (0-d, fp64)."""
@@ -73,8 +79,21 @@ def shift_of(first: OwnLoss, second: OwnLoss | None = None) -> bool | None:
     return nearest if distances[nearest] <= (1e-2 if half else 1e-4) * max(1.0, float(first.loss.abs())) else None
 
 
-def row_targets(labels: Tensor, convention: Convention, ignore_index: int) -> Tensor:
-    """The label of each row, `[B, S]`, of labels `[B, S]` as the model takes them."""
+def row_targets(
+    labels: Tensor, convention: Convention, ignore_index: int, attention_mask: Tensor | None = None
+) -> Tensor:
+    """The label of each row, `[B, S]`, of labels and (if any) attention mask `[B, S]` as the model takes them.
+
+    Raises:
+        LabelError: the model leaves out what the mask hides, and the mask is of another shape than the labels.
+    """
+    if convention.masked and attention_mask is not None:
+        if attention_mask.shape != labels.shape:
+            raise LabelError(
+                f"the student leaves out the labels that attention_mask hides, but that is "
+                f"{tuple(attention_mask.shape)} for labels {tuple(labels.shape)}: pass one of their shape"
+            )
+        labels = labels.masked_fill(attention_mask == 0, ignore_index)
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if convention.shift else labels
 
 

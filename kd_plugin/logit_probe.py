@@ -10,6 +10,7 @@ Notable decisions:
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,13 @@ class AfterHead(NamedTuple):
     transform: LogitTransform = LogitTransform()
     bias: Tensor | None = None  # [V] fp32, on the CPU
 
+    def close_to(self, other: AfterHead) -> bool:
+        """Whether the same happens."""
+        mine, others = ([t.scale, t.softcap or 0.0] for t in (self.transform, other.transform))
+        bias, others_bias = (torch.zeros(()) if found is None else found for found in (self.bias, other.bias))
+        near = functools.partial(torch.allclose, rtol=1e-4, atol=1e-6)
+        return near(torch.tensor(mine), torch.tensor(others)) and near(*torch.broadcast_tensors(bias, others_bias))
+
 
 def known_rows(vocab_size: int) -> Tensor:
     """The logits `[NUM_ROWS, V]` that a model is given: zeros, a ramp, saturating ones, small ones."""
@@ -44,21 +52,35 @@ def known_rows(vocab_size: int) -> Tensor:
     return rows
 
 
-class BufferWatch:
-    """Notices that a buffer of a model has been written to or replaced, as by `load_state_dict`."""
+class StateWatch:
+    """Notices that what a model may do its logits by is another than before.
+
+    That is a buffer, a frozen parameter of the model itself (not of its layers), or a number among its attributes or
+    in its configuration: written to, as by `load_state_dict`, or replaced. Trainable ones are refused by `after_head`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._places = [(module._buffers, name) for module in model.modules() for name in module._buffers]
+        self._buffers = [(module._buffers, name) for module in model.modules() for name in module._buffers]
+        self._parameters = model._parameters
+        config = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self._namespaces = [vars(owner) for owner in (model, config, text) if owner is not None]
         self._seen = self._state()
 
     def changed(self) -> bool:
-        """Whether that has happened since the last call; costs as much as there are buffers, few in language models."""
+        """Whether it is another than at the last call; costs as much as there are buffers, few in language models."""
         before, self._seen = self._seen, self._state()
         return before != self._seen
 
-    def _state(self) -> list[tuple[int, int]]:
-        found = [buffers.get(name) for buffers, name in self._places]
-        return [(id(b), 0 if b.is_inference() else b._version) for b in found if b is not None]
+    def _state(self) -> tuple[list[tuple[int, int]], list[tuple[str, float]]]:
+        tensors = [buffers.get(name) for buffers, name in self._buffers]
+        tensors += [
+            parameter for parameter in self._parameters.values() if parameter is None or not parameter.requires_grad
+        ]
+        versions = [(id(t), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
+        return versions, [
+            (name, value) for space in self._namespaces for name, value in space.items() if type(value) is float
+        ]
 
 
 def after_head(logits: Tensor, model: nn.Module, side: str) -> AfterHead:

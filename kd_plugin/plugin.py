@@ -193,6 +193,8 @@ class Plugin:
     def _through_heads(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
         """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
         weight = self._student.linear.weight
+        if self.config.soft_weight:
+            self._teacher.look_again()
         if self.exchange.cuts_teacher(hidden, weight, self.student_vocab_size):
             return self._with_teacher_rows(hidden, call, inputs)
         if not self.config.soft_weight:

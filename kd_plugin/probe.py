@@ -4,6 +4,8 @@ Notable decisions:
 - a stand-in in the head's place returns known logits, so what is learnt does not depend on the weights, and a model
   that has just been initialised tells as much as a trained one;
 - the same rows stand in several places of the batch: what depends on the place, or on the hidden states, is noticed;
+- a second look, at padding, start and end tokens and, of a student, in training mode, must show the same: what a model
+  does there only (label smoothing, a cap of its logits) would otherwise be lost for the whole training;
 - a model that cannot run here and now (weights on meta, partitioned, sharded; other inputs than text) is not an
   error: its logits are measured in its first real forward (see `causal_lm.run_backbone`).
 """
@@ -20,19 +22,19 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from kd_plugin.causal_lm import HeadCallsError, HeadSlot, accepts, run_with_stand_in
-from kd_plugin.labels import DECODER_INPUTS, OWN_IGNORE_INDEX, Convention, OwnLoss, shift_of
-from kd_plugin.logit_probe import (
-    NUM_ROWS,
-    AfterHead,
-    LogitsChanged,
-    after_head,
-    changed_by_place,
-    known_rows,
-    other_size,
+from kd_plugin.labels import DECODER_INPUTS, Convention, shift_of
+from kd_plugin.logit_probe import AfterHead, LogitsChanged
+from kd_plugin.probe_batch import (
+    LENGTH,
+    KnownLogits,
+    consistent,
+    labels_of,
+    own_loss_of,
+    plain_tokens,
+    reason_of,
+    whole_call,
 )
-from kd_plugin.token_ids import embedded_ids
-
-_BATCH, _LENGTH = 2, 2 * NUM_ROWS
+from kd_plugin.second_look import second_look
 
 
 class Observed(NamedTuple):
@@ -54,46 +56,47 @@ def observe(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
     Raises:
         LogitsChanged: it changes its logits in a way that the loss cannot follow.
         HeadCallsError: it makes its logits without its head, or with several calls of it.
+        LabelError: a student's own loss is another in training mode, or of padding and the like, than of plain tokens.
     """
     if (why := _cannot_run(model)) is not None:
         return Observed(why=why)
     with _undisturbed(model):
         try:
-            return _look(model, slot, side)
+            observed = _look(model, slot, side)
         except (HeadCallsError, LogitsChanged):
             raise
         except Exception as error:  # whatever a model says of inputs that it was not made for
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
-            return Observed(why=f"a forward on {_LENGTH} tokens failed with {type(error).__name__}: {reason}")
+            return Observed(why=f"a forward on {LENGTH} tokens failed with {reason_of(error)}")
+        second = second_look(model, slot, side, observed.after_head, observed.convention)
+        return observed._replace(convention=second.convention, adds=observed.adds or second.adds)
 
 
 def _look(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
     vocab_size = slot.module.weight.shape[0]
-    known, tokens = _Known(vocab_size), _tokens(model, vocab_size)
-    labels = tokens.flip(0, 1).clone()
-    labels[0, : NUM_ROWS + 1] = labels[1, NUM_ROWS:] = OWN_IGNORE_INDEX  # of the rows that are no random ones
+    known, tokens = KnownLogits(vocab_size), plain_tokens(model, vocab_size)
+    labels = labels_of(tokens)
     inputs = {"input_ids": tokens}
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     if not accepts(model.forward, "labels"):
         inputs |= {"decoder_input_ids": tokens} if encoder_decoder else {}
-        _, output = run_with_stand_in(slot, model.forward, inputs, known.reply)
-        return Observed(_consistent(output.logits, vocab_size, model, side), why="it takes no labels")
+        _, output = run_with_stand_in(slot, whole_call(model), inputs, known.reply)
+        return Observed(consistent(output.logits, vocab_size, model, side), why="it takes no labels")
     try:
-        hidden, output = run_with_stand_in(slot, model.forward, {**inputs, "labels": labels}, known.reply)
+        hidden, output = run_with_stand_in(slot, whole_call(model), {**inputs, "labels": labels}, known.reply)
     except HeadCallsError:  # fused losses read the head's weight; without labels the head must be called all the same
         if encoder_decoder:
             raise
-        _, output = run_with_stand_in(slot, model.forward, inputs, known.reply)
-        return Observed(_consistent(output.logits, vocab_size, model, side), why="its own loss does not call its head")
-    after = _consistent(output.logits, vocab_size, model, side)
-    first = _own_loss(output, labels)
+        _, output = run_with_stand_in(slot, whole_call(model), inputs, known.reply)
+        return Observed(consistent(output.logits, vocab_size, model, side), why="its own loss does not call its head")
+    after = consistent(output.logits, vocab_size, model, side)
+    first = own_loss_of(output, labels)
     if first is None:
         return Observed(after, why="it computes no loss of labels")
     shift, adds = shift_of(first), False
     if shift is None:  # it may add something to the cross-entropy, which is then the same for other logits
-        others = _Known(vocab_size, seed=1).reply
-        _, again = run_with_stand_in(slot, model.forward, {**inputs, "labels": labels}, others)
-        shift, adds = shift_of(first, _own_loss(again, labels)), True
+        others = KnownLogits(vocab_size, seed=1).reply
+        _, again = run_with_stand_in(slot, whole_call(model), {**inputs, "labels": labels}, others)
+        shift, adds = shift_of(first, own_loss_of(again, labels)), True
     if shift is None:
         return Observed(
             after,
@@ -103,11 +106,6 @@ def _look(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
         )
     made = _decoder_inputs(model, slot, inputs, labels, hidden) if encoder_decoder else None
     return Observed(after, Convention(shift, made), adds=adds)
-
-
-def _own_loss(output: Any, labels: Tensor) -> OwnLoss | None:
-    loss = getattr(output, "loss", None)
-    return OwnLoss(loss.detach(), output.logits.detach(), labels) if isinstance(loss, Tensor) else None
 
 
 def _cannot_run(model: nn.Module) -> str | None:
@@ -132,58 +130,15 @@ def _cannot_run(model: nn.Module) -> str | None:
     return None
 
 
-def _tokens(model: nn.Module, vocab_size: int) -> Tensor:
-    """Token ids `[2, 8]`, none of them special where there are enough others."""
-    rows = min(vocab_size, embedded_ids(model) or vocab_size)
-    special: set[int] = set()
-    for name, value in vars(model.config.get_text_config()).items():
-        if name.endswith(("_token_id", "_token_ids")):
-            special.update(value if isinstance(value, (list, tuple)) else [value])
-    plain = [index for index in range(min(rows, 1000)) if index not in special] or [0]
-    count = _BATCH * _LENGTH
-    chosen = [plain[(7 * index) % len(plain)] for index in range(count)]
-    device = next(model.parameters()).device
-    device = torch.device("cpu") if device.type == "meta" else device
-    return torch.tensor(chosen, device=device, dtype=torch.int64).view(_BATCH, _LENGTH)
-
-
-class _Known:
-    """Known logits `[2, 8, V]`: the rows of `known_rows` first in one sequence and backwards last in the other,
-    random ones beside them, with which the labels go."""
-
-    def __init__(self, vocab_size: int, seed: int = 0) -> None:
-        generator = torch.Generator(device="cpu").manual_seed(seed)
-        size = (_BATCH, _LENGTH, vocab_size)
-        self.logits = 3 * torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
-        self.logits[0, :NUM_ROWS] = known_rows(vocab_size)
-        self.logits[1, NUM_ROWS:] = known_rows(vocab_size).flip(0)
-
-    def reply(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.shape[:-1].numel() != _BATCH * _LENGTH:
-            raise ValueError(f"the head is given {tuple(hidden_states.shape)} for {_BATCH} x {_LENGTH} tokens")
-        return self.logits.to(hidden_states.device).reshape(*hidden_states.shape[:-1], -1).clone()
-
-
-def _consistent(logits: Tensor, vocab_size: int, model: nn.Module, side: str) -> AfterHead:
-    """What was done to the known rows, the same wherever they stood and without anything trainable in it."""
-    if logits.shape[-1] != vocab_size:
-        raise other_size(model, side, vocab_size, logits.shape[-1])
-    seen = logits.reshape(_BATCH, _LENGTH, vocab_size)
-    first, second = seen[0, :NUM_ROWS], seen[1, NUM_ROWS:].flip(0)
-    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
-        raise changed_by_place(model, side)
-    return after_head(first, model, side)
-
-
 def _decoder_inputs(
     model: nn.Module, slot: HeadSlot, inputs: dict[str, Tensor], labels: Tensor, hidden: Tensor
 ) -> str | None:
     """The way to make decoder inputs of labels that gives the decoder's `hidden` states `[2, 8, D]`, if any does."""
-    known = _Known(slot.module.weight.shape[0])
+    known = KnownLogits(slot.module.weight.shape[0])
     for name, make in DECODER_INPUTS.items():
         try:
             ids = make(model, labels.clone())
-            again, _ = run_with_stand_in(slot, model.forward, {**inputs, "decoder_input_ids": ids}, known.reply)
+            again, _ = run_with_stand_in(slot, whole_call(model), {**inputs, "decoder_input_ids": ids}, known.reply)
         except Exception:  # the configuration lacks what this way needs
             continue
         if again.shape == hidden.shape and torch.allclose(again.float(), hidden.float(), rtol=1e-3, atol=1e-5):
@@ -196,12 +151,13 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the body, with gradients (so that trainable parameters show); the model comes back as it was.
+    """Eval mode to begin with, with gradients, so that trainable parameters show; the model comes back as it was.
 
     That includes what a forward keeps in plain attributes and buffers: some models remember the length or the expert
     capacity of their last call, and go by it in the next.
     """
     before = [(module, _plain_attributes(module), dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     device = next(model.parameters()).device
     try:
         with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -213,6 +169,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 del module.__dict__[name]
             module.__dict__.update(attributes)
             module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, version, value in values:  # written in place, as running means in training mode are
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:

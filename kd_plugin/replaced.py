@@ -121,6 +121,12 @@ def is_replaced(module: nn.Module) -> bool:
     return isinstance(inner, ReplacedForward) and inner.active
 
 
+def is_patched(module: nn.Module) -> bool:
+    """Whether somebody has put another forward into the module than its class has, under what accelerate adds."""
+    forward = module.__dict__.get(innermost(module))
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def innermost(module: nn.Module) -> str:
     """The attribute that holds the forward which runs where the weights are.
 

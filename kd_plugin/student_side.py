@@ -17,11 +17,11 @@ from kd_plugin.config import DistillConfig
 from kd_plugin.head import DistillHead, HeadCall
 from kd_plugin.label_table import CONVENTIONS
 from kd_plugin.labels import Convention, LabelError, decoder_input_ids, row_targets
-from kd_plugin.logit_probe import AfterHead, BufferWatch
+from kd_plugin.logit_probe import AfterHead, StateWatch
 from kd_plugin.loss_watch import LossWatch
 from kd_plugin.parallel.fsdp import row_shards, waits_for_engine
 from kd_plugin.probe import Observed, observe
-from kd_plugin.replaced import ReplacedForward
+from kd_plugin.replaced import ReplacedForward, is_patched
 from kd_plugin.router_loss import RouterLoss
 from kd_plugin.token_ids import check_labels
 
@@ -60,7 +60,7 @@ class StudentSide:
             observed = observe(self.model, slot, "student")
             self.convention, self._why_unknown = _convention_of(_base(self.model), observed)
             self._after_head = observed.after_head
-            self._buffers = BufferWatch(self.model)
+            self._state = StateWatch(self.model)
             self._router = RouterLoss(always=observed.adds)
             after = observed.after_head or AfterHead()
             make = functools.partial(DistillHead, config=config, transform=after.transform, logits_bias=after.bias)
@@ -135,7 +135,9 @@ class StudentSide:
         if getattr(self.model.config, "is_encoder_decoder", False) and not has_inputs:
             ids = decoder_input_ids(_base(self.model), given, convention, self.config.ignore_index)
             inputs["decoder_input_ids"] = ids
-        return given if shift_labels is not None else row_targets(given, convention, self.config.ignore_index)
+        if shift_labels is not None:
+            return given
+        return row_targets(given, convention, self.config.ignore_index, inputs.get("attention_mask"))
 
     def backbone(self, inputs: dict[str, Any], device: torch.device) -> tuple[causal_lm.Backbone, Tensor | None]:
         """Hidden states and output of the model's own forward, and its router loss (0-d) if it adds one.
@@ -151,7 +153,7 @@ class StudentSide:
             )
         self._engine_seen = True
         causal_lm.still_there(self.slot, self._head_module, "student")
-        if self._buffers.changed():  # a bias of the logits, say, that has been loaded since
+        if self._state.changed():  # a bias or scale of the logits, say, that has been loaded or set since
             self._after_head = None
         result, router_loss = self._router.run_backbone(
             self.slot,
@@ -208,7 +210,12 @@ def _convention_of(model: nn.Module, observed: Observed) -> tuple[Convention | N
         )
     for kind in type(model).__mro__:
         own = type(model).forward is getattr(kind, "forward", None) and "_loss_function" not in model.__dict__
-        if own and kind.__module__.startswith("transformers.") and kind.__name__ in CONVENTIONS:
+        if (
+            own
+            and not is_patched(model)
+            and kind.__module__.startswith("transformers.")
+            and kind.__name__ in CONVENTIONS
+        ):
             logger.info("student: labels of a %s are read by the table (%s)", kind.__name__, observed.why)
             return Convention(*CONVENTIONS[kind.__name__]), ""
     if observed.after_head is None:

@@ -18,7 +18,7 @@ from kd_plugin import causal_lm, checks
 from kd_plugin.exchange import Consumer, Exchange
 from kd_plugin.head import teacher_head_forward
 from kd_plugin.labels import Convention
-from kd_plugin.logit_probe import BufferWatch
+from kd_plugin.logit_probe import StateWatch
 from kd_plugin.metrics import Stopwatch
 from kd_plugin.parallel.fsdp import waits_for_engine, whole_shape
 from kd_plugin.plain_head import check_plain
@@ -72,7 +72,7 @@ class TeacherSide:
         exchange.teacher_size, exchange.teacher_width = self.vocab_size, width
         exchange.teacher_head, exchange.teacher_tied = head, self._tied
         exchange.teacher_after_head = observed.after_head
-        self._buffers = BufferWatch(model)
+        self._state = StateWatch(model)
         self._modules = list(model.modules())
         of_model = ReplacedForward(model, self._forward, innermost(model))
         self._model_forward = of_model.original
@@ -85,6 +85,11 @@ class TeacherSide:
         """Give the teacher back as it was."""
         while self._undo:
             self._undo.pop()()
+
+    def look_again(self) -> None:
+        """Before a step: forget what the teacher did to its logits if it may do something else now."""
+        if self._state.changed():  # a bias or scale of the logits, say, that has been loaded or set since
+            self._exchange.forget_teacher()
 
     def run(self, teacher: Any, inputs: dict[str, Any], consumer: Consumer) -> None:
         """Call `teacher`, what now wraps the model, with the student's inputs; `consumer` gets what comes of it."""
@@ -113,8 +118,6 @@ class TeacherSide:
         if kd_consumer is None:
             return self._model_forward(*args, **kwargs)
         exchange, self._asked = self._exchange, True
-        if self._buffers.changed():  # a bias of the logits, say, that has been loaded since
-            exchange.teacher_after_head = None
         measure = None if exchange.teacher_after_head is not None else (self.vocab_size, "teacher")
         with self._watch.region("teacher", self._head.weight.device):
             backbone = causal_lm.run_backbone(self._slot, self._model_forward, kwargs, measure=measure)

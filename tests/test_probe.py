@@ -246,3 +246,31 @@ def test_a_model_that_cannot_run_on_a_few_tokens_is_measured_in_its_first_forwar
     teacher.forward = picky
     kd.attach(student, teacher, config_of())
     assert student(**batch).loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("kind", ["attribute", "configuration", "parameter"])
+def test_a_scale_of_the_logits_that_is_set_after_attach_counts(side: str, kind: str) -> None:
+    """As a soft-cap switched off in the configuration, or a frozen temperature that a calibration writes."""
+
+    def make(name: str, scale: float) -> nn.Module:
+        model = make_model("llama", seed=1 if name == "student" else 2)
+        if kind == "parameter":
+            model.factor = nn.Parameter(torch.tensor(scale, dtype=torch.float64), requires_grad=False)
+        else:
+            (model if kind == "attribute" else model.config).factor = scale
+        return changed(model, lambda logits: logits * (model.config if kind == "configuration" else model).factor)
+
+    batch, names = make_batch(), ("student", "teacher")
+    models = {name: make(name, 0.5) for name in names}
+    expected = expected_loss(*(make(n, 3.0 if n == side else 0.5) for n in names), batch, config_of()).loss.item()
+    for model in models.values():  # its own loss is of the logits before
+        model.loss_function = lambda **kwargs: None
+    kd.attach(*models.values(), config_of())
+    models["student"](**batch)
+    if kind == "parameter":
+        models[side].factor.copy_(torch.tensor(3.0))
+    else:
+        (models[side] if kind == "attribute" else models[side].config).factor = 3.0
+    for _ in range(2):
+        assert models["student"](**batch).loss.item() == pytest.approx(expected, rel=1e-5)

@@ -365,6 +365,35 @@ def agreement(rank: int) -> dict[str, list[Tensor]]:
     return found
 
 
+def following_teacher(rank: int) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """In fp64, by mode and by what is written to between steps of whole models: (loss, that in mode `weight`)."""
+
+    def write_head(teacher: Any) -> None:  # as a moving average of the student's weights does
+        with torch.no_grad():
+            teacher.get_output_embeddings().weight.mul_(1.5)
+
+    def load(teacher: Any) -> None:
+        teacher.load_state_dict({name: 1.5 * value for name, value in teacher.state_dict().items()})
+
+    def cap(teacher: Any) -> None:
+        teacher.config.final_logit_softcapping = 2.0
+
+    input_ids = torch.randint(3, VOCAB_SIZE, (2, 11), generator=torch.Generator().manual_seed(rank))
+    found: dict[tuple[str, str], list[float]] = {}
+    for change in (write_head, load, cap):
+        for mode in ("weight", "logits", "stats"):
+            models = [make_model("gemma2", width, VOCAB_SIZE, seed=i).double() for i, width in enumerate((16, 24))]
+            kd.attach(*models, make_config(mode))
+            losses = found[change.__name__, mode] = []
+            for _ in range(3):
+                losses.append(models[0](input_ids, shift_labels=input_ids, num_items_in_batch=44).loss.item())
+                change(models[1])
+    return {
+        (change, mode): list(zip(losses, found[change, "weight"], strict=True))
+        for (change, mode), losses in found.items()
+    }
+
+
 SMALLER_TEACHERS = (17, 31)  # of the student's 37 ids; with 17, rank 1 of two has none of them
 LARGER: dict[str, dict[str, Any]] = {
     "all parts": {"divergence": "jsd", "label_smoothing": 0.1, "z_loss_weight": 0.02},

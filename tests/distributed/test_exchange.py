@@ -107,7 +107,7 @@ PROBES = {
     "deepspeed": ["automatic_zero3", "outside_zero3"],
     "torch": [
         *("head_collectives", "memory", "counting", "rounds", "hooks", "mismatch", "agreement", "tensor_parallel"),
-        "larger_student",
+        *("larger_student", "following_teacher"),
     ],
     "four": ["memory", "counting", "traffic", "groups", "automatic", "mismatch", "agreement", "tensor_parallel"],
 }
@@ -326,6 +326,15 @@ def test_every_exchange_gives_a_larger_student_the_same_numbers(result_of: Calla
             assert loss == pytest.approx(expected_loss, rel=1e-12)
             assert (gradient - expected_gradient).abs().max() <= 1e-9 * expected_gradient.abs().max()
             assert metrics == pytest.approx(expected_metrics, rel=1e-9, abs=1e-12)
+
+
+def test_what_is_written_to_a_teacher_between_steps_counts_in_every_exchange(result_of: Callable[..., Any]) -> None:
+    """Its rows are kept where it is whole: not beyond a change of them, as by a moving average of the student."""
+    for found in result_of(probe=("torch", "following_teacher")):
+        assert len(found) == 3 * len(MODES)
+        for losses in found.values():
+            assert all(loss == pytest.approx(expected, rel=1e-9) for loss, expected in losses)
+            assert len({round(expected, 6) for _, expected in losses}) > 1
 
 
 @pytest.mark.parametrize("name", ["torch", "four"])

@@ -87,6 +87,26 @@ def _other_reductions(loss: float, logits: Tensor, labels: Tensor) -> str:
 
 
 @torch.no_grad()
+def leaves_out_masked(model: nn.Module, batch: dict[str, Any]) -> bool:
+    """Whether its own loss skips the label of a token that `attention_mask` hides."""
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if labels is None or mask is None or mask.shape != labels.shape or not mask.all(1).any():
+        return False
+    row = int(mask.all(1).nonzero()[0])
+    hidden = {**batch, "labels": labels.clone(), "attention_mask": mask.clone()}
+    hidden["attention_mask"][row, -1] = 0
+    found = []
+    for label in (dense.IGNORE, *labels[labels != dense.IGNORE].unique()[:2].tolist()):
+        hidden["labels"][row, -1] = label
+        try:
+            with without_router_loss(model):
+                found.append(dense.run(model, hidden).get("loss"))
+        except Exception:  # it takes no such mask
+            return False
+    return all(isinstance(loss, Tensor) and loss.numel() == 1 and _equal(loss, float(found[0])) for loss in found)
+
+
+@torch.no_grad()
 def added_loss(model: nn.Module, batch: dict[str, Any]) -> float:
     """What the model adds to its loss while its configuration says `output_router_logits`."""
     output = dense.run(model, batch)

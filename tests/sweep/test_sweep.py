@@ -43,7 +43,7 @@ QUICK = [
     "WhisperForConditionalGeneration",
     "XLNetLMHeadModel",
 ]
-FACTS = ("labels", "decoder_inputs", "after", "trains_after", "calls")
+FACTS = ("labels", "leaves_out_masked", "decoder_inputs", "after", "trains_after", "calls")
 
 
 def check(row: str, found: dict[str, Any]) -> None:
@@ -86,8 +86,8 @@ def test_the_table_has_every_class_of_the_installed_transformers() -> None:
 
 def test_the_packages_table_of_labels_is_what_the_sweep_found() -> None:
     assert LABELS.read_text(encoding="utf-8") == label_table(TABLE)
-    assert CONVENTIONS["MBartForConditionalGeneration"] == (False, "prepare_decoder_input_ids_from_labels")
-    assert CONVENTIONS["LlamaForCausalLM"] == (True, None) and "ProphetNetForCausalLM" not in CONVENTIONS
+    assert CONVENTIONS["MBartForConditionalGeneration"] == (False, "prepare_decoder_input_ids_from_labels", False)
+    assert CONVENTIONS["LlamaForCausalLM"] == (True, None, False) and "ProphetNetForCausalLM" not in CONVENTIONS
 
 
 @pytest.mark.parametrize("row", [row for row in QUICK if row in CONVENTIONS and TABLE[row]["verdict"] == "equal"])

@@ -69,6 +69,7 @@ def facts_of(case: Case) -> dict[str, Any]:
     """What the class does with labels, decoder inputs and logits."""
     student, batch = case.student, case.batch
     facts = {"labels": case.convention, "note": case.note, "decoder_inputs": conventions.decoder_inputs(student, batch)}
+    facts["leaves_out_masked"] = conventions.leaves_out_masked(student, batch)
     adds = abs(conventions.added_loss(student, batch)) > 1e-6
     return {**facts, "adds_router_loss": adds, **head_facts(student, batch)}
 
