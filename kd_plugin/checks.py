@@ -162,8 +162,37 @@ def loss_targets(targets: Tensor | None, rows: torch.Size, config: DistillConfig
         raise ValueError(f"targets are {targets.dtype}; wanted torch.int64: targets.long()")
 
 
+def loss_rows(rows: Tensor, num_rows: int) -> None:
+    """Indices of rows that count, out of `num_rows`; their values only where they can be read without waiting.
+
+    Raises:
+        ValueError: no indices, out of range, or one of them twice.
+    """
+    if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):
+        found = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(
+            f"loss_rows is {found}; wanted the flat indices of the rows that count, an int64 tensor [n]: "
+            "(shift_labels != ignore_index).flatten().nonzero().flatten()"
+        )
+    if not free_to_read(rows) or rows.numel() == 0:
+        return
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= num_rows:
+        raise ValueError(f"loss_rows has index {low if low < 0 else high}, but the rows are 0 to {num_rows - 1}")
+    if rows.numel() > 1 and not bool((rows[1:] > rows[:-1]).all()) and rows.unique().numel() < rows.numel():
+        raise ValueError("loss_rows lists a row twice: each row counts once; token_weights gives rows a weight")
+
+
+def labels(given: object) -> None:
+    """Labels that are a tensor."""
+    if not isinstance(given, Tensor):
+        raise ValueError(f"labels is a {type(given).__name__}; wanted an int64 tensor [B, S], as the model takes them")
+
+
 def token_weights(weights: Tensor | None, hidden: Tensor) -> None:
-    """Shape of per-row weights."""
+    """Per-row weights: a tensor of the rows' shape."""
+    if weights is not None and not isinstance(weights, Tensor):
+        raise ValueError(f"token_weights is a {type(weights).__name__}; wanted a tensor {tuple(hidden.shape[:-1])}")
     if weights is not None and weights.shape != hidden.shape[:-1]:
         raise ValueError(f"token_weights {tuple(weights.shape)} do not match the rows {tuple(hidden.shape[:-1])}")
 
@@ -261,6 +290,8 @@ def divisor(num_items: int | float | Tensor | None, num_valid: int | Tensor) -> 
         ValueError: negative, or a tensor of more than one number.
     """
     items = num_valid if num_items is None else num_items
+    if not isinstance(items, Tensor | int | float):
+        raise ValueError(f"num_items is a {type(items).__name__}; wanted the number of tokens to divide by, 0 or more")
     if isinstance(items, Tensor):
         if items.numel() != 1:
             raise ValueError(f"num_items has shape {tuple(items.shape)}; wanted one number, e.g. labels.ne(-100).sum()")
@@ -271,6 +302,15 @@ def divisor(num_items: int | float | Tensor | None, num_valid: int | Tensor) -> 
     if not items >= 0:
         raise ValueError(f"num_items is {items}; wanted the number of tokens to divide by, 0 or more")
     return items or 1
+
+
+def language_model(model: object, side: str) -> None:
+    """A module where a model is wanted."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"the {side} is a {type(model).__name__}; wanted a loaded model, such as "
+            "transformers.AutoModelForCausalLM.from_pretrained(...)"
+        )
 
 
 def distill_config(config: object) -> None:

@@ -38,10 +38,18 @@ def load_config(path: str | Path, overrides: Sequence[str] | str = ()) -> RunCon
 
     Raises ConfigError with every fault found, one line each.
     """
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"load_config wants the path of a YAML file, found a {type(path).__name__}")
+    overrides = [overrides] if isinstance(overrides, str) else overrides
+    if not isinstance(overrides, Sequence) or not all(isinstance(change, str) for change in overrides):
+        raise ConfigError(
+            f'load_config wants overrides as "section.key=value", one or a list of them, found a '
+            f'{type(overrides).__name__}: load_config(PATH, ["train.lr=1e-4"])'
+        )
     path = Path(path)
     text = _read(path)
     document, lines = _parse(path, text)
-    changes, faults = _parse_overrides([overrides] if isinstance(overrides, str) else overrides)
+    changes, faults = _parse_overrides(overrides)
     merged: Any = OmegaConf.merge(document, *(change for _, change in changes))
     where = _Places(path, lines, [keys for keys, _ in changes])
     try:

@@ -126,6 +126,8 @@ def make_problem(
         valid = targets != config.ignore_index
         rows = valid.nonzero().squeeze(1)
         checks.targets_in_vocabulary(targets, rows, student_size)
+    elif rows is not None:
+        checks.loss_rows(rows, flat.shape[0])
     num_rows = flat.shape[0] if rows is None else rows.shape[0]
     teacher = teacher if objective.needs_teacher else None
     if teacher is not None and teacher_size is None:

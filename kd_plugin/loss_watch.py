@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -37,6 +37,10 @@ _CURE = (
 
 class BypassError(ValueError):
     """The student is trained, and the distillation loss is not asked for."""
+
+
+class LogitsWanted(ValueError):
+    """The student was called for logits, which do not exist while a teacher is attached."""
 
 
 class LossWatch:
@@ -81,8 +85,14 @@ class LossWatch:
             self._inside = outer
 
     def loss_ran(self) -> None:
-        """The plugin has computed its loss in this call."""
+        """The plugin has computed its loss in this call.
+
+        Raises:
+            LogitsWanted: a Hugging Face Trainer makes this call for its logits, as `predict` does.
+        """
         self.losses += 1
+        if not torch.is_grad_enabled():
+            _refuse_predictions(sys._getframe())
 
     def measured(self) -> None:
         """The measurements have been asked for, and there were some."""
@@ -246,14 +256,29 @@ def _trainer_causes(frame: FrameType | None) -> _Causes:
         "backbone itself (TRL's GKD and DistillationTrainer), or one that keeps the labels (label_smoothing_factor, "
         "compute_loss_func); pass labels to the student"
     )
-    module = sys.modules.get("transformers.trainer")
-    kind: Callable[..., Any] | None = getattr(module, "Trainer", None)
+    for _, trainer in _trainer_frames(frame):
+        return _Causes(_taken_by(trainer), f"{type(trainer).__name__} gave the student no labels: {likely}")
+    return _Causes("", likely)
+
+
+def _trainer_frames(frame: FrameType | None) -> Iterator[tuple[FrameType, Any]]:
+    """The methods of Hugging Face Trainers that are running, innermost first, each with its trainer."""
+    kind: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     while frame is not None and isinstance(kind, type):
         trainer = frame.f_locals.get("self")
         if isinstance(trainer, kind):
-            return _Causes(_taken_by(trainer), f"{type(trainer).__name__} gave the student no labels: {likely}")
+            yield frame, trainer
         frame = frame.f_back
-    return _Causes("", likely)
+
+
+def _refuse_predictions(frame: FrameType | None) -> None:
+    for method, trainer in _trainer_frames(frame):
+        if method.f_code.co_name == "prediction_step" and method.f_locals.get("prediction_loss_only") is False:
+            raise LogitsWanted(
+                f"{type(trainer).__name__} wants the student's logits (predict, or evaluate with compute_metrics), "
+                "which do not exist while a teacher is attached: plugin.detach() first, or set "
+                "TrainingArguments(prediction_loss_only=True) and read the loss and plugin.metrics()"
+            )
 
 
 def _taken_by(trainer: Any) -> str:

@@ -276,10 +276,12 @@ def attach(
     if isinstance(teacher, DistillConfig):
         raise ValueError("the teacher is missing: attach(student, teacher, config)")
     checks.distill_config(config)
+    checks.language_model(student, "student")
     model = causal_lm.unwrap(student)
     if config.soft_weight and teacher is None:
         raise ValueError(f"soft_weight is {config.soft_weight:g} but teacher is None: pass one, or set soft_weight=0")
     if teacher is not None:
+        checks.language_model(teacher, "teacher")
         causal_lm.check_apart(model, causal_lm.unwrap(teacher))
     if tokenizers is not None:
         check_tokenizers(*tokenizers)

@@ -24,7 +24,7 @@ from kd_plugin.fused_loss import LossSums
 from kd_plugin.labels import OWN_IGNORE_INDEX, own_loss
 from kd_plugin.logit_probe import NUM_ROWS, AfterHead, after_head, known_rows, other_size
 
-__all__ = ["RouterLoss", "with_router_loss"]
+__all__ = ["RouterLoss", "refuse_z_loss", "with_router_loss"]
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +171,15 @@ def _refuse_other_losses(inputs: Mapping[str, Any], config: Any) -> None:
             f"the student got {', '.join(extra)}, for a loss that the model would add to that of its labels and "
             "kd_plugin does not compute: pass labels alone, or add that loss to student(...).loss yourself"
         )
+    refuse_z_loss(config)
+
+
+def refuse_z_loss(config: Any) -> None:
+    """Refuse a student whose configuration adds a loss of all its logits.
+
+    Raises:
+        ValueError: naming the setting.
+    """
     coefficient = getattr(config, "z_loss_coefficient", None)
     if coefficient:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_plugin import causal_lm, lora
+from kd_plugin import causal_lm, checks, lora
 from kd_plugin.bypass import BypassWatch
 from kd_plugin.config import DistillConfig
 from kd_plugin.head import DistillHead, HeadCall
@@ -22,7 +22,7 @@ from kd_plugin.loss_watch import LossWatch
 from kd_plugin.parallel.fsdp import row_shards, waits_for_engine
 from kd_plugin.probe import Observed, observe
 from kd_plugin.replaced import ReplacedForward, is_patched
-from kd_plugin.router_loss import RouterLoss
+from kd_plugin.router_loss import RouterLoss, refuse_z_loss
 from kd_plugin.token_ids import check_labels
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class StudentSide:
         self._undo: list[Callable[[], None]] = []
         try:
             lora.check_student(self.model, slot)
+            refuse_z_loss(self.model.config)
             observed = observe(self.model, slot, "student")
             self.convention, self._why_unknown = _convention_of(_base(self.model), observed)
             self._after_head = observed.after_head
@@ -122,6 +123,7 @@ class StudentSide:
             if inputs.get(name):
                 raise ValueError(f"the student was called with {name}={inputs[name]}: {cure}")
         given = labels if shift_labels is None else shift_labels
+        checks.labels(given)
         assert given is not None
         if not looked_at:
             check_labels(given, self.vocab_size, self.config.ignore_index)
@@ -177,6 +179,11 @@ class StudentSide:
         linear = self.linear
         if call.shard is not None and row_shards(linear.weight) is not None:
             return lora.on_shards(linear, hidden_states, call)  # past the hooks that would gather the weight
+        if self.slot.module is not self._head_module and type(self.slot.module).__module__.startswith("peft."):
+            raise ValueError(
+                "peft has wrapped the student's head after attach(), where its adapter would be added to the loss and "
+                "not to the logits: get_peft_model first, then attach"
+            )
         loss_sum = self.slot.module(hidden_states, call)
         if call.sums is None:
             raise ValueError(

@@ -37,6 +37,12 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     Raises:
         TokenizerMismatch: naming how many ids differ, and the first.
     """
+    for side, tokenizer in (("student", student), ("teacher", teacher)):
+        if not hasattr(tokenizer, "get_vocab"):
+            raise TokenizerMismatch(
+                f"the {side}'s tokenizer is a {type(tokenizer).__name__}; wanted a loaded one, such as "
+                "transformers.AutoTokenizer.from_pretrained(...)"
+            )
     student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
     student_tokens = {index: token for token, index in student_ids.items()}
     teacher_tokens = {index: token for token, index in teacher_ids.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -85,6 +86,7 @@ class TestPastTheWrapper:
         assert self.warnings_of(student, caplog) == []
         student.train()
         del wrapper
+        gc.collect()
         assert self.warnings_of(student, caplog) == []
         plugin.detach()
         other = DistributedDataParallel(student)  # no longer of interest
@@ -170,3 +172,92 @@ class TestAnExchangeThatCannotBe:
                 refusing.cuts_teacher(on_gpu, weight, 8)
         finally:
             dist.destroy_process_group()
+
+
+class TestWhatIsNotEvenOfTheRightKind:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"student": "path/of/a/student"}, "the student is a str; wanted a loaded model"),
+            ({"student": None}, "the student is a NoneType; wanted a loaded model"),
+            ({"teacher": "path/of/a/teacher"}, "the teacher is a str; wanted a loaded model"),
+            ({"config": {"temperature": 2.0}}, "config is a dict; wanted kd_plugin.DistillConfig"),
+            ({"tokenizers": ("a", "b")}, "the student's tokenizer is a str; wanted a loaded one"),
+        ],
+    )
+    def test_of_attach(self, change: dict[str, Any], message: str) -> None:
+        student, teacher = models()
+        with pytest.raises(ValueError, match=message):
+            kd.attach(**{"student": student, "teacher": teacher, "config": CONFIG, **change})
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ([0, 1], "loss_rows is list; wanted the flat indices"),
+            (torch.tensor([[0, 1]]), r"loss_rows is torch.int64 \(1, 2\); wanted the flat indices"),
+            (torch.tensor([True] * 18), r"loss_rows is torch.bool \(18,\); wanted the flat indices"),
+            (torch.tensor([0.0]), r"loss_rows is torch.float32 \(1,\); wanted the flat indices"),
+            (torch.tensor([0, 1, 0]), "lists a row twice"),
+            (torch.tensor([1, 0, 5, 0]), "lists a row twice"),
+            (torch.tensor([-1]), "has index -1, but the rows are 0 to 17"),
+            (torch.tensor([18]), "has index 18, but the rows are 0 to 17"),
+        ],
+    )
+    def test_of_loss_rows(self, rows: Any, message: str) -> None:
+        student, teacher = models()
+        kd.attach(student, teacher, CONFIG)
+        with pytest.raises(ValueError, match=message):
+            student(**make_batch(), loss_rows=rows)
+
+    def test_as_many_rows_as_there_are_but_one_of_them_twice(self) -> None:
+        """Their number alone would say that all rows count."""
+        student, teacher = models()
+        kd.attach(student, teacher, CONFIG)
+        with pytest.raises(ValueError, match="lists a row twice"):
+            student(**make_batch(), loss_rows=torch.arange(18) // 2 * 2)
+
+    def test_rows_in_another_order_are_the_same_rows(self) -> None:
+        student, teacher = models()
+        batch = make_batch()
+        kd.attach(student, teacher, CONFIG)
+        expected = student(**batch).loss.item()
+        rows = (
+            torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].flatten().ne(-100).nonzero().flatten()
+        )
+        for given in (rows, rows.flip(0), rows.int()):
+            assert student(**batch, loss_rows=given).loss.item() == pytest.approx(expected, rel=1e-6)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"labels": [[1, 2]]}, r"labels is a list; wanted an int64 tensor \[B, S\]"),
+            ({"token_weights": [1.0]}, "token_weights is a list; wanted a tensor"),
+            ({"num_items_in_batch": "13"}, "num_items is a str; wanted the number of tokens"),
+        ],
+    )
+    def test_of_a_forward(self, change: dict[str, Any], message: str) -> None:
+        student, teacher = models()
+        kd.attach(student, teacher, CONFIG)
+        with pytest.raises(ValueError, match=message):
+            student(**{**make_batch(), **change})
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (({"train": {}},), "wants the path of a YAML file, found a dict"),
+            (("x.yaml", {"train.lr": 1e-4}), r'wants overrides as "section.key=value".*found a dict'),
+            (("x.yaml", [("train.lr", 1e-4)]), r'wants overrides as "section.key=value".*found a list'),
+        ],
+    )
+    def test_of_load_config(self, arguments: tuple[Any, ...], message: str) -> None:
+        with pytest.raises(kd.ConfigError, match=message):
+            kd.load_config(*arguments)
+
+
+def test_an_adapter_put_on_the_head_after_attach_is_refused_by_name() -> None:
+    peft = pytest.importorskip("peft")
+    student, teacher = models()
+    kd.attach(student, teacher, CONFIG)
+    adapted = peft.get_peft_model(student, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="get_peft_model first, then attach"):
+        adapted(**make_batch())

@@ -214,10 +214,13 @@ def test_labels_of_another_loss_are_refused_by_name(name: str) -> None:
 
 def test_a_loss_of_the_logits_that_a_model_adds_is_refused_by_name() -> None:
     model, batch = make_mixture("MixtralForCausalLM"), make_batch()
+    plugin = kd.attach(model, None, ALONE)
     model.config.z_loss_coefficient = 1e-3  # as Bamba's
-    kd.attach(model, None, ALONE)
     with pytest.raises(ValueError, match=r"z_loss_coefficient.*z_loss_weight"):
         model(**batch)
+    plugin.detach()
+    with pytest.raises(ValueError, match=r"z_loss_coefficient.*z_loss_weight"):
+        kd.attach(model, None, ALONE)
 
 
 def test_the_teachers_router_loss_is_nobodys() -> None:

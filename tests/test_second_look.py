@@ -116,7 +116,7 @@ def test_a_student_that_leaves_out_what_the_mask_hides_is_followed(mode: str) ->
     expected = expected_loss(make_model("llama", seed=1), teacher, plain, config_of()).loss.item()
     kd.attach(getattr(student, mode)(), teacher, config_of())
     assert student(**batch, attention_mask=mask).loss.item() == pytest.approx(expected, rel=1e-9)
-    with pytest.raises(ValueError, match=r"attention_mask hides, but that is \(2, 1, 11, 11\)"):
+    with pytest.raises(ValueError, match=r"attention_mask hides, but that is \(2, 1, 9, 9\)"):
         student(**batch, attention_mask=mask[:, None, None].expand(-1, 1, 9, -1))
 
 
@@ -129,7 +129,7 @@ def test_transformers_classes_that_do_so_give_their_own_loss(name: str, late: bo
     batch["attention_mask"][0, -4:] = 0
     expected = student(**batch).loss.item()
     bring = later(student) if late else None
-    kd.attach(student, None, kd.DistillConfig(soft_weight=0.0, chunk_size=5, row_kernel="eager"))
+    kd.attach(student, None, kd.DistillConfig(soft_weight=0.0, hard_weight=1.0, chunk_size=5, row_kernel="eager"))
     if bring is not None:
         bring()
     assert student(**batch).loss.item() == pytest.approx(expected, rel=1e-5)
