@@ -160,6 +160,23 @@ def test_a_trainer_that_takes_the_labels_away_is_refused(tmp_path: Path, options
         trainer(student, tmp_path, **options).train()
 
 
+def test_predictions_of_a_trainer_are_refused_and_an_evaluation_is_not(tmp_path: Path) -> None:
+    """`predict` would give an empty tuple, and `compute_metrics` be called with one."""
+    student, _, plugin = pair()
+    of_student = trainer(student, tmp_path)
+    assert of_student.evaluate(rows())["eval_loss"] > 0
+    with pytest.raises(ValueError, match=r"Trainer wants the student's logits \(predict.*prediction_loss_only=True"):
+        of_student.predict(rows())
+    of_student.compute_metrics = lambda prediction: {}
+    with pytest.raises(ValueError, match=r"Trainer wants the student's logits .* compute_metrics"):
+        of_student.evaluate(rows())
+    of_student.args.prediction_loss_only = True
+    assert of_student.predict(rows()).metrics["test_loss"] > 0
+    of_student.args.prediction_loss_only = False
+    plugin.detach()
+    assert of_student.predict(rows()).predictions is not None
+
+
 def test_a_trainer_without_labels_is_said_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     student, _, _ = pair()
 
