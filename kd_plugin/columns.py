@@ -56,6 +56,7 @@ _ALWAYS = {
     **dict.fromkeys(("tool_choice", "suffix"), "write it into the text, as the model is to read it"),
     "response_format": "write it into the system turn, as the model is to read it",
     "history": "write earlier turns into 'messages'",
+    "refusal": "write it as the turn's 'content'",
 }
 _REFUSED: dict[Form, dict[str, str]] = {
     "messages": {**_FUNCTIONS, **_ALWAYS},
@@ -75,6 +76,8 @@ _MASKS = ("masked", "mask")
 _PARTIAL_TURNS = ("train_detail", "training_detail")
 _FOR_US = (*_WEIGHTS, *_MASKS, *_PARTIAL_TURNS)
 _TEXT_ROLES = ("system", "developer", "user", "assistant")
+_ASSISTANTS = ("model", "gpt", "chatgpt", "bot", "chatbot", "ai", "agent")
+"""What other formats call the assistant."""
 _OTHER_ROLES = ("tool", "function", "ipython", "environment", "observation", "tool_response", "document")
 _SAYS_IT_OTHERWISE = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
 
@@ -214,6 +217,11 @@ def _conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise DataError(
             f"{where}: no turn is of role 'assistant', whose turns are trained on; found {', '.join(strange)}: "
             "rename the roles user and assistant"
+        )
+    if foreign := sorted(roles & {*_ASSISTANTS}):
+        raise DataError(
+            f"{where}: turns of role {', '.join(foreign)} would not be trained on, as those of role assistant are: "
+            "give them one name, assistant"
         )
     places = [f"{where}, turn {number}" for number in range(1, len(messages) + 1)]
     untrained = {index for index, turn in enumerate(messages) if not _is_trained(turn, places[index])}

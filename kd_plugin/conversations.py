@@ -3,14 +3,15 @@
 Notable decisions:
 - what is trained on is what the template itself marks ({% generation %}), or else what rendering the conversation
   turn by turn adds;
-- what a row gives the template has to reach the text: `tools` and `documents` that change nothing in it, and
-  settings or kinds of content that the template does not name, are refused, since both models would read another
-  prompt than the data means.
+- what a row gives the template has to reach the text: `tools`, `documents` and whole turns that change nothing in it,
+  and settings or kinds of content that the template does not name, are refused, since both models would read another
+  prompt than the data means; other keys of a turn that it does not name (`name`) are said once.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ __all__ = ["Spans", "render"]
 Spans = list[tuple[int, int]]
 """From which character to which, end excluded."""
 
+logger = logging.getLogger(__name__)
+
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _IN_TURNS = {
     "tool_calls": ("tool_calls",),
@@ -34,6 +37,9 @@ _IN_TURNS = {
     **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), ("reasoning_content", "thinking", "reasoning")),
 }
 """Key of a turn that the model reads -> names of which the template has to know one."""
+_BY_CHANCE = 12  # characters
+_looked_at: set[tuple[str, str]] = set()
+"""Templates, and keys of turns of which it has been looked whether they reach the text."""
 
 
 def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Spans]:
@@ -76,6 +82,8 @@ class _Conversation:
             turns = (index for index in self._answers() if index > 0)  # an opening line answers nothing
             spans = [self._turn(index, text) for index in turns if index not in self.untrained]
         self._check_given(text)
+        self._check_whole(text)
+        self._check_keys(text)
         return text, spans
 
     def _answers(self) -> Iterator[int]:
@@ -141,6 +149,48 @@ class _Conversation:
         try:
             return self.tokenizer.apply_chat_template(self.messages, tokenize=False, **others)
         except Exception:  # it cannot do without, so what is given reaches the text
+            return None
+
+    def _check_whole(self, text: str) -> None:
+        """No turn is dropped. Rendered without it, too, is one whose content does not follow those before it in `text`.
+
+        A short one may stand anywhere by chance.
+        """
+        reached = 0
+        for index, turn in enumerate(self.messages):
+            content = turn.get("content")
+            content = content.strip() if isinstance(content, str) else ""
+            found = text.find(content, reached)
+            if len(content) > _BY_CHANCE and found >= 0:
+                reached = found + len(content)
+                continue
+            says_something = content or any(value for key, value in turn.items() if key != "role")
+            if says_something and self._or_none(self.messages[:index] + self.messages[index + 1 :]) == text:
+                raise DataError(
+                    f"{self.where}, turn {index + 1}: the chat template drops the whole turn, of role "
+                    f"{turn['role']!r}: use a tokenizer whose template renders it, or leave such rows out"
+                )
+
+    def _check_keys(self, text: str) -> None:
+        """Say, once for each template and key of turns, that it does not reach the text."""
+        for number, turn in enumerate(self.messages, 1):
+            for key in turn.keys() - _IN_TURNS.keys() - {"role", "content"}:
+                if not turn[key] or (self.template, key) in _looked_at:
+                    continue
+                _looked_at.add((self.template, key))
+                others = [{name: value for name, value in other.items() if name != key} for other in self.messages]
+                if self._or_none(others) == text:
+                    logger.warning(
+                        "%s, turn %d: the chat template does not render %r, so the models do not read it; said once "
+                        "for all turns that have it",
+                        *(self.where, number, key),
+                    )
+
+    def _or_none(self, messages: list[dict[str, Any]]) -> str | None:
+        """Their text; None if the template cannot do without what is left out, which then reaches the text."""
+        try:
+            return self._render(messages)
+        except DataError:
             return None
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
