@@ -17,7 +17,15 @@ from torch.distributed.tensor import DTensor
 from kd_plugin.config import RunConfig
 from kd_plugin.engine import reduce_numbers
 
-__all__ = ["CHECK_EVERY", "DivergedError", "FiniteWatch", "has_finite_parameters", "scales_loss"]
+__all__ = [
+    "CHECK_EVERY",
+    "BrokenWeightsError",
+    "DivergedError",
+    "FiniteWatch",
+    "check_weights",
+    "has_finite_parameters",
+    "scales_loss",
+]
 
 CHECK_EVERY = 8
 """Steps."""
@@ -28,6 +36,10 @@ _UNSCALED_LIMITS, _SCALED_LIMITS = (1, 1), (CHECK_EVERY, 40)
 
 class DivergedError(ValueError):
     """The student's numbers are no numbers any more."""
+
+
+class BrokenWeightsError(ValueError):
+    """A model was loaded whose weights are no numbers."""
 
 
 class FiniteWatch:
@@ -88,6 +100,31 @@ def has_finite_parameters(student: nn.Module, optimizer: torch.optim.Optimizer |
             finite = here if finite is None else finite & here.to(finite.device)
     broken = finite is not None and not finite.item()
     return not reduce_numbers({"parameters or states that are not finite": float(broken)}, op="max").popitem()[1]
+
+
+def check_weights(model: nn.Module, side: str, source: str) -> None:
+    """Refuse weights that hold NaN or infinity before they are trained on. One collective; waits for the device.
+
+    Args:
+        model: loaded, sharded or not.
+        side: "student" or "teacher".
+        source: where it comes from, for the message.
+
+    Raises:
+        BrokenWeightsError: on all ranks.
+    """
+    broken = [name for name, parameter in model.named_parameters() if not _is_finite(_values_here(parameter))]
+    anywhere = reduce_numbers({"weights that are not finite": float(len(broken))}, op="max").popitem()[1]
+    if anywhere:
+        listed = f", such as {broken[0]}" if broken else ""
+        raise BrokenWeightsError(
+            f"{int(anywhere)} weight(s) of the {side} ({source}) hold NaN or infinity{listed}: load it again, or take "
+            "an earlier checkpoint of it"
+        )
+
+
+def _is_finite(values: Tensor) -> bool:
+    return values.is_meta or not values.is_floating_point() or bool(values.isfinite().all())
 
 
 def _values_here(parameter: Tensor) -> Tensor:

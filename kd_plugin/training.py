@@ -37,6 +37,7 @@ from kd_plugin.engine import (
     start_process_group,
 )
 from kd_plugin.export import export_student
+from kd_plugin.finite import check_weights
 from kd_plugin.loop import Session, evaluate, run_steps
 from kd_plugin.models import (
     build_student,
@@ -151,10 +152,18 @@ def _load(config: RunConfig, place: Placement) -> _Material:
     for name, model in (("teacher", teacher), ("student", student)):
         embedded[name] = check_vocabulary(model, tokenizer, role=name)
         check_positions(model, config.data.seq_len, role=name)
+        check_weights(model, name, _source_of(config, name))
         logger.info("%s: %s, %.1fM parameters", name, type(model).__name__, model.num_parameters() / 1e6)
     check_all_ids(config, tokenizer, datasets, embedded)
     seed_everything(config.train.seed + place.rank)  # dropout differs by rank, weights are there already
     return _Material(tokenizer, datasets, teacher, student)
+
+
+def _source_of(config: RunConfig, role: str) -> str:
+    """Where the weights of the student or the teacher come from, for messages."""
+    student = config.student
+    of_teacher = role == "teacher" or student.from_teacher is not None or not student.model
+    return config.teacher.model if of_teacher else str(student.model)
 
 
 def _session(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.amp import GradScaler
 
@@ -20,7 +22,7 @@ from kd_plugin.config_file import to_yaml
 from kd_plugin.engine import EngineError
 from kd_plugin.engine_deepspeed import DeepSpeedEngine
 from kd_plugin.engine_fsdp import FsdpEngine
-from kd_plugin.finite import DivergedError, FiniteWatch, has_finite_parameters
+from kd_plugin.finite import BrokenWeightsError, DivergedError, FiniteWatch, has_finite_parameters
 from kd_plugin.launcher import launch
 from kd_plugin.metrics import MetricSums
 from tests.tiny import make_folder, run_config
@@ -264,3 +266,22 @@ def test_a_checkpoint_that_only_another_rank_sees_is_no_fresh_start(
     monkeypatch.setattr(checkpoint, "all_gather_object", lambda names, *_: [[], ["step_00000004"]])
     with pytest.raises(ValueError, match=r"rank 0 sees no checkpoint .*rank 1 sees step_00000004.*all machines share"):
         checkpoint.to_continue(config, world_size=2)
+
+
+@pytest.mark.parametrize(("side", "model"), [("teacher", "teacher"), ("student", "student")])
+def test_weights_that_are_no_numbers_are_named_before_anything_is_trained(
+    folder: Path, tmp_path: Path, side: str, model: str
+) -> None:
+    """A download that was damaged, or a run that diverged elsewhere; no learning rate cures it."""
+    shutil.copytree(folder / "teacher", tmp_path / "broken")
+    file = tmp_path / "broken" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = math.inf if side == "student" else math.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    config = config_of(folder, f"broken_{side}")
+    changes = {"model": str(tmp_path / "broken")}
+    changes |= {"from_teacher": None, "from_config": None} if side == "student" else {}
+    config = config.model_copy(update={side: getattr(config, side).model_copy(update=changes)})
+    said = rf"1 weight\(s\) of the {side} \({tmp_path}/broken\) hold NaN or infinity, such as model.norm.weight"
+    with pytest.raises(BrokenWeightsError, match=said):
+        kd.train(config)

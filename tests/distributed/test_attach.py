@@ -70,13 +70,30 @@ LATER = {
     ],
     "deepspeed": [Case("zero3", name, loading="zero.Init") for name in ("gemma2", "gpt2", "phi")],
 }
+# Of the wrappers that leave the student's weights whole a few are quick.
+FEW = [
+    case
+    for wrapper in ("ddp", "zero2")
+    for case in cases_of(wrapper)
+    if case.architecture == "gpt2" or (case.architecture == "llama" and case.accumulation > 1)
+]
 # One launch each: starting Python, torch and DeepSpeed takes longer than training.
 LAUNCHES = {
-    "torch": [*cases_of("ddp"), *cases_of("fsdp"), *REPLICATE, *LATER["torch"]],
-    "deepspeed": [*cases_of("zero2"), *cases_of("zero3"), *LATER["deepspeed"]],
+    "torch": [*(case for case in FEW if case.wrapper == "ddp"), *cases_of("fsdp"), *REPLICATE, *LATER["torch"]],
+    "deepspeed": [*(case for case in FEW if case.wrapper == "zero2"), *cases_of("zero3"), *LATER["deepspeed"]],
     "four": FOUR,
+    "torch, all": [case for case in cases_of("ddp") if case not in FEW],
+    "deepspeed, all": [case for case in cases_of("zero2") if case not in FEW],
 }
-LAUNCHED = [case for cases in LAUNCHES.values() for case in cases]
+LAUNCHED = [
+    case if not name.endswith("all") else pytest.param(case, marks=pytest.mark.slow)
+    for name, cases in LAUNCHES.items()
+    for case in cases
+]
+SHARDED = [case for case in (*LAUNCHES["torch"], *LAUNCHES["deepspeed"], *FOUR) if case.teacher == "shard"]
+SHARDED += [
+    pytest.param(case, marks=pytest.mark.slow) for case in LAUNCHES["deepspeed, all"] if case.teacher == "shard"
+]
 
 
 @functools.cache
@@ -144,7 +161,7 @@ def test_ranks_train_like_one_dense_process(result_of: Callable[..., Any], case:
     assert found["metrics_of_ranks"] == [found["metrics"]] * case.ranks
 
 
-@pytest.mark.parametrize("case", [case for case in LAUNCHED if case.teacher == "shard"], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SHARDED, ids=lambda case: case.name)
 def test_a_sharded_teacher_is_given_back_after_each_use(result_of: Callable[..., Any], case: Case) -> None:
     assert result_of(case)["whole_in_teacher"] == []
 

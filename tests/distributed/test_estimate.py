@@ -21,6 +21,7 @@ CASES = [(1, "weight"), *((ranks, exchange) for ranks in (2, 4) for exchange in 
 CASES += [(4, f"{exchange}:2") for exchange in ("weight", "logits", "stats")]  # two copies of two shards
 CASES += [(2, "weight@fsdp1"), (2, "stats@fsdp1")]
 CASES += [(4, f"{exchange}:2@fsdp1") for exchange in ("weight", "logits", "stats")]
+PARAMS = [case if case[0] < 4 else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def estimated(folder: Path, ranks: int, case: str) -> Estimate:
     return estimate(make_config(case, folder), world_size=ranks, rows=BATCH * (LENGTH - 1), device="cpu")
 
 
-@pytest.mark.parametrize(("ranks", "case"), CASES)
+@pytest.mark.parametrize(("ranks", "case"), PARAMS)
 def test_the_bytes_of_a_step_are_the_estimates(folder: Path, ranks: int, case: str) -> None:
     found, exchange = estimated(folder, ranks, case), re.split("[:@]", case)[0]
     received = sum(measured(folder, ranks)[case]["received"].values())
@@ -54,7 +55,7 @@ def test_the_bytes_of_a_step_are_the_estimates(folder: Path, ranks: int, case: s
         assert found.exchanges[exchange].num_bytes == pytest.approx(received - others, rel=0.05)
 
 
-@pytest.mark.parametrize(("ranks", "case"), CASES)
+@pytest.mark.parametrize(("ranks", "case"), PARAMS)
 def test_the_peak_of_a_step_is_the_estimates(folder: Path, ranks: int, case: str) -> None:
     found = estimated(folder, ranks, case).memory
     assert found.worst_phase == "loss"

@@ -37,6 +37,12 @@ def matrix(wrapper: str, **changes: Any) -> list[Case]:
     ]
 
 
+def some(wrapper: str, **changes: Any) -> list[Case]:
+    """Of the matrix each tying with each mode, and over them each divergence."""
+    every = matrix(wrapper, **changes)
+    return [every[len(DIVERGENCES) * row + row % len(DIVERGENCES)] for row in range(len(every) // len(DIVERGENCES))]
+
+
 def splits(wrapper: str, ranks: int) -> list[Case]:
     """The same 16 sequences in one micro-batch a rank, and one by one."""
     counts = (1, 16 // ranks)
@@ -55,13 +61,16 @@ def flat(cases: dict[str, list[Case]]) -> list[Case]:
 
 
 TORCH = ("ddp", "fsdp1", "alone", "grouped", "root")
-HALF = [(wrapper, tied, 2) for wrapper in TORCH[1:] for tied in (True, False)]
-HALF += [(wrapper, tied, 2) for wrapper in ("zero1", "zero2", "zero3") for tied in (True, False)]
+# (wrapper, tied, ranks); the first few are quick
+FEW_HALF = 3
+HALF = [("alone", False, 2), ("fsdp1", True, 2), ("zero3", False, 2)]
+HALF += [(wrapper, tied, 2) for wrapper in (*TORCH[1:], "zero1", "zero2", "zero3") for tied in (True, False)]
 HALF += [("hsdp", tied, 4) for tied in (True, False)]
+HALF = list(dict.fromkeys(HALF))
 LAUNCHES: dict[str, list[Case]] = {
     "one": [*splits("alone", 1), *splits("zero3", 1)],
     "torch": [
-        *(case for wrapper in TORCH for case in matrix(wrapper)),
+        *(case for wrapper in TORCH for case in some(wrapper)),
         *(Case("alone", False, mode, teacher_vocab_size=size) for mode in MODES for size in (17, 31, 41)),
         *(Case("alone", False, "stats", divergence, teacher_vocab_size=17) for divergence in DIVERGENCES[1:]),
         *(Case(w, False, m, teacher_vocab_size=17) for w in ("ddp", "fsdp1", "root") for m in MODES[1:]),
@@ -72,20 +81,20 @@ LAUNCHES: dict[str, list[Case]] = {
         *(Case("alone", head == "softcap", mode, head=head) for head in ("bias", "softcap") for mode in MODES),
         *splits("alone", 2),
         *(Case(wrapper, False, mode, batch="early") for wrapper in ("ddp", "fsdp1", "alone") for mode in MODES),
-        *(case for w, tied, n in HALF if n == 2 and w in TORCH for case in flat(half(w, tied=tied))),
+        *(case for w, tied, n in HALF[:FEW_HALF] if w in TORCH for case in flat(half(w, tied=tied))),
     ],
     "deepspeed": [
-        *(case for wrapper in ("zero1", "zero2", "zero3") for case in matrix(wrapper)),
+        *(case for wrapper in ("zero1", "zero2", "zero3") for case in some(wrapper)),
         *(Case("zero3", False, mode, teacher_vocab_size=size) for mode in MODES for size in (17, 31)),
         *splits("zero3", 2),
         *(Case(f"zero{n}", False, "stats", batch="split", accumulation=times) for n in (1, 2) for times in (1, 8)),
         *(Case("zero3", False, mode, batch="early") for mode in MODES),
         *(Case(wrapper, False, mode, teacher="part") for wrapper in ("zero2", "zero3") for mode in MODES),
         *(Case("zero3", head == "softcap", mode, head=head) for head in ("bias", "softcap") for mode in MODES[1:]),
-        *(case for w, tied, _ in HALF if w not in (*TORCH, "hsdp") for case in flat(half(w, tied=tied))),
+        *(case for w, tied, n in HALF[:FEW_HALF] if w not in TORCH for case in flat(half(w, tied=tied))),
     ],
     "four": [
-        *matrix("hsdp", ranks=4),
+        *some("hsdp", ranks=4),
         *(Case("alone", tied, mode, ranks=4) for tied in (True, False) for mode in MODES),
         *(Case("hsdp", False, "stats", "tvd", ranks=4, teacher_vocab_size=size) for size in (31, 41)),
         *(Case("hsdp", False, mode, ranks=4, batch="split", accumulation=4) for mode in MODES),
@@ -100,9 +109,25 @@ LAUNCHES: dict[str, list[Case]] = {
         *(Case("alone", False, mode, ranks=4, batch="ragged", chunk_size=256) for mode in MODES),
         *splits("alone", 4),
         *(Case("zero3", False, m, ranks=4, batch="split", accumulation=n) for m in ("weight", "stats") for n in (1, 4)),
+    ],
+}
+EVERY = {
+    "torch, all": [
+        *(case for wrapper in TORCH for case in matrix(wrapper)),
+        *(case for w, tied, n in HALF if n == 2 and w in TORCH for case in flat(half(w, tied=tied))),
+    ],
+    "deepspeed, all": [
+        *(case for wrapper in ("zero1", "zero2", "zero3") for case in matrix(wrapper)),
+        *(case for w, tied, n in HALF if n == 2 and w not in TORCH for case in flat(half(w, tied=tied))),
+    ],
+    "four, all": [
+        *matrix("hsdp", ranks=4),
         *(case for tied in (True, False) for case in flat(half("hsdp", tied=tied, ranks=4))),
     ],
 }
+# The rest of the matrix, whose tests are slow.
+QUICK = [case for cases in LAUNCHES.values() for case in cases]
+LAUNCHES |= {name: [case for case in cases if case not in QUICK] for name, cases in EVERY.items()}
 PROBES = {
     "deepspeed": ["automatic_zero3", "outside_zero3"],
     "torch": [
@@ -113,6 +138,11 @@ PROBES = {
 }
 LAUNCHED = [case for cases in LAUNCHES.values() for case in cases]
 FLOAT32 = [case for case in LAUNCHED if case.dtype == "float32"]
+
+
+def params(cases: list[Case]) -> list[Any]:
+    """Of these cases, slow where their launch is."""
+    return [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 @functools.cache
@@ -164,7 +194,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[name].double() - value.double()).abs().max()) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("case", FLOAT32, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", params(FLOAT32), ids=lambda case: case.name)
 def test_every_wrapper_and_exchange_trains_like_one_dense_process(result_of: Callable[..., Any], case: Case) -> None:
     found, expected = result_of(case), dense(case)
     tolerance = 1e-6 if case.batch == "split" else 1e-5
@@ -173,7 +203,10 @@ def test_every_wrapper_and_exchange_trains_like_one_dense_process(result_of: Cal
     assert max((start[name] - value).abs().max() for name, value in expected.items()) > 1e-3
 
 
-@pytest.mark.parametrize(("wrapper", "tied", "ranks"), HALF)
+@pytest.mark.parametrize(
+    ("wrapper", "tied", "ranks"),
+    [*HALF[:FEW_HALF], *(pytest.param(*which, marks=pytest.mark.slow) for which in HALF[FEW_HALF:])],
+)
 def test_bf16_errs_as_much_as_the_wrapper_with_a_dense_loss(
     result_of: Callable[..., Any], wrapper: str, tied: bool, ranks: int
 ) -> None:
@@ -191,7 +224,7 @@ SHARDED = [case for case in LAUNCHED if case.wrapper != "ddp" and case.loss == "
 SHARDED = [case for case in SHARDED if case.teacher != "part" or case.wrapper in ("fsdp1", "zero3")]  # else not cut
 
 
-@pytest.mark.parametrize("case", SHARDED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", params(SHARDED), ids=lambda case: case.name)
 def test_the_teacher_is_sharded_again_after_each_step(result_of: Callable[..., Any], case: Case) -> None:
     assert result_of(case)["whole_in_teacher"] == []
 

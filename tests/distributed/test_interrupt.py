@@ -168,12 +168,16 @@ def test_handlers_are_put_back_and_other_failures_pass_through() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_what_fails_because_of_the_signal_is_no_failure(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_fails_because_of_the_signal_is_no_failure(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with pytest.raises(Ended) as stop, one_line_end(lambda what: f"{what}!", several=True):
         try:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
         finally:
             raise RuntimeError("Connection closed by peer")
+    signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130
     assert capfd.readouterr().err == "interrupted!\n"
