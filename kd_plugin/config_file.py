@@ -41,7 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | str = ()) -> RunCon
     if not isinstance(path, str | Path):
         raise ConfigError(f"load_config wants the path of a YAML file, found a {type(path).__name__}")
     overrides = [overrides] if isinstance(overrides, str) else overrides
-    if not isinstance(overrides, Sequence) or not all(isinstance(change, str) for change in overrides):
+    if not isinstance(overrides, Sequence):
         raise ConfigError(
             f'load_config wants overrides as "section.key=value", one or a list of them, found a '
             f'{type(overrides).__name__}: load_config(PATH, ["train.lr=1e-4"])'

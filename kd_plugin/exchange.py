@@ -68,7 +68,7 @@ class Exchange:
         self._shard: VocabShard | None = None
         self._teacher_rows: HeadTeacher | None = None
         self._version: int | None = None
-        """Of the whole weight that these rows were copied from."""
+        """Of the whole weight that these rows are copied from."""
 
     def check(self, head: Linear, teacher: Any = None) -> None:
         """Before anything of the step: all ranks must be about to compute the same. Collective in the first call.
@@ -146,8 +146,8 @@ class Exchange:
         assert self._shard is not None
         if self.mode == "stats":
             call.shard = self._shard
-        if self._teacher_rows is not None and self._version != self._whole_version():
-            self._teacher_rows = None
+        if self._version != (version := self._whole_version()):  # as it is outside of the head's forward
+            self._version, self._teacher_rows = version, None
         held = self._rows_of_teacher(call.targets.device)  # now: a unit of norm and head is gathered by the backbone
 
         def keep_rows(teacher: HeadTeacher) -> None:
@@ -155,7 +155,6 @@ class Exchange:
                 assert self._shard is not None
                 ids = self._shard.of_teacher
                 self._teacher_rows = teacher.rows(ids.start, ids.stop)
-                self._version = self._whole_version()
             call.teacher = self._as_source(self._teacher_rows, teacher.hidden)
 
         def use_hidden(hidden: Tensor) -> None:

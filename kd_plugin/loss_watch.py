@@ -28,6 +28,8 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 _LABELS = ("labels", "shift_labels")
+_CALLING = ("compute_loss", "training_step", "prediction_step")
+"""Methods of a Hugging Face Trainer in which it calls its model."""
 _CURE = (
     "attach() after whatever replaces the forward (TRL's SFTTrainer does so when it is made, use_liger_kernel when "
     "training starts), and let the trainer take the loss that the model returns: with TRL, `class DistillSFTTrainer("
@@ -262,12 +264,16 @@ def _trainer_causes(frame: FrameType | None) -> _Causes:
 
 
 def _trainer_frames(frame: FrameType | None) -> Iterator[tuple[FrameType, Any]]:
-    """The methods of Hugging Face Trainers that are running, innermost first, each with its trainer."""
+    """The methods of Hugging Face Trainers that call a model and are running, innermost first, each with its trainer.
+
+    No other frame's variables are read: Python keeps what it shows of them, large tensors too, while the frame lives.
+    """
     kind: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     while frame is not None and isinstance(kind, type):
-        trainer = frame.f_locals.get("self")
-        if isinstance(trainer, kind):
-            yield frame, trainer
+        if frame.f_code.co_name in _CALLING:
+            trainer = frame.f_locals.get("self")
+            if isinstance(trainer, kind):
+                yield frame, trainer
         frame = frame.f_back
 
 

@@ -122,9 +122,20 @@ def is_replaced(module: nn.Module) -> bool:
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether somebody has put another forward into the module than its class has, under what accelerate adds."""
-    forward = module.__dict__.get(innermost(module))
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+    """Whether somebody has put another forward into the module than its class has.
+
+    What accelerate wraps around that forward, and torch's autocast in it, is no other.
+    """
+    forward: Any = module.__dict__.get(innermost(module))
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        if function is type(module).forward:
+            return False
+        home = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+        if not home.startswith(("accelerate.", "torch.")):
+            return True
+        forward = getattr(function, "__wrapped__", None)
+    return innermost(module) in module.__dict__
 
 
 def innermost(module: nn.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType
@@ -158,6 +159,21 @@ def test_a_trainer_that_takes_the_labels_away_is_refused(tmp_path: Path, options
     student, _, _ = pair()
     with pytest.raises(ValueError, match=words):
         trainer(student, tmp_path, **options).train()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_no_variable_of_the_caller_is_kept_alive(labelled: bool) -> None:
+    """As looking for a Trainer among the callers could; a step's tensors are large."""
+    student, _, _ = pair()
+    kept = torch.ones(3)
+    gone = weakref.ref(kept)
+    if labelled:
+        with torch.no_grad():
+            student(**make_batch())
+    else:
+        student(input_ids=make_batch()["input_ids"]).logits.sum().backward()
+    del kept
+    assert gone() is None
 
 
 def test_predictions_of_a_trainer_are_refused_and_an_evaluation_is_not(tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def test_a_trainable_bias_after_the_head_is_refused_also_where_it_shows_in_a_for
     student.bias = nn.Parameter(torch.linspace(-1, 1, 61, dtype=torch.float64))
     changed(student, lambda logits: logits + student.bias)
     expected = expected_loss(student, teacher, batch, config_of()).loss.item()
+    batch["shift_labels"] = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=-100)[:, 1:]
     bring = later(student)
     kd.attach(student, teacher, config_of())
     bring()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kd_plugin as kd
+from kd_plugin.replaced import is_patched
 from tests.sweep.batches import text
 from tests.sweep.shrink import small_model
 from tests.test_fused_loss import config_of
@@ -233,3 +234,14 @@ def test_a_hook_on_the_whole_model_counts() -> None:
     expected = expected_loss(student, teacher, batch, config_of()).loss.item()
     kd.attach(student, teacher, config_of())
     assert student(**batch).loss.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_accelerates_wrappers_leave_a_class_its_place_in_the_table(mixed_precision: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    model = accelerate.Accelerator(mixed_precision=mixed_precision, cpu=True).prepare_model(make_model("llama", seed=1))
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert ("forward" in model.__dict__) == (mixed_precision == "bf16")
+    assert not is_patched(model)
+    assert is_patched(changed(model, scale_in_training))
