@@ -21,7 +21,7 @@ from tests.distributed import exchange_worker
 from tests.distributed.exchange_cases import RAGGED, Case, count_valid, make_batch, make_models, train_densely
 from tests.distributed.launch import launch_cases
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 MODES = ("weight", "logits", "stats")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
@@ -95,6 +95,24 @@ LAUNCHES: dict[str, list[Case]] = {
     ],
     "four": [
         *some("hsdp", ranks=4),
+        Case("hsdp", False, "stats", "tvd", ranks=4, teacher_vocab_size=31),
+        *(Case(wrapper, False, "stats", ranks=4) for wrapper in ("alone", "fsdp1", "zero3")),
+        Case("alone", False, "stats", ranks=4, vocab_size=9, teacher_vocab_size=7),
+        *(Case("alone", False, mode, ranks=4, batch="ragged", chunk_size=256) for mode in MODES),
+        *splits("alone", 4),
+    ],
+}
+EVERY = {
+    "torch, all": [
+        *(case for wrapper in TORCH for case in matrix(wrapper)),
+        *(case for w, tied, n in HALF if n == 2 and w in TORCH for case in flat(half(w, tied=tied))),
+    ],
+    "deepspeed, all": [
+        *(case for wrapper in ("zero1", "zero2", "zero3") for case in matrix(wrapper)),
+        *(case for w, tied, n in HALF if n == 2 and w not in TORCH for case in flat(half(w, tied=tied))),
+    ],
+    "four, all": [
+        *matrix("hsdp", ranks=4),
         *(Case("alone", tied, mode, ranks=4) for tied in (True, False) for mode in MODES),
         *(Case("hsdp", False, "stats", "tvd", ranks=4, teacher_vocab_size=size) for size in (31, 41)),
         *(Case("hsdp", False, mode, ranks=4, batch="split", accumulation=4) for mode in MODES),
@@ -109,19 +127,6 @@ LAUNCHES: dict[str, list[Case]] = {
         *(Case("alone", False, mode, ranks=4, batch="ragged", chunk_size=256) for mode in MODES),
         *splits("alone", 4),
         *(Case("zero3", False, m, ranks=4, batch="split", accumulation=n) for m in ("weight", "stats") for n in (1, 4)),
-    ],
-}
-EVERY = {
-    "torch, all": [
-        *(case for wrapper in TORCH for case in matrix(wrapper)),
-        *(case for w, tied, n in HALF if n == 2 and w in TORCH for case in flat(half(w, tied=tied))),
-    ],
-    "deepspeed, all": [
-        *(case for wrapper in ("zero1", "zero2", "zero3") for case in matrix(wrapper)),
-        *(case for w, tied, n in HALF if n == 2 and w not in TORCH for case in flat(half(w, tied=tied))),
-    ],
-    "four, all": [
-        *matrix("hsdp", ranks=4),
         *(case for tied in (True, False) for case in flat(half("hsdp", tied=tied, ranks=4))),
     ],
 }
@@ -167,7 +172,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         folder = tmp_path_factory.mktemp(name)
         spec = {"train": LAUNCHES[name], "probes": PROBES.get(name, [])}
         worker, ranks = Path(exchange_worker.__file__), LAUNCHES[name][0].ranks
-        return folder, launch_cases(worker, folder, spec, ranks=ranks, timeout_s=400)
+        return folder, launch_cases(worker, folder, spec, ranks=ranks, timeout_s=800)
 
     return start
 
