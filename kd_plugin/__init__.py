@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from kd_plugin.config_file import ConfigError as ConfigError
     from kd_plugin.config_file import load_config as load_config
     from kd_plugin.divergences import register_divergence as register_divergence
-    from kd_plugin.fused_loss import DistillOutput as DistillOutput
     from kd_plugin.fused_loss import distill_loss as distill_loss
     from kd_plugin.head import DistillHead as DistillHead
     from kd_plugin.logits_loss import distill_logits as distill_logits
+    from kd_plugin.output import DistillOutput as DistillOutput
     from kd_plugin.plugin import Plugin as Plugin
     from kd_plugin.plugin import attach as attach
     from kd_plugin.teachers import HeadTeacher as HeadTeacher

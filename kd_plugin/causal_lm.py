@@ -15,15 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kd_plugin.logit_probe import (
-    NUM_ROWS,
-    AfterHead,
-    LogitsChanged,
-    after_head,
-    changed_by_place,
-    known_rows,
-    other_size,
-)
+from kd_plugin.logit_probe import NUM_ROWS, LogitsChanged, after_head, changed_by_place, known_rows, other_size
+from kd_plugin.teachers.local import AfterHead
 from kd_plugin.token_ids import input_embeddings
 
 

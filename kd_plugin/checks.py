@@ -283,27 +283,6 @@ def free_to_read(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def divisor(num_items: int | float | Tensor | None, num_valid: int | Tensor) -> float | Tensor:
-    """What the sums over rows are divided by: `num_items`, or the valid rows; 1 where that is 0.
-
-    Raises:
-        ValueError: negative, or a tensor of more than one number.
-    """
-    items = num_valid if num_items is None else num_items
-    if not isinstance(items, Tensor | int | float):
-        raise ValueError(f"num_items is a {type(items).__name__}; wanted the number of tokens to divide by, 0 or more")
-    if isinstance(items, Tensor):
-        if items.numel() != 1:
-            raise ValueError(f"num_items has shape {tuple(items.shape)}; wanted one number, e.g. labels.ne(-100).sum()")
-        items = items.reshape(())
-        if free_to_read(items) and items < 0:
-            raise ValueError(f"num_items is {items}; wanted the number of tokens to divide by, 0 or more")
-        return torch.where(items == 0, torch.ones_like(items), items)
-    if not items >= 0:
-        raise ValueError(f"num_items is {items}; wanted the number of tokens to divide by, 0 or more")
-    return items or 1
-
-
 def language_model(model: object, side: str) -> None:
     """A module where a model is wanted."""
     if not isinstance(model, torch.nn.Module):

@@ -172,3 +172,8 @@ def _gloo_sleeps() -> bool:
             name, _, rest = thread.read_text().partition("(")[2].rpartition(")")
             states += [rest.split()[0]] if "gloo" in name else []
     return "R" not in states
+
+
+def num_ranks(group: dist.ProcessGroup | None = None) -> int:
+    """Ranks of `group` (default: all); 1 without torch.distributed."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1

@@ -25,8 +25,8 @@ import numpy as np
 from kd_plugin.columns import DataError, Record
 from kd_plugin.conversations import Spans, render
 from kd_plugin.data_sources import read_records, refuse_unused
-from kd_plugin.packing import Batch, PackedDataset, TrainBatches, collate, eval_batches, indices_for_step
-from kd_plugin.vocabulary import check_ids
+from kd_plugin.known_ids import check_ids
+from kd_plugin.packing import Batch, Document, PackedDataset, TrainBatches, collate, eval_batches, indices_for_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "DataError",
-    "Document",
     "PackedDataset",
     "TrainBatches",
     "check_all_ids",
@@ -54,19 +53,6 @@ logger = logging.getLogger(__name__)
 
 _TEXTS_PER_CALL = 256  # fast tokenizers work on the texts of one call in parallel
 _AFTER_THE_END = 4  # tokens: the end token, what a template leaves behind it, what a tokenizer adds
-
-
-class Document(NamedTuple):
-    """One tokenised document."""
-
-    input_ids: np.ndarray
-    """int32 [n]."""
-
-    trained: np.ndarray
-    """bool [n]: whether the token is a target."""
-
-    where: str = ""
-    """Its place in the data, for errors."""
 
 
 def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Document], list[Document]]:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugin.config import RunConfig
-from kd_plugin.engine import EngineError, Placement, parameter_groups
+from kd_plugin.engine import EngineError, parameter_groups
 from kd_plugin.parallel import zero
+from kd_plugin.process_group import Placement
 
 __all__ = ["DeepSpeedEngine", "deepspeed_settings"]
 

@@ -28,8 +28,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from kd_plugin.config import RunConfig, TeacherConfig
-from kd_plugin.engine import DTYPES, Placement, parameter_groups
+from kd_plugin.engine import DTYPES, parameter_groups
 from kd_plugin.parallel import fsdp
+from kd_plugin.process_group import Placement
 
 __all__ = ["FsdpEngine"]
 

@@ -15,16 +15,15 @@ from torch import Tensor
 from torch.nn import Linear
 
 from kd_plugin import processor
-from kd_plugin.collectives import all_gather_object
+from kd_plugin.collectives import all_gather_object, num_ranks
 from kd_plugin.config import DistillConfig
-from kd_plugin.head import HeadCall
-from kd_plugin.logit_probe import AfterHead
-from kd_plugin.metrics import num_ranks
+from kd_plugin.head_call import HeadCall
+from kd_plugin.layout import RowShards, held_rows, is_gathered, row_shards, sharded_over
 from kd_plugin.objective import make_objective
-from kd_plugin.parallel.fsdp import RowShards, held_rows, is_gathered, row_shards, sharded_over
 from kd_plugin.row_kernels import shards
 from kd_plugin.teachers import HeadTeacher, ShardedHeadTeacher
-from kd_plugin.vocab_parallel import VocabShard, cut
+from kd_plugin.teachers.local import AfterHead
+from kd_plugin.vocab_slice import VocabShard, cut
 from kd_plugin.volumes import Head, volumes
 
 logger = logging.getLogger(__name__)

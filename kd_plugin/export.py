@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from kd_plugin.engine import Engine, reduce_numbers
+from kd_plugin.engine import Engine
+from kd_plugin.process_group import reduce_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

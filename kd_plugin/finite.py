@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kd_plugin.config import RunConfig
-from kd_plugin.engine import reduce_numbers
+from kd_plugin.process_group import reduce_numbers
 
 __all__ = [
     "CHECK_EVERY",

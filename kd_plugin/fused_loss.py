@@ -9,7 +9,7 @@ Notable decisions:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,44 +19,9 @@ from kd_plugin import checks, chunks, row_kernels
 from kd_plugin.config import DistillConfig
 from kd_plugin.low_rank import LowRank, low_rank_product
 from kd_plugin.objective import make_objective
+from kd_plugin.output import DistillOutput, LossSums, normalised, packed, scaled
 from kd_plugin.row_kernels import LogitTransform
 from kd_plugin.teachers import HeadTeacher, TeacherSource
-
-
-class DistillOutput(NamedTuple):
-    """`loss == soft_weight * soft_loss + hard_weight * hard_loss`; only `loss` is differentiable."""
-
-    loss: Tensor
-    """Scalar, fp32 (fp64 for fp64 inputs)."""
-    soft_loss: Tensor
-    """Scalar: temperature ** temperature_power * divergence, per item."""
-    hard_loss: Tensor
-    """Scalar: cross-entropy, per item."""
-    num_valid: Tensor
-    """Scalar int64: rows of this call that count."""
-    metrics: dict[str, Tensor]
-    """Scalars per valid row: teacher_entropy, student_entropy, top1_agreement, acceptance_rate, kl_t1."""
-
-
-def _graph_is_kept() -> bool:
-    """Whether backward may run again (`retain_graph=True`)."""
-    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if query is None else query()
-
-
-def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """`gradient * scale` in fp32, then cast; in blocks, so that a half-precision gradient is never held wide.
-
-    In place when autograd is about to free the saved tensors anyway, never when it keeps them.
-    """
-    if gradient is None:
-        return None
-    if gradient.dtype == scale.dtype == dtype:
-        return gradient * scale if _graph_is_kept() else gradient.mul_(scale)
-    result = torch.empty_like(gradient, dtype=dtype)
-    for block, out in zip(gradient.split(1024), result.split(1024), strict=True):
-        out.copy_(block.to(scale.dtype) * scale)
-    return result
 
 
 class FusedDistill(torch.autograd.Function):
@@ -147,22 +112,6 @@ def make_problem(
     )
 
 
-class LossSums(NamedTuple):
-    """Un-normalised result of one call."""
-
-    loss_sum: Tensor  # differentiable scalar
-    statistics: Tensor  # [len(STATISTICS)] sums over the valid rows
-    num_valid: Tensor  # scalar int64
-    measured: tuple[str, ...]
-    """Which metrics mean something for this objective."""
-    workspace_bytes: int = 0
-    dense_bytes: int = 0
-    group_rows: int | None = None
-    """Valid rows of all ranks with which this one agreed on its chunks; None if with none."""
-    num_rows: int = 0
-    """`num_valid`, known without waiting for the device."""
-
-
 def loss_sums(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
@@ -194,24 +143,6 @@ def loss_sums(
         parts = (low_rank.plus(bias), problem, low_rank.factor, low_rank.up)
         loss_sum, statistics = FusedDistill.apply(flat, weight, *parts)
     return packed(loss_sum, statistics, problem)
-
-
-def packed(loss_sum: Tensor, statistics: Tensor, problem: chunks.Problem) -> LossSums:
-    """The sums with what else is known of the call."""
-    num_valid = torch.full((), problem.num_rows, dtype=torch.int64, device=statistics.device)
-    measured, held, dense = problem.objective.measured, problem.workspace_bytes, problem.dense_bytes
-    return LossSums(loss_sum, statistics, num_valid, measured, held, dense, problem.group_rows, problem.num_rows)
-
-
-def normalised(sums: LossSums, num_items: int | float | Tensor | None) -> DistillOutput:
-    """Divide the sums by `num_items` (default: the valid rows of this call)."""
-    num_valid = sums.num_valid
-    items = checks.divisor(num_items, num_valid)
-    per_row = sums.statistics / num_valid.clamp_min(1)
-    means = sums.statistics / items
-    by_name = dict(zip(row_kernels.STATISTICS, per_row.unbind(), strict=True))
-    metrics = {name: by_name[name] for name in sums.measured}
-    return DistillOutput(sums.loss_sum / items, means[0], means[1], num_valid, metrics)
 
 
 def checked_teacher(

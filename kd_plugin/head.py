@@ -7,62 +7,20 @@ forward runs and reduces its gradient exactly once after it. So the loss runs th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kd_plugin import checks
-from kd_plugin.collectives import all_reduce
 from kd_plugin.config import DistillConfig
-from kd_plugin.fused_loss import DistillOutput, LossSums, loss_sums, make_problem, normalised, packed
+from kd_plugin.fused_loss import loss_sums, make_problem
+from kd_plugin.head_call import HeadCall
+from kd_plugin.layout import row_shards, rows_here, whole_shape
 from kd_plugin.low_rank import LowRank
-from kd_plugin.parallel.fsdp import row_shards, whole_shape
+from kd_plugin.output import DistillOutput, LossSums, normalised, packed
 from kd_plugin.plain_head import check_plain
 from kd_plugin.row_kernels import LogitTransform
 from kd_plugin.teachers import HeadTeacher, TeacherSource
-from kd_plugin.vocab_parallel import VocabParallelDistill, VocabShard
-
-
-class HeadCall:
-    """One loss computation, as handed through the head's forward.
-
-    A plain object on purpose: FSDP2's mixed precision casts every float tensor it finds in tuples, dicts and
-    dataclasses among a module's arguments, the 1/N inside them included.
-    """
-
-    def __init__(
-        self,
-        teacher: TeacherSource | None,
-        targets: Tensor,  # [N] int64
-        rows: Tensor | None = None,  # [n] int64
-        token_weights: Tensor | None = None,  # [N]
-    ) -> None:
-        self.teacher, self.targets, self.rows, self.token_weights = teacher, targets, rows, token_weights
-        self.shard: VocabShard | None = None
-        """Set when the vocabulary is cut over the ranks; the teacher then holds its columns only."""
-        self.low_rank: LowRank | None = None
-        """What an adapter around the head adds to its logits."""
-        self.sums: LossSums | None = None
-        """Filled in by the head; `sums.loss_sum` is what the head returns."""
-
-
-def rows_here(parameter: Tensor, replicas: Any) -> Tensor:
-    """This rank's rows of an FSDP2 parameter; their gradient is summed over `replicas`, and not reduced besides."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    rows = parameter.to_local(grad_placements=parameter.placements)
-    if replicas is not None and rows.requires_grad:
-        rows.register_hook(partial(_sum_over, replicas))
-    return rows
-
-
-def _sum_over(replicas: Any, gradient: Tensor) -> Tensor:
-    total = gradient.clone(memory_format=torch.contiguous_format)
-    all_reduce(total, replicas, "the gradient of the head's rows")
-    return total
+from kd_plugin.vocab_parallel import VocabParallelDistill
 
 
 class DistillHead(nn.Linear):

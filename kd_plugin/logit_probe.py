@@ -10,13 +10,13 @@ Notable decisions:
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugin.row_kernels import LogitTransform
+from kd_plugin.teachers.local import AfterHead
 
 NUM_ROWS = 4
 _LIMIT = 60.0  # the ramp reaches from -60 to 60, beyond any soft-cap in use
@@ -27,20 +27,6 @@ _TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 class LogitsChanged(ValueError):
     """A model changes its logits after the head in a way that the loss cannot follow."""
-
-
-class AfterHead(NamedTuple):
-    """What happens between a head and its model's logits: `logits = transform(head(hidden) + bias)`."""
-
-    transform: LogitTransform = LogitTransform()
-    bias: Tensor | None = None  # [V] fp32, on the CPU
-
-    def close_to(self, other: AfterHead) -> bool:
-        """Whether the same happens."""
-        mine, others = ([t.scale, t.softcap or 0.0] for t in (self.transform, other.transform))
-        bias, others_bias = (torch.zeros(()) if found is None else found for found in (self.bias, other.bias))
-        near = functools.partial(torch.allclose, rtol=1e-4, atol=1e-6)
-        return near(torch.tensor(mine), torch.tensor(others)) and near(*torch.broadcast_tensors(bias, others_bias))
 
 
 def known_rows(vocab_size: int) -> Tensor:

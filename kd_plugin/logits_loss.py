@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from kd_plugin import checks, reference, row_kernels
 from kd_plugin.chunks import chunk_rows, teacher_columns, wide_dtype
 from kd_plugin.config import DistillConfig
-from kd_plugin.fused_loss import DistillOutput, LossSums, normalised, scaled
 from kd_plugin.objective import make_objective
+from kd_plugin.output import DistillOutput, LossSums, normalised, scaled
 from kd_plugin.row_kernels import RowSpec
 
 

@@ -25,9 +25,11 @@ from kd_plugin.collectives import of_others
 from kd_plugin.config import DistillConfig, RunConfig
 from kd_plugin.console import progress, step_line
 from kd_plugin.data import Batch, TrainBatches
-from kd_plugin.engine import Engine, Placement, learning_rate_at, reduce_numbers
+from kd_plugin.engine import Engine
 from kd_plugin.finite import CHECK_EVERY, DivergedError, FiniteWatch, has_finite_parameters, scales_loss
-from kd_plugin.metrics import memory_readings
+from kd_plugin.memory_readings import memory_readings
+from kd_plugin.process_group import Placement, reduce_numbers
+from kd_plugin.schedule import learning_rate_at
 from kd_plugin.tensorboard import Writer, tagged
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor, Partial
 
 from kd_plugin import checks
 from kd_plugin.causal_lm import HeadSlot, unwrap
-from kd_plugin.head import DistillHead, HeadCall, rows_here
+from kd_plugin.head import DistillHead
+from kd_plugin.head_call import HeadCall
+from kd_plugin.layout import row_shards, rows_here
 from kd_plugin.low_rank import LowRank
-from kd_plugin.parallel.fsdp import row_shards
 from kd_plugin.replaced import ReplacedForward, is_replaced
 
 __all__ = ["check_student", "on_shards", "replace_head"]

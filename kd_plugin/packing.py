@@ -13,16 +13,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kd_plugin.data_sources import DataError
-
-if TYPE_CHECKING:
-    from kd_plugin.data import Document
 
 __all__ = ["Batch", "PackedDataset", "TrainBatches", "collate", "eval_batches", "indices_for_step"]
 
@@ -209,3 +206,16 @@ def _batch(dataset: PackedDataset, indices: np.ndarray) -> Batch:
             item["labels"] = np.full_like(item["labels"], dataset.ignore_index)
         items.append(item)
     return collate(items, dataset.ignore_index)
+
+
+class Document(NamedTuple):
+    """One tokenised document."""
+
+    input_ids: np.ndarray
+    """int32 [n]."""
+
+    trained: np.ndarray
+    """bool [n]: whether the token is a target."""
+
+    where: str = ""
+    """Its place in the data, for errors."""

@@ -20,15 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugin import causal_lm, checks
+from kd_plugin.bypass import before_first_step
 from kd_plugin.chunks import chunk_rows
-from kd_plugin.collectives import located, of_others
+from kd_plugin.collectives import located, num_ranks, of_others
 from kd_plugin.config import DistillConfig
 from kd_plugin.exchange import Consumer, Exchange
-from kd_plugin.first_step import before_first_step
-from kd_plugin.head import HeadCall
+from kd_plugin.head_call import HeadCall
 from kd_plugin.labels import check_same_rows
-from kd_plugin.measures import Measures
-from kd_plugin.metrics import num_ranks
+from kd_plugin.metrics import Measures
 from kd_plugin.replaced import NamedCall
 from kd_plugin.router_loss import with_router_loss
 from kd_plugin.step import check_readable, model_output, per_item

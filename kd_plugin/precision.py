@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from kd_plugin import checks, processor
 from kd_plugin.config import RunConfig
+from kd_plugin.engine import DTYPES
+from kd_plugin.process_group import Placement, reduce_numbers
 
-__all__ = ["automatic_dtype", "slow_dtype", "with_dtypes"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["automatic_dtype", "settled_precision", "slow_dtype", "with_dtypes"]
 
 
 def automatic_dtype(device: torch.device) -> tuple[str, str]:
@@ -37,3 +43,22 @@ def with_dtypes(config: RunConfig, dtype: str) -> RunConfig:
         if (section := getattr(config, role)).dtype == "auto"
     }
     return config.model_copy(update=update)
+
+
+def settled_precision(config: RunConfig, place: Placement) -> RunConfig:
+    """`config` with `dtype: auto` replaced, alike on all ranks; raises ValueError for one that the device lacks."""
+    if place.device.type == "cpu" and place.world_size > 1:
+        processor.settle([reduce_numbers(processor.emulated_here(), op="max")])
+    if "auto" in (config.student.dtype, config.teacher.dtype):
+        chosen, why = automatic_dtype(place.device)
+        slowest = reduce_numbers({"float32": chosen == "float32"}, op="max")
+        if slowest["float32"] and chosen != "float32":
+            chosen, why = "float32", "another rank's device needs it"
+        logger.info("dtype: auto -> %s (%s)", chosen, why)
+        config = with_dtypes(config, chosen)
+    for role in ("teacher", "student"):
+        name = getattr(config, role).dtype
+        checks.half_precision(f"{role}.dtype", DTYPES[name], place.device)
+        if warning := slow_dtype(name, place.device):
+            logger.warning("%s.dtype %s", role, warning)
+    return config

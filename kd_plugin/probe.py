@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from kd_plugin.causal_lm import HeadCallsError, HeadSlot, accepts, run_with_stand_in
 from kd_plugin.labels import DECODER_INPUTS, Convention, shift_of
-from kd_plugin.logit_probe import AfterHead, LogitsChanged
+from kd_plugin.logit_probe import LogitsChanged
 from kd_plugin.probe_batch import (
     LENGTH,
     KnownLogits,
@@ -35,6 +35,7 @@ from kd_plugin.probe_batch import (
     whole_call,
 )
 from kd_plugin.second_look import second_look
+from kd_plugin.teachers.local import AfterHead
 
 
 class Observed(NamedTuple):

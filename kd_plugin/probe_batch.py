@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from kd_plugin.causal_lm import accepts
 from kd_plugin.labels import OWN_IGNORE_INDEX, OwnLoss
-from kd_plugin.logit_probe import NUM_ROWS, AfterHead, after_head, changed_by_place, known_rows, other_size
+from kd_plugin.logit_probe import NUM_ROWS, after_head, changed_by_place, known_rows, other_size
+from kd_plugin.teachers.local import AfterHead
 from kd_plugin.token_ids import embedded_ids
 
 BATCH, LENGTH = 2, 2 * NUM_ROWS

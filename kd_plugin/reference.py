@@ -16,7 +16,7 @@ from torch import Tensor
 from kd_plugin import checks
 from kd_plugin.config import DistillConfig, TermConfig
 from kd_plugin.divergences import registered
-from kd_plugin.fused_loss import DistillOutput
+from kd_plugin.output import DistillOutput, divisor
 
 _FLOOR = -1e5  # log-probability that stands for zero: 0 * _FLOOR is 0 where 0 * -inf is NaN
 
@@ -116,7 +116,7 @@ def _output(
     num_items: int | float | Tensor | None,
 ) -> DistillOutput:
     rows = student_logits.shape[0]
-    items = checks.divisor(num_items, rows)
+    items = divisor(num_items, rows)
     if targets is not None:
         every = torch.arange(rows, device=targets.device)
         checks.targets_in_vocabulary(targets, every, student_logits.shape[-1])

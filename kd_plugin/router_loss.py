@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from kd_plugin import causal_lm
-from kd_plugin.fused_loss import LossSums
 from kd_plugin.labels import OWN_IGNORE_INDEX, own_loss
-from kd_plugin.logit_probe import NUM_ROWS, AfterHead, after_head, known_rows, other_size
+from kd_plugin.logit_probe import NUM_ROWS, after_head, known_rows, other_size
+from kd_plugin.output import LossSums
+from kd_plugin.teachers.local import AfterHead
 
 __all__ = ["RouterLoss", "refuse_z_loss", "with_router_loss"]
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from kd_plugin.causal_lm import HeadCallsError, HeadSlot, run_with_stand_in
 from kd_plugin.labels import Convention, LabelError, shift_of
-from kd_plugin.logit_probe import AfterHead, LogitsChanged
+from kd_plugin.logit_probe import LogitsChanged
 from kd_plugin.probe_batch import KnownLogits, consistent, own_loss_of, reason_of, special_tokens, whole_call
+from kd_plugin.teachers.local import AfterHead
 
 logger = logging.getLogger(__name__)
 

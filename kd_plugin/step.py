@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_plugin import checks
-from kd_plugin.collectives import all_reduce
-from kd_plugin.metrics import num_ranks
+from kd_plugin.collectives import all_reduce, num_ranks
+from kd_plugin.output import divisor
 
 # What one model has computed, and the other would take for its own or go without.
 _OF_ONE_MODEL = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "past_key_values")
@@ -34,7 +33,7 @@ def per_item(
     averaging to undo, and a rank may be alone: it is the mean over this rank's tokens.
     """
     if num_items is not None:
-        items = checks.divisor(num_items, 0)
+        items = divisor(num_items, 0)
         return loss_sum / (items.to(loss_sum.device) if isinstance(items, Tensor) else items)
     ranks = num_ranks(group)
     if not torch.is_grad_enabled():

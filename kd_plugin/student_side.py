@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from kd_plugin import causal_lm, checks, lora
 from kd_plugin.bypass import BypassWatch
 from kd_plugin.config import DistillConfig
-from kd_plugin.head import DistillHead, HeadCall
+from kd_plugin.head import DistillHead
+from kd_plugin.head_call import HeadCall
 from kd_plugin.label_table import CONVENTIONS
 from kd_plugin.labels import Convention, LabelError, decoder_input_ids, row_targets
-from kd_plugin.logit_probe import AfterHead, StateWatch
+from kd_plugin.layout import row_shards, waits_for_engine
+from kd_plugin.logit_probe import StateWatch
 from kd_plugin.loss_watch import LossWatch
-from kd_plugin.parallel.fsdp import row_shards, waits_for_engine
 from kd_plugin.probe import Observed, observe
 from kd_plugin.replaced import ReplacedForward, is_patched
 from kd_plugin.router_loss import RouterLoss, refuse_z_loss
+from kd_plugin.teachers.local import AfterHead
 from kd_plugin.token_ids import check_labels
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from kd_plugin import causal_lm, checks
 from kd_plugin.exchange import Consumer, Exchange
 from kd_plugin.head import teacher_head_forward
 from kd_plugin.labels import Convention
+from kd_plugin.layout import waits_for_engine, whole_shape
 from kd_plugin.logit_probe import StateWatch
 from kd_plugin.metrics import Stopwatch
-from kd_plugin.parallel.fsdp import waits_for_engine, whole_shape
 from kd_plugin.plain_head import check_plain
 from kd_plugin.probe import observe
 from kd_plugin.replaced import ReplacedForward, innermost, is_replaced

@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from kd_plugin import chunks
 from kd_plugin.config import DistillConfig
-from kd_plugin.fused_loss import checked_teacher, make_problem, scaled
+from kd_plugin.fused_loss import checked_teacher, make_problem
+from kd_plugin.output import scaled
 
 
 class TokenLosses(NamedTuple):

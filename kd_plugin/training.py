@@ -26,16 +26,7 @@ from kd_plugin.config_file import to_yaml
 from kd_plugin.console import run_log
 from kd_plugin.data import PackedDataset, TrainBatches, check_all_ids, eval_batches, load_datasets
 from kd_plugin.early import SetupError, early_problems, idle_settings
-from kd_plugin.engine import (
-    DTYPES,
-    Engine,
-    Placement,
-    accumulation_steps,
-    parallel_mode,
-    seed_everything,
-    share_timeout,
-    start_process_group,
-)
+from kd_plugin.engine import DTYPES, Engine
 from kd_plugin.export import export_student
 from kd_plugin.finite import check_weights
 from kd_plugin.loop import Session, evaluate, run_steps
@@ -49,7 +40,10 @@ from kd_plugin.models import (
     progress_bars,
 )
 from kd_plugin.plugin import attach
+from kd_plugin.precision import settled_precision
+from kd_plugin.process_group import Placement, share_timeout, start_process_group
 from kd_plugin.report import continuations, diverged, report
+from kd_plugin.schedule import accumulation_steps, parallel_mode, seed_everything
 from kd_plugin.tensorboard import make_writer
 
 if TYPE_CHECKING:
@@ -121,7 +115,7 @@ def _backend(mode: str) -> AbstractContextManager[None]:
 
 
 def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
-    config = place.settled_precision(config)
+    config = settled_precision(config, place)
     accumulation = accumulation_steps(config.train, seq_len=config.data.seq_len, world_size=place.world_size)
     if problems := early_problems(config, mode=mode, world_size=place.world_size, accumulation=accumulation):
         raise SetupError("\n".join(problems))

@@ -15,67 +15,24 @@ weight zero. Method: the loss-parallel cross-entropy of Megatron-LM (arXiv:1909.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd_plugin import row_kernels
 from kd_plugin.chunks import Problem, dense_bytes, foreign_labels, wide_dtype
 from kd_plugin.collectives import all_gather, all_reduce, reduce_scatter
-from kd_plugin.fused_loss import scaled
 from kd_plugin.low_rank import LowRankProduct, low_rank_product
 from kd_plugin.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
+from kd_plugin.output import scaled
 from kd_plugin.plan import agreed_plan
 from kd_plugin.row_gather import RowGather
 from kd_plugin.row_kernels import RowSpec, shards
-from kd_plugin.row_kernels.shards import Sizes
 from kd_plugin.teachers import HeadTeacher
+from kd_plugin.vocab_slice import VocabShard
 from kd_plugin.workspace import buffer
-
-
-@dataclass(frozen=True)
-class VocabShard:
-    """Token ids `[start, stop)` of the student's vocabulary, held by this rank of `group`."""
-
-    start: int
-    stop: int
-    sizes: Sizes
-    """Of the vocabularies, whole."""
-    teacher_bounds: list[int]
-    """First of the teacher's token ids on each rank, and the end of those that the student has, too."""
-    group: Any
-    rank: int
-    world_size: int
-
-    @property
-    def size(self) -> int:
-        """Columns of this rank; the last ranks may have fewer, or none."""
-        return self.stop - self.start
-
-    @property
-    def of_teacher(self) -> slice:
-        """Token ids of this rank that the teacher has, too; none where the student alone has these."""
-        return slice(*self.teacher_bounds[self.rank : self.rank + 2])
-
-    @property
-    def teacher_columns(self) -> int:
-        """Their number."""
-        return self.of_teacher.stop - self.of_teacher.start
-
-
-def cut(student_size: int, teacher_size: int | None, group: Any) -> VocabShard:
-    """Rows of the student's head as FSDP2 cuts them (`torch.chunk`), and those of them that the teacher has."""
-    group = dist.group.WORLD if group is None else group
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    sizes = Sizes(student_size, student_size if teacher_size is None else min(student_size, teacher_size))
-    length = -(-student_size // ranks)
-    bounds = [min(index * length, student_size) for index in range(ranks + 1)]
-    of_teacher = [min(bound, sizes.shared) for bound in bounds]
-    return VocabShard(bounds[rank], bounds[rank + 1], sizes, of_teacher, group, rank, ranks)
 
 
 class _Loop:

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TokenizerMismatch", "VocabularyError", "check_ids", "check_tokenizers", "check_vocabulary"]
+__all__ = ["TokenizerMismatch", "check_tokenizers", "check_vocabulary"]
 
 logger = logging.getLogger(__name__)
 
 
 class TokenizerMismatch(ValueError):
     """An id means one token to the student and another to the teacher."""
-
-
-class VocabularyError(ValueError):
-    """A model has no embedding for an id that occurs."""
-
-
-_CURES = {
-    "student": "give it more rows (student.from_config.vocab_size, or resize_token_embeddings and save it), or take "
-    "the token out of the text",
-    "teacher": "take the token out of the text, or use a teacher that knows it",
-}
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -82,36 +68,3 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             *(len(lacking), token, index, role, rows),
         )
     return rows
-
-
-def check_ids(
-    ids: np.ndarray,  # int [n]
-    embedded: Mapping[str, int],
-    *,
-    where: Callable[[int], str],
-    token: Callable[[int], str],
-    what: str,
-) -> None:
-    """Refuse ids that a model cannot embed, before any kernel reads beyond its rows.
-
-    Args:
-        ids: token ids, as labels or as inputs.
-        embedded: role ("student", "teacher") -> its number of rows.
-        where: place in `ids` -> the words for it.
-        token: id -> its text.
-        what: what `ids` are, for the error.
-
-    Raises:
-        VocabularyError: with the first place, the id, its token and what to do, one line per model that lacks it.
-    """
-    faults = []
-    for role, rows in embedded.items():
-        places = np.flatnonzero(ids >= rows)
-        if len(places):
-            first, found = int(places[0]), int(ids[places[0]])
-            faults.append(
-                f"{what}: {where(first)} is id {found} ({token(found)!r}), but the {role} embeds ids 0 to "
-                f"{rows - 1} only ({len(places)} such token(s) in all): {_CURES[role]}"
-            )
-    if faults:
-        raise VocabularyError("\n".join(faults))

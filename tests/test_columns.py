@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from kd_plugin import conversations
-from kd_plugin.data import DataError, Document
+from kd_plugin.data import DataError
+from kd_plugin.packing import Document
 from tests.test_data import CHAT, CONVERSATION, MARKED_CHAT, make_tokenizer, read, shown, write_jsonl
 
 TOOLS = [{"type": "function", "function": {"name": "g", "parameters": {"c": None, "enum": ["a", None]}}}]

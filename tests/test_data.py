@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from kd_plugin.config import DataConfig
-from kd_plugin.data import DataError, Document, load_documents
+from kd_plugin.data import DataError, load_documents
+from kd_plugin.packing import Document
 
 pytest.importorskip("transformers")
 

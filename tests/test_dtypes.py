@@ -11,9 +11,10 @@ import torch
 
 import kd_plugin as kd
 from kd_plugin import checks, precision, training
-from kd_plugin.engine import Placement
 from kd_plugin.estimate import estimate
 from kd_plugin.parallel import zero
+from kd_plugin.precision import settled_precision
+from kd_plugin.process_group import Placement
 from tests.tiny import make_folder, run_config
 
 CPU = torch.device("cpu")
@@ -120,7 +121,7 @@ def test_a_precision_that_is_only_emulated_is_warned_of(
 ) -> None:
     processor_with(monkeypatch, "amx_bf16" if native else "avx512_f")
     place = Placement(CPU, rank=0, world_size=1, owns_group=False)
-    place.settled_precision(run_config(tmp_path, student={"dtype": "bfloat16"}))
+    settled_precision(run_config(tmp_path, student={"dtype": "bfloat16"}), place)
     warned = "student.dtype bfloat16 is emulated: this processor has none of amx_bf16, avx512_bf16, bf16, sve_bf16"
     assert (warned in caplog.text) == (not native)
     assert "teacher.dtype" not in caplog.text

@@ -11,15 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from kd_plugin.config import TrainConfig
-from kd_plugin.engine import (
-    EngineError,
-    accumulation_steps,
-    learning_rate_at,
-    parallel_mode,
-    parameter_groups,
-    share_timeout,
-    start_process_group,
-)
+from kd_plugin.engine import EngineError, parameter_groups
+from kd_plugin.process_group import share_timeout, start_process_group
+from kd_plugin.schedule import accumulation_steps, learning_rate_at, parallel_mode
 from tests.tiny import run_config
 
 

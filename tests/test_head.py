@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kd_plugin as kd
-from kd_plugin.head import HeadCall
+from kd_plugin.head_call import HeadCall
 from kd_plugin.row_kernels import LogitTransform
 from kd_plugin.teachers import HeadTeacher
 from tests import oracle

@@ -23,6 +23,7 @@ from kd_plugin.fused_loss import loss_sums
 from kd_plugin.metrics import GIB
 from kd_plugin.row_kernels import LogitTransform
 from kd_plugin.teachers import HeadTeacher
+from kd_plugin.vocab_slice import cut
 from tests.oracle import ALL_DIVERGENCES, Problem, gradients, make_problem, relative_error
 from tests.test_fused_loss import check, config_of, run
 from tests.tiny_models import assert_same_gradients, gradients_of, make_model
@@ -405,7 +406,7 @@ def in_shards(problem: Problem, config: kd.DistillConfig, rows: Tensor | None = 
     teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias)
     teacher = teacher if config.soft_weight else None
     given = fused_loss.make_problem(problem.hidden, V, teacher, problem.targets, config, rows=rows, teacher_size=SHARED)
-    shard = vocab_parallel.cut(V, None if teacher is None else SHARED, None)
+    shard = cut(V, None if teacher is None else SHARED, None)
     tensors = (problem.hidden, problem.weight, problem.bias)
     loss_sum, _ = vocab_parallel.VocabParallelDistill.apply(*tensors, given, shard, 1.0)
     return loss_sum, given.dense_bytes

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import kd_plugin as kd
-from kd_plugin.fused_loss import loss_sums, normalised
+from kd_plugin.fused_loss import loss_sums
 from kd_plugin.low_rank import LowRank
+from kd_plugin.output import normalised
 from kd_plugin.teachers import HeadTeacher
 from tests import oracle
 from tests.allocations import NewTensors

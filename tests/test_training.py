@@ -21,11 +21,12 @@ from kd_plugin import checkpoint
 from kd_plugin.config import RunConfig
 from kd_plugin.data import PackedDataset, TrainBatches, eval_batches, load_documents
 from kd_plugin.early import SetupError
-from kd_plugin.engine import learning_rate_at, start_process_group
 from kd_plugin.engine_fsdp import FsdpEngine
 from kd_plugin.export import ExportError, export_student
 from kd_plugin.finite import DivergedError
 from kd_plugin.models import build_student, load_teacher, load_tokenizer
+from kd_plugin.process_group import start_process_group
+from kd_plugin.schedule import learning_rate_at
 from kd_plugin.training import TrainResult
 from tests.tiny import make_folder, run_config
 

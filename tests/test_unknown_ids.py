@@ -12,7 +12,7 @@ import torch
 
 import kd_plugin as kd
 from kd_plugin.config import RunConfig
-from kd_plugin.vocabulary import VocabularyError
+from kd_plugin.known_ids import VocabularyError
 from tests.tiny import make_folder, run_config
 
 WORDS = "the quick brown fox jumps over a lazy dog "

@@ -8,10 +8,11 @@ from typing import NamedTuple
 from kd_plugin.chunks import rows_per_chunk, teacher_columns
 from kd_plugin.config import DistillConfig, RunConfig
 from kd_plugin.early import layout_problems
-from kd_plugin.engine import DTYPES, accumulation_steps, parallel_mode
+from kd_plugin.engine import DTYPES
 from kd_plugin.estimate.meta import ModelSizes
 from kd_plugin.objective import make_objective
 from kd_plugin.parallel.zero import zero_stage
+from kd_plugin.schedule import accumulation_steps, parallel_mode
 
 # DeepSpeed's defaults, in elements (deepspeed/runtime/zero/config.py)
 _MAX_LIVE, _REDUCE_BUCKET, _PERSISTENCE = 10**9, 5 * 10**8, 10**5

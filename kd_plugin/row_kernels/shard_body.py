@@ -29,7 +29,6 @@ from kd_plugin.divergences.definition import TINY
 from kd_plugin.row_kernels.body import RowSpec, write_gradient
 from kd_plugin.row_kernels.shard_numbers import (
     Kind,
-    Sizes,
     chained,
     soft_terms,
     student_softmaxes,
@@ -37,6 +36,7 @@ from kd_plugin.row_kernels.shard_numbers import (
     teacher_temperatures,
 )
 from kd_plugin.row_kernels.softmaxes import parts_of, row_sum
+from kd_plugin.vocab_slice import Sizes
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:

@@ -10,19 +10,6 @@ from kd_plugin.divergences import Row
 from kd_plugin.objective import Objective, Term
 
 
-class Sizes(NamedTuple):
-    """Token ids of whole rows, of all ranks together."""
-
-    student: int
-    shared: int
-    """The first so many of the student's, which the teacher has too; without a teacher, all of them."""
-
-    @property
-    def unequal(self) -> bool:
-        """Whether the student has ids that the teacher lacks."""
-        return self.shared < self.student
-
-
 class Kind(NamedTuple):
     """One of the student's softmaxes."""
 

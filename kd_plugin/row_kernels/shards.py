@@ -14,10 +14,10 @@ from torch import Tensor
 from kd_plugin.row_kernels import shard_body, shard_numbers
 from kd_plugin.row_kernels.blocks import compiled, in_blocks
 from kd_plugin.row_kernels.body import RowSpec
+from kd_plugin.vocab_slice import Sizes
 
 logger = logging.getLogger(__name__)
 
-Sizes = shard_numbers.Sizes
 merge = shard_body.merge_moments
 exchanged_numbers = shard_numbers.exchanged_numbers
 

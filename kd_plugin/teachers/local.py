@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import functools
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -93,3 +94,17 @@ class HeadTeacher:
     def reading(self, hidden: Tensor) -> HeadTeacher:
         """The same head on other hidden states `[N, E]`."""
         return HeadTeacher(hidden, self.weight, self.bias, self.transform)
+
+
+class AfterHead(NamedTuple):
+    """What happens between a head and its model's logits: `logits = transform(head(hidden) + bias)`."""
+
+    transform: LogitTransform = LogitTransform()
+    bias: Tensor | None = None  # [V] fp32, on the CPU
+
+    def close_to(self, other: AfterHead) -> bool:
+        """Whether the same happens."""
+        mine, others = ([t.scale, t.softcap or 0.0] for t in (self.transform, other.transform))
+        bias, others_bias = (torch.zeros(()) if found is None else found for found in (self.bias, other.bias))
+        near = functools.partial(torch.allclose, rtol=1e-4, atol=1e-6)
+        return near(torch.tensor(mine), torch.tensor(others)) and near(*torch.broadcast_tensors(bias, others_bias))

@@ -20,7 +20,8 @@ from kd_plugin import row_gather
 from kd_plugin.collectives import end_process_groups
 from kd_plugin.fused_loss import loss_sums, make_problem
 from kd_plugin.teachers import HeadTeacher, ShardedHeadTeacher, sharded
-from kd_plugin.vocab_parallel import VocabParallelDistill, VocabShard, cut
+from kd_plugin.vocab_parallel import VocabParallelDistill
+from kd_plugin.vocab_slice import VocabShard, cut
 from tests.distributed.exchange_probes import make_student
 
 ROUNDS, ROWS, VOCAB, WIDTH = 5, 256, 16384, 576  # of the race; the ratio does not depend on V

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 import kd_plugin as kd
 from kd_plugin import checkpoint, finite, processor
-from kd_plugin.engine import start_process_group
 from kd_plugin.engine_deepspeed import DeepSpeedEngine
 from kd_plugin.engine_fsdp import FsdpEngine
+from kd_plugin.process_group import start_process_group
 from tests.distributed.attach_cases import make_model
 from tests.tiny import run_config
 
