@@ -73,7 +73,7 @@ def emulates_bfloat16(device: str) -> bool:
     """Whether bfloat16 is slower than float32 here; racing it would say nothing about processors that have it."""
     import torch
 
-    from kd_plugin.precision import automatic_dtype
+    from kd_plugin.training.precision import automatic_dtype
 
     return automatic_dtype(torch.device(device))[0] == "float32"
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from common import Options, Row, Target, figure, markdown, median_ratio, options, publish, write_csv
 from exchange_worker import PRODUCTS, VARIANTS, Job, launch
 
-from kd_plugin.volumes import Head, logits_bytes, stats_bytes, weight_bytes
+from kd_plugin.exchange.cost import Head, logits_bytes, stats_bytes, weight_bytes
 
 MODES = ("weight", "logits", "stats")
 PAIRS = (("weight", "stats"), ("weight", "logits"), ("logits", "stats"))

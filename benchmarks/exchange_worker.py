@@ -22,8 +22,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import kd_plugin as kd
-from kd_plugin.collectives import end_process_groups
-from kd_plugin.parallel import fsdp
+from kd_plugin.distributed.collectives import end_process_groups
+from kd_plugin.engines import fsdp_units
 
 PRODUCTS = "products"
 """Instead of an exchange: the four matrix products of a rank's rows, by `torch.mm`, which none of them can avoid."""
@@ -61,7 +61,7 @@ def make_model(job: Job, seed: int) -> nn.Module:
 
 def shard(model: nn.Module) -> None:
     """The head alone; the rest stays whole, and the embedding is frozen."""
-    head, mesh = model.get_output_embeddings(), fsdp.make_mesh("cpu", dist.get_world_size())
+    head, mesh = model.get_output_embeddings(), fsdp_units.make_mesh("cpu", dist.get_world_size())
     model.get_input_embeddings().requires_grad_(False)
     fully_shard(head, mesh=mesh)
     if head.weight.requires_grad:

@@ -35,7 +35,7 @@ WARM_UP_ROWS = 128
 
 def chunk_rows(case: Case) -> int:
     """Rows C of a full chunk."""
-    from kd_plugin.chunks import rows_per_chunk
+    from kd_plugin.loss.chunk_loop import rows_per_chunk
 
     return case.chunk_size or rows_per_chunk("auto", case.loss_memory_mb, case.vocab)
 
@@ -58,7 +58,7 @@ def _resident(field: str) -> int:
 
 
 def _give_back() -> None:
-    from kd_plugin.workspace import release_workspace
+    from kd_plugin.loss.buffers import release_workspace
 
     release_workspace()
     gc.collect()

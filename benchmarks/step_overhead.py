@@ -27,9 +27,9 @@ from race import Sample, timed
 from torch import Tensor, nn
 
 import kd_plugin as kd
-from kd_plugin.config import FromTeacherConfig, StudentConfig, TeacherConfig
-from kd_plugin.matmul import Operand, mm_into
-from kd_plugin.models import build_student, load_teacher
+from kd_plugin.loss.matmul import Operand, mm_into
+from kd_plugin.models.loading import build_student, load_teacher
+from kd_plugin.settings.run import FromTeacherConfig, StudentConfig, TeacherConfig
 
 DISTILLATION = "distillation step"
 FINE_TUNING = {

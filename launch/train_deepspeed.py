@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from kd_plugin.launcher import launch
+from kd_plugin.cli.launcher import launch
 
 
 def main(argv: Sequence[str]) -> int:

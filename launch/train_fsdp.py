@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kd_plugin.launcher import launch
+from kd_plugin.cli.launcher import launch
 
 
 def main(argv: Sequence[str]) -> int:

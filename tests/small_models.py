@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kd_plugin.config import StudentConfig
+from kd_plugin.settings.run import StudentConfig
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from kd_plugin import router_loss
+from kd_plugin.plugin import router_loss
 from tests.experts import MIXTURES
 
 ELSEWHERE = dict.fromkeys(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin import divergences
+from kd_plugin.divergences import registry
 from tests import oracle
 from tests.oracle import ALL_DIVERGENCES, DIVERGENCES, chunk_sizes, gradients, make_problem, relative_error
 from tests.test_fused_loss import check, config_of, run
@@ -23,7 +23,7 @@ SOFT_ONLY = {"soft_weight": 1, "hard_weight": 0, "alpha": 0.15}
 
 
 def test_the_oracle_knows_every_built_in_divergence() -> None:
-    assert set(ALL_DIVERGENCES) == set(divergences.BUILT_IN)
+    assert set(ALL_DIVERGENCES) == set(registry.BUILT_IN)
 
 
 # -- against the oracle -------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import kd_plugin as kd
-from kd_plugin.config import RunConfig, TeacherConfig
-from kd_plugin.data import DataError
-from kd_plugin.early import SetupError, early_problems
-from kd_plugin.models import ModelError, load_teacher, load_tokenizer, resolve_source
-from kd_plugin.sources import resolve_tokenizer
+from kd_plugin.data.documents import DataError
+from kd_plugin.models.files import resolve_tokenizer
+from kd_plugin.models.loading import ModelError, load_teacher, load_tokenizer, resolve_source
+from kd_plugin.settings.run import RunConfig, TeacherConfig
+from kd_plugin.training.preflight import SetupError, early_problems
 from tests import tiny
 
 transformers = pytest.importorskip("transformers")
@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
 ) -> None:
     folder = tiny.make_folder(tmp_path)
     name = name.replace("{tmp}", str(tmp_path))
-    monkeypatch.setattr("kd_plugin.training.load_tokenizer", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("kd_plugin.training.run.load_tokenizer", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SetupError, match=r"^log\.output_dir: .* cannot be written \(.+\); choose another folder$"):
         kd.train(tiny.run_config(folder, log={"output_dir": name, "tensorboard": False}))
 

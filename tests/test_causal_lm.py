@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import kd_plugin as kd
-from kd_plugin import causal_lm
+from kd_plugin.plugin import causal_lm
 from tests.test_fused_loss import config_of
 from tests.tiny_models import VOCAB, make_batch, make_model
 

@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 import kd_plugin as kd
-from kd_plugin import checkpoint
-from kd_plugin.config import RunConfig
-from kd_plugin.training import TrainResult
+from kd_plugin.settings.run import RunConfig
+from kd_plugin.training import checkpoint
+from kd_plugin.training.run import TrainResult
 from tests.tiny import make_folder, run_config
 
 

@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import kd_plugin as kd
-from kd_plugin import launcher
-from kd_plugin.cli import app
-from kd_plugin.config import RunConfig
-from kd_plugin.early import SetupError
+from kd_plugin.cli import launcher
+from kd_plugin.cli.commands import app
+from kd_plugin.settings.run import RunConfig
+from kd_plugin.training.preflight import SetupError
 from launch import train_deepspeed, train_fsdp
 
 
@@ -28,7 +28,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """The configurations with which training was started; nothing is trained."""
     runs: list[RunConfig] = []
     monkeypatch.setattr(launcher, "run_training", runs.append)
-    monkeypatch.setattr("kd_plugin.cli.run_training", runs.append)
+    monkeypatch.setattr("kd_plugin.cli.commands.run_training", runs.append)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return runs
@@ -37,7 +37,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 def test_validate_answers_in_about_a_second_without_torch(config_file: Path) -> None:
     code = (
         "import sys\n"
-        "from kd_plugin.cli import app\n"
+        "from kd_plugin.cli.commands import app\n"
         "app(['validate', sys.argv[1], 'train.max_steps=3'], standalone_mode=False)\n"
         "print('imported:', sorted({'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules)))"
     )

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from kd_plugin import conversations
-from kd_plugin.data import DataError
-from kd_plugin.packing import Document
+from kd_plugin.data import conversations
+from kd_plugin.data.documents import DataError
+from kd_plugin.data.packing import Document
 from tests.test_data import CHAT, CONVERSATION, MARKED_CHAT, make_tokenizer, read, shown, write_jsonl
 
 TOOLS = [{"type": "function", "function": {"name": "g", "parameters": {"c": None, "enum": ["a", None]}}}]
@@ -339,4 +339,4 @@ def test_a_key_of_turns_that_does_not_reach_the_text_is_said_once(
     caplog.clear()
     naming = FULL.replace("message.role + ' : '", "message.role + (' ' + message.name if message.name else '') + ' : '")
     assert "<unk>" in rendered(tmp_path, {"messages": named}, naming)
-    assert not [record for record in caplog.records if record.name == "kd_plugin.conversations"]
+    assert not [record for record in caplog.records if record.name == "kd_plugin.data.conversations"]

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from kd_plugin import config as settings
-from kd_plugin.config import (
+from kd_plugin.settings import run as settings
+from kd_plugin.settings.distill import SettingsError
+from kd_plugin.settings.run import (
     DataConfig,
     DistillConfig,
     LogConfig,
@@ -16,7 +17,6 @@ from kd_plugin.config import (
     TeacherConfig,
     TrainConfig,
 )
-from kd_plugin.distill_config import SettingsError
 
 SECTIONS = [DataConfig, DistillConfig, LogConfig, StudentConfig, TeacherConfig, TrainConfig]
 

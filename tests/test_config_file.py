@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import kd_plugin as kd
-from kd_plugin.config_file import ConfigError, load_config, to_yaml
+from kd_plugin.settings.yaml_file import ConfigError, load_config, to_yaml
 from tests.conftest import MINIMAL
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kd_plugin.cli import recipes
-from kd_plugin.config_file import load_config, to_yaml
-from kd_plugin.config_reference import json_schema, markdown
+from kd_plugin.cli.commands import recipes
+from kd_plugin.settings.schema import json_schema, markdown
+from kd_plugin.settings.yaml_file import load_config, to_yaml
 
 FOLDER = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kd_plugin.config import DataConfig
-from kd_plugin.data import DataError, load_documents
-from kd_plugin.packing import Document
+from kd_plugin.data.documents import DataError, load_documents
+from kd_plugin.data.packing import Document
+from kd_plugin.settings.run import DataConfig
 
 pytest.importorskip("transformers")
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from kd_plugin.distill_config import BUILT_IN
-from kd_plugin.divergences import DIVERGENCES, formula_table
+from kd_plugin.divergences.registry import DIVERGENCES, formula_table
+from kd_plugin.settings.distill import BUILT_IN
 
 README = Path(__file__).parents[1] / "README.md"
 

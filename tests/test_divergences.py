@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_plugin import divergences
-from kd_plugin.divergences import DIVERGENCES, LOG_FLOOR, Divergence, Row
+from kd_plugin.divergences import registry
+from kd_plugin.divergences.registry import DIVERGENCES, LOG_FLOOR, Divergence, Row
 from tests import oracle
 
 NON_NEGATIVE = ("forward_kl", "reverse_kl", "jsd")
@@ -39,7 +39,7 @@ def random_logits(rows: int = 20, vocab: int = 13, dtype: torch.dtype = torch.fl
 def test_value_and_gradient_equal_the_oracles(name: str, beta: float) -> None:
     student, teacher = random_logits()
     student.requires_grad_()
-    definition = divergences.get(name, beta=beta)
+    definition = registry.get(name, beta=beta)
     row = row_of(student.detach(), teacher)
     expected = torch.stack([oracle.divergence(name, s, t, beta) for s, t in zip(student, teacher, strict=True)])
     torch.testing.assert_close(value_of(definition, row), expected.detach(), rtol=1e-12, atol=1e-14)
@@ -52,7 +52,7 @@ def test_value_and_gradient_equal_the_oracles(name: str, beta: float) -> None:
 def test_the_closed_form_gradient_is_that_of_the_value(name: str) -> None:
     student, teacher = random_logits()
     student.requires_grad_()
-    definition = divergences.get(name, beta=0.3, alpha=0.2)
+    definition = registry.get(name, beta=0.3, alpha=0.2)
     row = row_of(student, teacher)
     (wanted,) = torch.autograd.grad(value_of(definition, row).sum(), student)
     fixed = row_of(student.detach(), teacher)
@@ -62,16 +62,16 @@ def test_the_closed_form_gradient_is_that_of_the_value(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_definitions_say_what_they_are(name: str) -> None:
-    definition = divergences.get(name)
+    definition = registry.get(name)
     assert definition.name == name
     assert definition.formula and definition.gradient_formula and definition.source
-    assert divergences.get(name) == definition and hash(divergences.get(name)) == hash(definition)
+    assert registry.get(name) == definition and hash(registry.get(name)) == hash(definition)
 
 
 @pytest.mark.parametrize("name", NON_NEGATIVE)
 def test_every_element_of_the_sum_is_non_negative(name: str) -> None:
     """So that rounding cannot push the sum of a large vocabulary below zero, even for nearly equal models."""
-    definition = divergences.get(name, beta=0.3)
+    definition = registry.get(name, beta=0.3)
     student, teacher = random_logits(vocab=5000, dtype=torch.float32)
     nearly = student + 1e-4 * teacher
     for other in (teacher, nearly):
@@ -86,7 +86,7 @@ def test_small_distances_survive_fp32(name: str) -> None:
     """A KL of 1e-7 is not drowned by the rounding of entropies near 8."""
     student, teacher = random_logits(rows=8, vocab=5000)
     teacher = student + 5e-4 * teacher
-    definition = divergences.get(name)
+    definition = registry.get(name)
     exact = value_of(definition, row_of(student, teacher))
     assert exact.max() < 3e-6
     # The logits differ by what fp32 can hold of them, hence the inputs are rounded first.
@@ -100,7 +100,7 @@ def test_small_distances_survive_fp32(name: str) -> None:
 @pytest.mark.parametrize("name", NON_NEGATIVE)
 def test_equal_models_are_at_distance_zero_exactly(name: str, dtype: torch.dtype) -> None:
     student, _ = random_logits(dtype=dtype)
-    definition = divergences.get(name)
+    definition = registry.get(name)
     row = row_of(student, student)
     assert not value_of(definition, row).any()
     assert not definition.gradient(torch, row, sums_of(definition, row)).any()
@@ -110,7 +110,7 @@ def test_equal_models_are_at_distance_zero_exactly(name: str, dtype: torch.dtype
 @pytest.mark.parametrize("name", oracle.DIVERGENCES)
 def test_extreme_and_masked_logits_stay_finite(name: str, dtype: torch.dtype) -> None:
     rows = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], [0.0, 1.0, -math.inf]], dtype=dtype)
-    definition = divergences.get(name)
+    definition = registry.get(name)
     for teacher in rows:
         row = row_of(rows[:2], teacher.expand(2, 3))
         assert value_of(definition, row).isfinite().all()
@@ -120,11 +120,11 @@ def test_extreme_and_masked_logits_stay_finite(name: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_jsd_is_symmetric_in_its_arguments_and_shares(beta: float) -> None:
     student, teacher = random_logits()
-    there = value_of(divergences.get("jsd", beta=beta), row_of(student, teacher))
-    back = value_of(divergences.get("jsd", beta=1 - beta), row_of(teacher, student))
+    there = value_of(registry.get("jsd", beta=beta), row_of(student, teacher))
+    back = value_of(registry.get("jsd", beta=1 - beta), row_of(teacher, student))
     torch.testing.assert_close(there, back, rtol=1e-12, atol=0)
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown divergence 'fkl'; known: forward_kl, soft_ce"):
-        divergences.get("fkl")
+        registry.get("fkl")

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import kd_plugin as kd
-from kd_plugin import checks, precision, training
-from kd_plugin.estimate import estimate
-from kd_plugin.parallel import zero
-from kd_plugin.precision import settled_precision
-from kd_plugin.process_group import Placement
+from kd_plugin.engines import zero_block
+from kd_plugin.engines.process_group import Placement
+from kd_plugin.estimate.account import estimate
+from kd_plugin.loss import checks
+from kd_plugin.training import precision, run
+from kd_plugin.training.precision import settled_precision
 from tests.tiny import make_folder, run_config
 
 CPU = torch.device("cpu")
@@ -49,10 +50,10 @@ def test_a_run_is_refused_before_a_model_is_loaded(
     volta: torch.device, role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_config(make_folder(tmp_path), **{role: {"dtype": "bfloat16"}})
-    monkeypatch.setattr(training, "_load", lambda *arguments: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(run, "_load", lambda *arguments: pytest.fail("a model was loaded"))
     place = Placement(volta, rank=0, world_size=1, owns_group=False)
     with pytest.raises(ValueError, match=f"{role}.dtype is bfloat16, which Tesla V100"):
-        training._train(config, place, "single")
+        run._train(config, place, "single")
 
 
 # -- dtype: auto --------------------------------------------------------------------------------------------
@@ -129,9 +130,11 @@ def test_a_precision_that_is_only_emulated_is_warned_of(
 
 def test_before_the_launch_auto_contradicts_no_deepspeed_block(tmp_path: Path) -> None:
     config = run_config(tmp_path, student={"dtype": "auto"}, deepspeed={"bf16": {"enabled": True}})
-    assert zero.conflicts(config) == []
+    assert zero_block.conflicts(config) == []
     settled = precision.with_dtypes(config, "float32")
-    assert any("bf16.enabled is True but student.dtype float32 makes it False" in x for x in zero.conflicts(settled))
+    assert any(
+        "bf16.enabled is True but student.dtype float32 makes it False" in x for x in zero_block.conflicts(settled)
+    )
 
 
 def test_an_estimate_counts_auto_as_the_device_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from kd_plugin.config import RunConfig
-from kd_plugin.early import early_problems, idle_settings
+from kd_plugin.settings.run import RunConfig
+from kd_plugin.training.preflight import early_problems, idle_settings
 
 
 def config(tmp_path: Path, **sections: Any) -> RunConfig:
@@ -114,7 +114,7 @@ def test_deepspeed_that_is_not_installed_is_told_first(tmp_path: Path, monkeypat
 
 
 def test_no_torch_is_imported(tmp_path: Path) -> None:
-    code = "import sys, kd_plugin.early; print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    code = "import sys, kd_plugin.training.preflight; print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from kd_plugin.config import TrainConfig
-from kd_plugin.engine import EngineError, parameter_groups
-from kd_plugin.process_group import share_timeout, start_process_group
-from kd_plugin.schedule import accumulation_steps, learning_rate_at, parallel_mode
+from kd_plugin.engines.process_group import share_timeout, start_process_group
+from kd_plugin.engines.protocol import EngineError, parameter_groups
+from kd_plugin.settings.run import TrainConfig
+from kd_plugin.training.schedule import accumulation_steps, learning_rate_at, parallel_mode
 from tests.tiny import run_config
 
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from kd_plugin.cli import app
-from kd_plugin.config import DistillConfig, RunConfig
-from kd_plugin.config_file import to_yaml
-from kd_plugin.estimate import Estimate, EstimateError, estimate
+from kd_plugin.cli.commands import app
+from kd_plugin.estimate.account import Estimate, EstimateError, estimate
 from kd_plugin.estimate.memory import memory
-from kd_plugin.estimate.report import notes_of
+from kd_plugin.estimate.tables import notes_of
 from kd_plugin.estimate.wire import settled
-from kd_plugin.row_kernels import block_rows
-from kd_plugin.volumes import Head, logits_bytes, stats_bytes, weight_bytes
+from kd_plugin.exchange.cost import Head, logits_bytes, stats_bytes, weight_bytes
+from kd_plugin.row_kernels.dispatch import block_rows
+from kd_plugin.settings.run import DistillConfig, RunConfig
+from kd_plugin.settings.yaml_file import to_yaml
 from tests.tiny import make_folder, run_config
 
 QWEN = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}

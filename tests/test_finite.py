@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 import kd_plugin as kd
-from kd_plugin import checkpoint, finite, loop
-from kd_plugin.config import RunConfig
-from kd_plugin.config_file import to_yaml
-from kd_plugin.engine import EngineError
-from kd_plugin.engine_deepspeed import DeepSpeedEngine
-from kd_plugin.engine_fsdp import FsdpEngine
-from kd_plugin.finite import BrokenWeightsError, DivergedError, FiniteWatch, has_finite_parameters
-from kd_plugin.launcher import launch
-from kd_plugin.metrics import MetricSums
+from kd_plugin.cli.launcher import launch
+from kd_plugin.engines.fsdp import FsdpEngine
+from kd_plugin.engines.protocol import EngineError
+from kd_plugin.engines.zero import DeepSpeedEngine
+from kd_plugin.plugin.metrics import MetricSums
+from kd_plugin.settings.run import RunConfig
+from kd_plugin.settings.yaml_file import to_yaml
+from kd_plugin.training import checkpoint, finite, loop
+from kd_plugin.training.finite import BrokenWeightsError, DivergedError, FiniteWatch, has_finite_parameters
 from tests.tiny import make_folder, run_config
 
 FINE, NAN, INF = torch.tensor(1.0), torch.tensor(math.nan), torch.tensor(math.inf)

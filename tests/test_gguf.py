@@ -17,16 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from kd_plugin import models
-from kd_plugin.config import StudentConfig, TeacherConfig
-from kd_plugin.models import (
-    build_student,
-    check_vocabulary,
-    load_teacher,
-    load_tokenizer,
-    progress_bars,
-    resolve_source,
-)
+from kd_plugin.models import loading
+from kd_plugin.models.loading import build_student, load_teacher, load_tokenizer, progress_bars, resolve_source
+from kd_plugin.plugin.tokenizers import check_vocabulary
+from kd_plugin.settings.run import StudentConfig, TeacherConfig
 from tests.small_models import from_teacher, make_teacher, tokens
 
 transformers = pytest.importorskip("transformers")
@@ -123,14 +117,14 @@ def test_unpacking_shows_no_bar_where_none_is_wanted(
 
 def load_as_one_of_two(file: Path, marks: Path) -> str:
     """In a process of its own, like a rank; leaves a mark where it unpacks -> the folder that it loaded."""
-    load_gguf = models._load_gguf
+    load_gguf = loading._load_gguf
 
     def slowly(*args: Any) -> torch.nn.Module:
         (marks / str(os.getpid())).touch()
         time.sleep(1)
         return load_gguf(*args)
 
-    models._load_gguf = slowly
+    loading._load_gguf = slowly
     return load_teacher(TeacherConfig(model=str(file), dtype="float32")).config.name_or_path
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import kd_plugin as kd
-from kd_plugin.head_call import HeadCall
-from kd_plugin.row_kernels import LogitTransform
-from kd_plugin.teachers import HeadTeacher
+from kd_plugin.loss.head_call import HeadCall
+from kd_plugin.loss.teacher import HeadTeacher
+from kd_plugin.row_kernels.dispatch import LogitTransform
 from tests import oracle
 from tests.oracle import Problem, gradients, make_problem, relative_error
 from tests.test_fused_loss import config_of

@@ -12,7 +12,7 @@ import transformers as T
 from torch import Tensor, nn
 
 import kd_plugin as kd
-from kd_plugin import labels as conventions
+from kd_plugin.plugin import labels as conventions
 from tests import oracle
 from tests.test_fused_loss import config_of
 from tests.tiny_models import assert_same_gradients, gradients_of, make_batch, make_model

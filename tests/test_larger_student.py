@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin import chunks, fused_loss, vocab_parallel
-from kd_plugin.fused_loss import loss_sums
-from kd_plugin.metrics import GIB
-from kd_plugin.row_kernels import LogitTransform
-from kd_plugin.teachers import HeadTeacher
-from kd_plugin.vocab_slice import cut
+from kd_plugin.distributed.vocab_slice import cut
+from kd_plugin.exchange import vocab_parallel
+from kd_plugin.loss import chunk_loop, from_hidden
+from kd_plugin.loss.from_hidden import loss_sums
+from kd_plugin.loss.teacher import HeadTeacher
+from kd_plugin.plugin.metrics import GIB
+from kd_plugin.row_kernels.dispatch import LogitTransform
 from tests.oracle import ALL_DIVERGENCES, Problem, gradients, make_problem, relative_error
 from tests.test_fused_loss import check, config_of, run
 from tests.tiny_models import assert_same_gradients, gradients_of, make_model
@@ -279,7 +280,7 @@ def test_the_bytes_of_each_heads_own_columns_are_counted() -> None:
     teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight)
     operands = (problem.hidden, problem.weight, None)
     rows = int(0.05 * 2**20) // (4 * (1021 + 300))
-    assert rows == chunks.chunk_rows(config, 1021, 300) == 9 > chunks.chunk_rows(config, 1021, None)
+    assert rows == chunk_loop.chunk_rows(config, 1021, 300) == 9 > chunk_loop.chunk_rows(config, 1021, None)
     sums = loss_sums(*operands, teacher, problem.targets, config)
     assert sums.workspace_bytes == 4 * (rows * (1021 + 300) + 50 * 8 + 1021 * 8)
     assert sums.dense_bytes == 4 * 50 * (1021 + 300)
@@ -405,7 +406,9 @@ def in_shards(problem: Problem, config: kd.DistillConfig, rows: Tensor | None = 
     """Loss sum in exchange `stats`, and the bytes of its whole logits."""
     teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias)
     teacher = teacher if config.soft_weight else None
-    given = fused_loss.make_problem(problem.hidden, V, teacher, problem.targets, config, rows=rows, teacher_size=SHARED)
+    given = from_hidden.make_problem(
+        problem.hidden, V, teacher, problem.targets, config, rows=rows, teacher_size=SHARED
+    )
     shard = cut(V, None if teacher is None else SHARED, None)
     tensors = (problem.hidden, problem.weight, problem.bias)
     loss_sum, _ = vocab_parallel.VocabParallelDistill.apply(*tensors, given, shard, 1.0)
@@ -458,4 +461,4 @@ def test_no_other_error_is_told_as_labels_out_of_the_vocabulary(
 ) -> None:
     monkeypatch.setattr(Tensor, "gather", boom(error))
     with pytest.raises(type(error), match=str(error)):
-        chunks._of_labels(torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.int64))
+        chunk_loop._of_labels(torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.int64))

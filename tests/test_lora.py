@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import kd_plugin as kd
-from kd_plugin.fused_loss import loss_sums
-from kd_plugin.low_rank import LowRank
-from kd_plugin.output import normalised
-from kd_plugin.teachers import HeadTeacher
+from kd_plugin.loss.from_hidden import loss_sums
+from kd_plugin.loss.low_rank import LowRank
+from kd_plugin.loss.output import normalised
+from kd_plugin.loss.teacher import HeadTeacher
 from tests import oracle
 from tests.allocations import NewTensors
 from tests.oracle import Problem, gradients, make_problem, relative_error

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin.workspace import release_workspace
+from kd_plugin.loss.buffers import release_workspace
 from tests.allocations import NewTensors
 from tests.oracle import DIVERGENCES, Problem, gradients, make_problem, relative_error
 from tests.test_fused_loss import check, config_of, run

@@ -87,7 +87,7 @@ def test_generation_scoring_and_evaluation_without_labels_say_nothing(caplog: py
     student.generate(ids, max_new_tokens=3, do_sample=False)
     with torch.no_grad():
         student(ids)
-    assert not [record for record in caplog.records if record.name.startswith("kd_plugin.loss_watch")]
+    assert not [record for record in caplog.records if record.name.startswith("kd_plugin.plugin.loss_watch")]
 
 
 def test_training_on_logits_is_said_once_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:

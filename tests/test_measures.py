@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import kd_plugin as kd
-from kd_plugin import metrics
-from kd_plugin.metrics import GIB, MetricSums, Stopwatch
+from kd_plugin.plugin import metrics
+from kd_plugin.plugin.metrics import GIB, MetricSums, Stopwatch
 from tests.test_fused_loss import config_of
 from tests.tiny_models import VOCAB, make_batch, make_model
 

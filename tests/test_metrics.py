@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import kd_plugin as kd
-from kd_plugin.collectives import num_ranks
-from kd_plugin.memory_readings import memory_readings
-from kd_plugin.metrics import GIB, MetricSums, Stopwatch
+from kd_plugin.distributed.collectives import num_ranks
+from kd_plugin.plugin.metrics import GIB, MetricSums, Stopwatch
+from kd_plugin.training.memory import memory_readings
 from tests.test_fused_loss import config_of
 from tests.tiny_models import VOCAB, expected_loss, make_batch, make_model
 

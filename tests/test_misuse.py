@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kd_plugin as kd
-from kd_plugin.exchange import Exchange
-from kd_plugin.parallel.fsdp import make_mesh
+from kd_plugin.engines.fsdp_units import make_mesh
+from kd_plugin.exchange.mode import Exchange
 from tests.tiny_models import expected_loss, make_batch, make_model
 
 CONFIG = kd.DistillConfig(row_kernel="eager", chunk_size=7)

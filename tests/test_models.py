@@ -9,19 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_plugin.config import StudentConfig, TeacherConfig
-from kd_plugin.models import (
+from kd_plugin.models.loading import (
     ModelError,
-    TokenizerMismatch,
     build_student,
     check_positions,
-    check_tokenizers,
-    check_vocabulary,
     load_teacher,
     load_tokenizer,
     progress_bars,
     resolve_source,
 )
+from kd_plugin.plugin.tokenizers import TokenizerMismatch, check_tokenizers, check_vocabulary
+from kd_plugin.settings.run import StudentConfig, TeacherConfig
 from tests.small_models import make_teacher, tokens
 from tests.tiny_models import make_model
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kd_plugin as kd
-from kd_plugin import checks
-from kd_plugin.packing import Batch, collate
+from kd_plugin.data.packing import Batch, collate
+from kd_plugin.loss import checks
 from tests.tiny_models import VOCAB, make_model
 
 # Operators whose result the host must wait for on a GPU, by their shape or by their value.

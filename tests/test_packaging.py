@@ -65,7 +65,7 @@ def test_a_wheel_brings_recipes_and_types_along(repo_root: Path, tmp_path: Path)
         f"kd_plugin-{kd.__version__}.dist-info",
     }
     assert (installed / "kd_plugin" / "py.typed").is_file()
-    code = "import kd_plugin, kd_plugin.cli as c; print(kd_plugin.__file__); print(*c.recipes())"
+    code = "import kd_plugin, kd_plugin.cli.commands as c; print(kd_plugin.__file__); print(*c.recipes())"
     where, recipes = python("-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).splitlines()
     assert Path(where).is_relative_to(installed)
     assert recipes.split() == sorted(path.stem for path in (repo_root / "configs").glob("*.yaml"))

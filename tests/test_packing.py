@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kd_plugin.data import DataError, split_documents
-from kd_plugin.packing import Document, PackedDataset, TrainBatches, collate, eval_batches, indices_for_step
+from kd_plugin.data.documents import DataError, split_documents
+from kd_plugin.data.packing import Document, PackedDataset, TrainBatches, collate, eval_batches, indices_for_step
 
 IGNORED = -100
 

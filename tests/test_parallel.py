@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugin.config import RunConfig
-from kd_plugin.engine_deepspeed import _initialize, deepspeed_settings
-from kd_plugin.parallel.fsdp import ShardingError, decoder_layers
-from kd_plugin.parallel.zero import KNOWN_KEYS, DeepSpeedConfigError, conflicts, student_config, teacher_config
+from kd_plugin.engines.fsdp_units import ShardingError, decoder_layers
+from kd_plugin.engines.zero import _initialize, deepspeed_settings
+from kd_plugin.engines.zero_block import KNOWN_KEYS, DeepSpeedConfigError, conflicts, student_config, teacher_config
+from kd_plugin.settings.run import RunConfig
 
 
 def with_block(block: dict[str, Any] | None, dtype: str = "bfloat16", **train: Any) -> RunConfig:

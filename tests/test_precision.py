@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin.matmul import Operand, accumulate_outer, fastest_fp32, hidden_gradient, mm_into
-from kd_plugin.workspace import release_workspace
+from kd_plugin.loss.buffers import release_workspace
+from kd_plugin.loss.matmul import Operand, accumulate_outer, fastest_fp32, hidden_gradient, mm_into
 from tests import oracle
 from tests.oracle import Problem, gradients, make_problem, relative_error
 from tests.test_fused_loss import config_of, run

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import kd_plugin as kd
-from kd_plugin import causal_lm, probe
-from kd_plugin.row_kernels import LogitTransform
+from kd_plugin.plugin import causal_lm, probe
+from kd_plugin.row_kernels.dispatch import LogitTransform
 from tests.test_fused_loss import config_of
 from tests.tiny_models import (
     ARCHITECTURES,

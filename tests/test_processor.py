@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kd_plugin import processor
-from kd_plugin.matmul import Operand
+from kd_plugin.loss import processor
+from kd_plugin.loss.buffers import buffer, release_workspace
+from kd_plugin.loss.matmul import Operand
 from kd_plugin.row_kernels import blocks
-from kd_plugin.workspace import buffer, release_workspace
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_plugin import matmul
+from kd_plugin.loss import matmul
 from tests.oracle import gradients, make_problem, relative_error
 from tests.test_fused_loss import config_of, run
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from kd_plugin import distill_config, divergences
-from kd_plugin.config_file import load_config
-from kd_plugin.divergences import registered
-from kd_plugin.tensorboard import TAGS
+from kd_plugin.divergences import registered, registry
+from kd_plugin.settings import distill
+from kd_plugin.settings.yaml_file import load_config
+from kd_plugin.training.tensorboard import TAGS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -61,9 +61,9 @@ def test_code_blocks_run(block: str, names: dict[str, Any]) -> None:
         assert names["DistillSFTTrainer"].compute_loss is transformers_compute_loss()
     elif "register_divergence" in block:
         assert names["config"].divergence == "hellinger"
-        for known in (divergences.DIVERGENCES, registered._functions):
+        for known in (registry.DIVERGENCES, registered._functions):
             del known["hellinger"]
-        distill_config.registered_names.remove("hellinger")
+        distill.registered_names.remove("hellinger")
     else:
         assert names["student_weight"].grad.abs().sum() > 0
 

@@ -11,17 +11,18 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import kd_plugin as kd
-from kd_plugin import distill_config, divergences, row_kernels
-from kd_plugin.divergences import registered
+from kd_plugin.divergences import registered, registry
+from kd_plugin.row_kernels import dispatch
+from kd_plugin.settings import distill
 from tests.oracle import gradients, make_problem, relative_error
 from tests.test_fused_loss import check, config_of, run
 
 
 @pytest.fixture(autouse=True)
 def forget_what_was_registered() -> Iterator[None]:
-    known = dict(divergences.DIVERGENCES), set(distill_config.registered_names), dict(registered._functions)
+    known = dict(registry.DIVERGENCES), set(distill.registered_names), dict(registered._functions)
     yield
-    for now, before in zip((divergences.DIVERGENCES, distill_config.registered_names), known[:2], strict=True):
+    for now, before in zip((registry.DIVERGENCES, distill.registered_names), known[:2], strict=True):
         now.clear()
         now.update(before)
     registered._functions.clear()
@@ -59,7 +60,7 @@ def test_it_is_compiled_like_the_built_in_ones() -> None:
     """One graph whatever the batch, without a break, and the same result as the eager kernel."""
     kd.register_divergence("hellinger", squared_hellinger)
     torch._dynamo.reset()
-    row_kernels._compiled.cache_clear()
+    dispatch._compiled.cache_clear()
     before, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (13, 1, 8, 2, 7):
@@ -173,11 +174,11 @@ BAD: dict[str, tuple[str, Callable[..., object], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_work_is_refused_before_anything_is_registered(case: str) -> None:
     name, function, message = BAD[case]
-    before = set(divergences.DIVERGENCES), set(distill_config.registered_names)
+    before = set(registry.DIVERGENCES), set(distill.registered_names)
     with pytest.raises(ValueError, match=message) as error:
         kd.register_divergence(name, function)
     assert "\n" not in str(error.value)
-    assert (set(divergences.DIVERGENCES), set(distill_config.registered_names)) == before
+    assert (set(registry.DIVERGENCES), set(distill.registered_names)) == before
 
 
 def test_a_name_that_nobody_registered_is_refused_with_the_known_ones() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_plugin.report import diverged, report
+from kd_plugin.training.report import diverged, report
 
 BEFORE = {"perplexity": 200.0, "kl_t1": 8.0, "hard_loss": 5.0}
 AFTER = {"perplexity": 20.0, "kl_t1": 2.0, "hard_loss": 3.0}

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import kd_plugin as kd
-from kd_plugin import row_kernels
-from kd_plugin.objective import make_objective
-from kd_plugin.row_kernels import STATISTICS, LogitTransform, RowSpec, blocks, expressions, row_pass, subtract_labels
+from kd_plugin.divergences.objective import make_objective
+from kd_plugin.row_kernels import blocks, dispatch, expressions
+from kd_plugin.row_kernels.dispatch import STATISTICS, LogitTransform, RowSpec, row_pass, subtract_labels
 from tests.oracle import DIVERGENCES, gradients, make_problem, relative_error
 from tests.test_fused_loss import check, config_of, run
 
@@ -30,7 +30,7 @@ def graphs_compiled() -> int:
 def fresh_compiler() -> Iterator[None]:
     """No graph of an earlier test may be found; a recompilation is an error."""
     torch._dynamo.reset()
-    row_kernels._compiled.cache_clear()
+    dispatch._compiled.cache_clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
 
@@ -112,7 +112,7 @@ def test_gradients_pass_through_scale_and_softcap(transform: str, kernel: str) -
 
     buffer = student.detach().clone()
     target_logits = buffer.gather(1, targets)
-    statistics = row_kernels.run(kernel, spec, 6, buffer, teacher, target_logits, None)
+    statistics = dispatch.run(kernel, spec, 6, buffer, teacher, target_logits, None)
     subtract_labels(spec, buffer, targets, target_logits, None)
     torch.testing.assert_close(buffer, wanted, rtol=1e-11, atol=1e-14)
     means = dict(zip(STATISTICS, statistics.mean(0).tolist(), strict=True))
@@ -136,7 +136,7 @@ def test_rows_past_the_chunk_are_not_read() -> None:
     student[3], teacher[3] = float("nan"), float("nan")
     for kernel in ("eager", "compile"):
         buffer = student.clone()
-        assert row_kernels.run(kernel, spec, 3, buffer, teacher, None, None).isfinite().all()
+        assert dispatch.run(kernel, spec, 3, buffer, teacher, None, None).isfinite().all()
         assert buffer[:3].isfinite().all()
 
 
@@ -145,13 +145,13 @@ def test_auto_takes_the_compiler_where_there_is_one(
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
     for found, expected in (("/usr/bin/g++", "compile"), (None, "eager")):
-        row_kernels.choose.cache_clear()
+        dispatch.choose.cache_clear()
         monkeypatch.setattr(shutil, "which", lambda name, found=found: found)
         with caplog.at_level(logging.INFO):
-            assert row_kernels.choose("auto", "cpu") == expected
+            assert dispatch.choose("auto", "cpu") == expected
         assert f"auto -> {expected}" in caplog.text
-        assert row_kernels.choose("eager", "cpu") == "eager"
-    row_kernels.choose.cache_clear()
+        assert dispatch.choose("eager", "cpu") == "eager"
+    dispatch.choose.cache_clear()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.7, 2.0, 4.0])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kd_plugin as kd
-from kd_plugin.replaced import is_patched
+from kd_plugin.plugin.replaced_forward import is_patched
 from tests.sweep.batches import text
 from tests.sweep.shrink import small_model
 from tests.test_fused_loss import config_of

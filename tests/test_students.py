@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_plugin.config import StudentConfig
-from kd_plugin.models import build_student
-from kd_plugin.students import StudentError, config_with, evenly_spaced
+from kd_plugin.models.loading import build_student
+from kd_plugin.models.students import StudentError, config_with, evenly_spaced
+from kd_plugin.settings.run import StudentConfig
 from tests.small_models import CONFIGS, from_teacher, layers_of, make_teacher, tokens
 
 transformers = pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import kd_plugin as kd
-from kd_plugin.tensorboard import TAGS, NullWriter, make_writer
+from kd_plugin.training.tensorboard import TAGS, NullWriter, make_writer
 from tests.tiny import make_folder, run_config
 
 pytest.importorskip("tensorboard")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin import matmul
-from kd_plugin.token_losses import TokenLosses
+from kd_plugin.loss import matmul
+from kd_plugin.loss.per_token import TokenLosses
 from tests.allocations import NewTensors
 from tests.oracle import ALL_DIVERGENCES, Expected, Problem, gradients, make_problem, relative_error
 from tests.test_fused_loss import config_of, run

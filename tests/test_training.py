@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 
 import kd_plugin as kd
-from kd_plugin import checkpoint
-from kd_plugin.config import RunConfig
-from kd_plugin.data import PackedDataset, TrainBatches, eval_batches, load_documents
-from kd_plugin.early import SetupError
-from kd_plugin.engine_fsdp import FsdpEngine
-from kd_plugin.export import ExportError, export_student
-from kd_plugin.finite import DivergedError
-from kd_plugin.models import build_student, load_teacher, load_tokenizer
-from kd_plugin.process_group import start_process_group
-from kd_plugin.schedule import learning_rate_at
-from kd_plugin.training import TrainResult
+from kd_plugin.data.documents import PackedDataset, TrainBatches, eval_batches, load_documents
+from kd_plugin.engines.fsdp import FsdpEngine
+from kd_plugin.engines.process_group import start_process_group
+from kd_plugin.models.loading import build_student, load_teacher, load_tokenizer
+from kd_plugin.settings.run import RunConfig
+from kd_plugin.training import checkpoint
+from kd_plugin.training.export import ExportError, export_student
+from kd_plugin.training.finite import DivergedError
+from kd_plugin.training.preflight import SetupError
+from kd_plugin.training.run import TrainResult
+from kd_plugin.training.schedule import learning_rate_at
 from tests.tiny import make_folder, run_config
 
 
@@ -218,7 +218,7 @@ def test_saving_is_no_part_of_a_step_s_time(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_faults_are_told_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd_plugin.training.load_tokenizer", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("kd_plugin.training.run.load_tokenizer", lambda *_: pytest.fail("loaded"))
     data = {"train": "missing.txt", "eval": "absent.txt"}
     with pytest.raises(SetupError, match=r"missing\.txt\n.*absent\.txt"):
         kd.train(run_config(folder, data=data))
@@ -227,7 +227,7 @@ def test_faults_are_told_before_anything_is_loaded(folder: Path, monkeypatch: py
 def test_text_shorter_than_a_sequence_is_refused_before_a_model_is_loaded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kd_plugin.training.load_teacher", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("kd_plugin.training.run.load_teacher", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="seq_len"):
         kd.train(run_config(folder, data={"seq_len": 100_000}))
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 import kd_plugin as kd
-from kd_plugin import row_kernels
-from kd_plugin.config import DistillConfig
-from kd_plugin.objective import make_objective
-from kd_plugin.row_kernels import LogitTransform, RowSpec, triton_kernel
+from kd_plugin.divergences.objective import make_objective
+from kd_plugin.row_kernels import dispatch, triton_kernel
 from kd_plugin.row_kernels.codegen import Source, generate
+from kd_plugin.row_kernels.dispatch import LogitTransform, RowSpec
 from kd_plugin.row_kernels.expressions import INPUTS
+from kd_plugin.settings.run import DistillConfig
 from tests.oracle import make_problem
 
 pytest.importorskip("triton")
@@ -152,13 +152,13 @@ def test_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refused_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match="pip install triton, or set row_kernel to auto"):
-        row_kernels.choose("triton", "cuda")
+        dispatch.choose("triton", "cuda")
 
 
 def run_rows(dtype: torch.dtype = torch.float32, teacher_vocab: int = 5, **settings: object) -> None:
     spec = RowSpec(make_objective(DistillConfig(hard_weight=0, **settings)))
     student, teacher = (torch.zeros(2, vocab, dtype=dtype) for vocab in (5, teacher_vocab))
-    row_kernels.run("triton", spec, 2, student, teacher, None, None)
+    dispatch.run("triton", spec, 2, student, teacher, None, None)
 
 
 def test_refuses_fp64() -> None:
@@ -178,7 +178,9 @@ def test_refuses_functions_that_it_has_no_expression_for() -> None:
 
 
 def test_triton_is_imported_late(repo_root: Path) -> None:
-    code = "import sys, kd_plugin.fused_loss, kd_plugin.row_kernels.triton_kernel; sys.exit('triton' in sys.modules)"
+    code = (
+        "import sys, kd_plugin.loss.from_hidden, kd_plugin.row_kernels.triton_kernel; sys.exit('triton' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=repo_root, timeout=100).returncode == 0
 
 
@@ -197,7 +199,7 @@ def test_the_shape_of_a_launch_hangs_on_no_clock_and_no_number_of_rows(monkeypat
         monkeypatch.setattr(triton_kernel, "build", lambda *arguments, kernel=kernel: kernel)
         for rows in (1, 300):
             spec = RowSpec(make_objective(DistillConfig()))
-            row_kernels.run("triton", spec, rows, torch.ones(rows, 50257), torch.ones(rows, 50257), None, None)
+            dispatch.run("triton", spec, rows, torch.ones(rows, 50257), torch.ones(rows, 50257), None, None)
     two, again, three, and_again = launched
     assert two == again and three == and_again
     assert (two["BLOCK"], two["num_warps"]) == (2048, 8) and (three["BLOCK"], three["num_warps"]) == (2048, 16)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kd_plugin.config import RunConfig
+from kd_plugin.settings.run import RunConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps under an old tree".split()

@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin import row_kernels
-from kd_plugin.config import DistillConfig
-from kd_plugin.divergences import DIVERGENCES
-from kd_plugin.objective import make_objective
-from kd_plugin.row_kernels import IDENTITY, STATISTICS, LogitTransform, RowSpec, row_pass, triton_math
+from kd_plugin.divergences.objective import make_objective
+from kd_plugin.divergences.registry import DIVERGENCES
+from kd_plugin.row_kernels import dispatch, triton_math
+from kd_plugin.row_kernels.dispatch import IDENTITY, STATISTICS, LogitTransform, RowSpec, row_pass
+from kd_plugin.settings.run import DistillConfig
 from tests.oracle import gradients, make_problem, relative_error
 
 BY_ID = tuple(name for name in DIVERGENCES if name != "uld")
@@ -48,7 +48,7 @@ def check(spec: RowSpec, rows: Rows, tolerance: float = 1e-5) -> Tensor:
     expected = Rows(*(None if t is None else t.double() for t in rows))
     wanted = row_pass(spec, *expected)
     found = rows._replace(student=rows.student.clone())
-    statistics = row_kernels.run("triton", spec, rows.student.shape[0], *found)
+    statistics = dispatch.run("triton", spec, rows.student.shape[0], *found)
     torch.testing.assert_close(statistics.double(), wanted, rtol=tolerance, atol=tolerance / 10)
     if spec.with_gradient:
         assert found.student.isfinite().all()
@@ -168,7 +168,7 @@ def test_ties_for_the_top_token_agree_as_in_the_eager_kernel() -> None:
 def test_nan_is_not_hidden() -> None:
     rows = make_rows(300)
     rows.student[1, 5] = float("nan")
-    statistics = row_kernels.run("triton", spec_of(), 2, *rows)
+    statistics = dispatch.run("triton", spec_of(), 2, *rows)
     assert statistics[0].isfinite().all() and rows.student[0].isfinite().all()
     assert statistics[1, :2].isnan().all() and rows.student[1].isnan().any()
 
@@ -176,7 +176,7 @@ def test_nan_is_not_hidden() -> None:
 def test_only_the_rows_of_the_chunk_are_touched() -> None:
     rows = make_rows(130, rows=4)
     before = rows.student.clone()
-    row_kernels.run("triton", spec_of(), 2, rows.student, rows.teacher, rows.target[:2], None)
+    dispatch.run("triton", spec_of(), 2, rows.student, rows.teacher, rows.target[:2], None)
     assert torch.equal(rows.student[2:], before[2:])
     assert not torch.equal(rows.student[:2], before[:2])
 

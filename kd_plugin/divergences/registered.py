@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_plugin.distill_config import BUILT_IN, registered_names
 from kd_plugin.divergences.definition import Divergence, Row, separable
+from kd_plugin.settings.distill import BUILT_IN, registered_names
 
 Elementwise = Callable[[Tensor, Tensor], Tensor]
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kd_plugin.estimate.meta import ModelSizes, Weight
 from kd_plugin.estimate.setup import Line, Setup
-from kd_plugin.row_kernels import block_rows
+from kd_plugin.estimate.sizes import ModelSizes, Weight
+from kd_plugin.row_kernels.dispatch import block_rows
 
 _FLOAT = 4
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from kd_plugin.chunks import rows_per_chunk, teacher_columns
-from kd_plugin.config import DistillConfig, RunConfig
-from kd_plugin.early import layout_problems
-from kd_plugin.engine import DTYPES
-from kd_plugin.estimate.meta import ModelSizes
-from kd_plugin.objective import make_objective
-from kd_plugin.parallel.zero import zero_stage
-from kd_plugin.schedule import accumulation_steps, parallel_mode
+from kd_plugin.divergences.objective import make_objective
+from kd_plugin.engines.protocol import DTYPES
+from kd_plugin.engines.zero_block import zero_stage
+from kd_plugin.estimate.sizes import ModelSizes
+from kd_plugin.loss.chunk_loop import rows_per_chunk, teacher_columns
+from kd_plugin.settings.run import DistillConfig, RunConfig
+from kd_plugin.training.preflight import layout_problems
+from kd_plugin.training.schedule import accumulation_steps, parallel_mode
 
 # DeepSpeed's defaults, in elements (deepspeed/runtime/zero/config.py)
 _MAX_LIVE, _REDUCE_BUCKET, _PERSISTENCE = 10**9, 5 * 10**8, 10**5

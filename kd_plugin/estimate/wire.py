@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kd_plugin.estimate.meta import ModelSizes
+from kd_plugin.divergences.objective import make_objective
 from kd_plugin.estimate.setup import Line, Setup
-from kd_plugin.objective import make_objective
-from kd_plugin.row_kernels import shards
-from kd_plugin.volumes import Head, stats_bytes, teacher_logits_bytes, volumes
+from kd_plugin.estimate.sizes import ModelSizes
+from kd_plugin.exchange.cost import Head, stats_bytes, teacher_logits_bytes, volumes
+from kd_plugin.row_kernels import sharded_dispatch
 
 _FLOAT = 4
 
@@ -54,7 +54,7 @@ def settled(setup: Setup) -> str:
     own, other = _student_head(setup), _teacher_head(setup, teacher)._replace(item_bytes=item)
     own = own if setup.student_head_in_rows else own._replace(ranks=1)
     other = other._replace(ranks=1) if teacher.tied else other
-    numbers = shards.exchanged_numbers(make_objective(setup.distill), setup.unequal)
+    numbers = sharded_dispatch.exchanged_numbers(make_objective(setup.distill), setup.unequal)
     found = volumes(own, other, setup.tokens, ranks=setup.exchange_ranks, numbers=numbers)
     return min(found, key=lambda name: found[name])
 
@@ -117,7 +117,7 @@ def _logits(setup: Setup) -> Volume:
 
 def _stats(setup: Setup) -> Volume:
     teacher, ranks = setup.teacher, setup.exchange_ranks
-    m, k = numbers = shards.exchanged_numbers(make_objective(setup.distill), setup.unequal)
+    m, k = numbers = sharded_dispatch.exchanged_numbers(make_objective(setup.distill), setup.unequal)
     other = None if teacher is None else _teacher_head(setup, teacher)
     size = stats_bytes(_student_head(setup), other, setup.rows, ranks=ranks, numbers=numbers)
     how = f"(W - 1) n ({setup.student_item} D + {setup.teacher_item} E + 4 D + 4 x {m} W + 8 x {k} + 16)"

@@ -11,8 +11,8 @@ import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kd_plugin.row_kernels.body import RowSpec
 from kd_plugin.row_kernels.expressions import INPUTS, Columns, Expressions, Node, trace
+from kd_plugin.row_kernels.row_pass import RowSpec
 
 # Below every logit, and finite: a difference of two of them is no NaN.
 _LOWEST = "-3.0e38"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kd_plugin.row_kernels.body import RowSpec, row_pass
+from kd_plugin.row_kernels.row_pass import RowSpec, row_pass
 
 INPUTS = ("student", "teacher", "target", "weight")
 """Arguments of `row_pass` after the spec, as the kernel's parameters call them."""

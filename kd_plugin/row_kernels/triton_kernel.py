@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.row_kernels import codegen, expressions
-from kd_plugin.row_kernels.body import STATISTICS, RowSpec
+from kd_plugin.row_kernels.row_pass import STATISTICS, RowSpec
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def row_pass(
     target_logits: Tensor | None,  # [n, 1]
     row_weights: Tensor | None,  # [n, 1]
 ) -> Tensor:
-    """As `body.row_pass` -> statistics `[n, len(STATISTICS)]`. Raises `ValueError` for fp64, and as `build`."""
+    """As `row_pass.row_pass` -> statistics `[n, len(STATISTICS)]`. Raises `ValueError` for fp64, and as `build`."""
     if student_logits.dtype != torch.float32:
         raise ValueError(f"row_kernel triton computes in float32, found {student_logits.dtype} logits: {_CURE}")
     rows, vocab_size = student_logits.shape

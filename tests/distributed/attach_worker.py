@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import kd_plugin as kd
-from kd_plugin.collectives import end_process_groups
-from kd_plugin.parallel import fsdp, zero
+from kd_plugin.distributed.collectives import end_process_groups
+from kd_plugin.engines import fsdp_units, zero_block
 from tests.distributed.attach_cases import (
     LEARNING_RATE,
     METRICS,
@@ -42,10 +42,10 @@ class TorchRun:
         if case.wrapper == "ddp":
             self.model = DistributedDataParallel(student)
         elif case.wrapper in ("fsdp", "replicate"):
-            mesh = fsdp.make_mesh("cpu", case.ranks, replicate=case.wrapper == "replicate")
-            fsdp.shard_student(student, mesh, dtype=torch.float32)
+            mesh = fsdp_units.make_mesh("cpu", case.ranks, replicate=case.wrapper == "replicate")
+            fsdp_units.shard_student(student, mesh, dtype=torch.float32)
         if case.wrapper != "single" and case.teacher == "shard" and case.loading != "teacher-first":
-            fsdp.shard_teacher(teacher, fsdp.make_mesh("cpu", case.ranks, replicate=False))
+            fsdp_units.shard_teacher(teacher, fsdp_units.make_mesh("cpu", case.ranks, replicate=False))
         self.optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
         # A counted loss is a mean per micro-batch; a given count leaves the averaging over ranks to be undone.
         self.factor = case.ranks if case.num_items == "given" else 1 / case.accumulation
@@ -87,7 +87,7 @@ class DeepSpeedRun:
         self.model, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=block)
         self.engines = [self.model]
         if case.teacher == "shard":
-            block = zero.teacher_config(block, precision="float32")
+            block = zero_block.teacher_config(block, precision="float32")
             plugin.teacher, *_ = deepspeed.initialize(model=teacher, config=block)
             self.engines.append(plugin.teacher)
 
@@ -149,7 +149,7 @@ def train(case: Case, rank: int) -> dict[str, Any]:
 def _load(case: Case, student: nn.Module, teacher: nn.Module) -> None:
     """What has happened to the models before the user attaches."""
     if case.loading == "teacher-first":
-        fsdp.shard_teacher(teacher, fsdp.make_mesh("cpu", case.ranks, replicate=False))
+        fsdp_units.shard_teacher(teacher, fsdp_units.make_mesh("cpu", case.ranks, replicate=False))
     elif case.loading == "zero.Init":
         import deepspeed
 

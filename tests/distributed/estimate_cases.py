@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kd_plugin.config import RunConfig
+from kd_plugin.settings.run import RunConfig
 
 VOCAB, STUDENT_WIDTH, TEACHER_WIDTH = 4096, 96, 160
 BATCH, LENGTH, CHUNK = 2, 129, 64

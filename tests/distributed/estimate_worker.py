@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 import kd_plugin as kd
 from benchmarks.received import Received
-from kd_plugin.collectives import end_process_groups
-from kd_plugin.parallel import fsdp, fsdp1
-from kd_plugin.workspace import release_workspace
+from kd_plugin.distributed.collectives import end_process_groups
+from kd_plugin.engines import fsdp1_units, fsdp_units
+from kd_plugin.loss.buffers import release_workspace
 from tests.allocations import allocator_record
 from tests.distributed.estimate_cases import make_config, make_ids, make_models
 
@@ -30,14 +30,14 @@ def make_step(case: str, row_kernel: str) -> Callable[[], None]:
     config = make_config(case, row_kernel=row_kernel)
     student, teacher = make_models()
     plugin = kd.attach(student, teacher, config.distill)
-    mesh = fsdp.make_mesh("cpu", ranks, shard_size=config.train.shard_size)
+    mesh = fsdp_units.make_mesh("cpu", ranks, shard_size=config.train.shard_size)
     if config.train.parallel == "fsdp1":
-        student = fsdp1.wrap_student(student, mesh, torch.device("cpu"), dtype=torch.float32)
-        plugin.teacher = fsdp1.wrap_teacher(teacher, mesh, torch.device("cpu"))
+        student = fsdp1_units.wrap_student(student, mesh, torch.device("cpu"), dtype=torch.float32)
+        plugin.teacher = fsdp1_units.wrap_teacher(teacher, mesh, torch.device("cpu"))
     else:
-        fsdp.shard_student(student, mesh, dtype=torch.float32)
+        fsdp_units.shard_student(student, mesh, dtype=torch.float32)
         if ranks > 1:
-            fsdp.shard_teacher(teacher, mesh)
+            fsdp_units.shard_teacher(teacher, mesh)
     ids = make_ids(dist.get_rank())
 
     def step() -> None:

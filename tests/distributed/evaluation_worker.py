@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kd_plugin as kd
-from kd_plugin.collectives import end_process_groups
-from kd_plugin.parallel import fsdp
+from kd_plugin.distributed.collectives import end_process_groups
+from kd_plugin.engines import fsdp_units
 from tests.distributed.attach_cases import make_models
 
 STEPS = 2
@@ -64,8 +64,8 @@ def wrapped(name: str, student: nn.Module) -> tuple[Any, Callable[[torch.Tensor]
         return engine, engine.backward
     if name in ("replicate", "fsdp", "hsdp"):
         shard_size = 2 if name == "hsdp" else None
-        mesh = fsdp.make_mesh("cpu", dist.get_world_size(), replicate=name == "replicate", shard_size=shard_size)
-        fsdp.shard_student(student, mesh, dtype=torch.float32)
+        mesh = fsdp_units.make_mesh("cpu", dist.get_world_size(), replicate=name == "replicate", shard_size=shard_size)
+        fsdp_units.shard_student(student, mesh, dtype=torch.float32)
     return student, lambda loss: loss.backward()
 
 
@@ -73,7 +73,7 @@ def run(name: str, exchange: str, rank: int, evaluates: tuple[int, ...]) -> dict
     """Steps of both ranks, and before, between and after them evaluations by those in `evaluates`."""
     student, teacher = make_models("llama")
     if name == "teacher-fsdp":
-        fsdp.shard_teacher(teacher, fsdp.make_mesh("cpu", 2))
+        fsdp_units.shard_teacher(teacher, fsdp_units.make_mesh("cpu", 2))
     plugin = kd.attach(student, teacher, config_of(exchange))
     model, backward = wrapped(name, student)
     report: dict[str, Any] = {"trained": [], "evaluated": []}

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kd_plugin as kd
 from benchmarks.received import Received
-from kd_plugin.parallel import fsdp, fsdp1, zero
+from kd_plugin.engines import fsdp1_units, fsdp_units, zero_block
 from tests.allocations import NewTensors
 from tests.distributed.attach_cases import make_model
 from tests.distributed.collectives import CollectiveLog, local_shard
@@ -41,7 +41,7 @@ def shard_head(model: nn.Module) -> None:
     """Only the head is an FSDP unit; everything else stays whole, and the embedding is frozen."""
     head = model.get_output_embeddings()
     model.get_input_embeddings().requires_grad_(False)
-    mesh = fsdp.make_mesh("cpu", dist.get_world_size())
+    mesh = fsdp_units.make_mesh("cpu", dist.get_world_size())
     fully_shard(head, mesh=mesh)
     if head.weight.requires_grad:
         head.set_unshard_in_backward(False)
@@ -174,9 +174,9 @@ def groups(rank: int) -> dict[str, set[tuple[int, ...]]]:
     """Who takes part in the collectives of a step after the first, in `stats` mode: two copies of two shards."""
     models = [make_model("llama", width, 37, seed=i) for i, width in enumerate((STUDENT_WIDTH, TEACHER_WIDTH))]
     kd.attach(*models, make_config("stats"))
-    mesh = fsdp.make_mesh("cpu", 4, shard_size=2)
-    fsdp.shard_student(models[0], mesh, dtype=torch.float32)
-    fsdp.shard_teacher(models[1], mesh)
+    mesh = fsdp_units.make_mesh("cpu", 4, shard_size=2)
+    fsdp_units.shard_student(models[0], mesh, dtype=torch.float32)
+    fsdp_units.shard_teacher(models[1], mesh)
     input_ids = torch.full((1, 9), 3)
     _step(models[0], input_ids)
     with Groups() as log:
@@ -221,7 +221,7 @@ def _automatic(name: str) -> list[str]:
     student.get_output_embeddings().requires_grad_(name != "frozen")
     plugin = kd.attach(student, teacher, make_config("auto"))
     model, plugin.teacher = _wrapped(name, student, teacher)
-    log, handler = logging.getLogger("kd_plugin.exchange"), Messages()
+    log, handler = logging.getLogger("kd_plugin.exchange.mode"), Messages()
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     with torch.no_grad():  # an evaluation, of other sizes
@@ -236,7 +236,7 @@ def _automatic(name: str) -> list[str]:
 def _wrapped(name: str, student: nn.Module, teacher: nn.Module) -> tuple[Any, Any]:
     """What to call for each."""
     ranks = dist.get_world_size()
-    mesh = fsdp.make_mesh("cpu", ranks, shard_size=2 if name == "groups" else ranks)
+    mesh = fsdp_units.make_mesh("cpu", ranks, shard_size=2 if name == "groups" else ranks)
     if name == "zero3":
         import deepspeed
 
@@ -244,17 +244,19 @@ def _wrapped(name: str, student: nn.Module, teacher: nn.Module) -> tuple[Any, An
         block["zero_allow_untested_optimizer"] = True
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
         engines = [deepspeed.initialize(model=student, optimizer=optimizer, config=block)[0]]
-        engines.append(deepspeed.initialize(model=teacher, config=zero.teacher_config(block, precision="float32"))[0])
+        engines.append(
+            deepspeed.initialize(model=teacher, config=zero_block.teacher_config(block, precision="float32"))[0]
+        )
         return tuple(engines)
     if name == "fsdp1":
         cpu = torch.device("cpu")
-        wrapped = fsdp1.wrap_student(student, mesh, cpu, dtype=torch.float32)
-        return wrapped, fsdp1.wrap_teacher(teacher, mesh, cpu)
+        wrapped = fsdp1_units.wrap_student(student, mesh, cpu, dtype=torch.float32)
+        return wrapped, fsdp1_units.wrap_teacher(teacher, mesh, cpu)
     if name != "replicated":
-        fsdp.shard_teacher(teacher, mesh)
+        fsdp_units.shard_teacher(teacher, mesh)
     if name == "ddp":
         return DistributedDataParallel(student), teacher
-    fsdp.shard_student(student, mesh, dtype=torch.float32)
+    fsdp_units.shard_student(student, mesh, dtype=torch.float32)
     return student, teacher
 
 
@@ -336,8 +338,8 @@ def hooks(rank: int) -> dict[str, int]:
         if name == "ddp":
             model = DistributedDataParallel(student)
         elif name == "copies":  # FSDP2 units that gather nothing
-            mesh = fsdp.make_mesh("cpu", dist.get_world_size(), replicate=True)
-            fsdp.shard_student(student, mesh, dtype=torch.float32)
+            mesh = fsdp_units.make_mesh("cpu", dist.get_world_size(), replicate=True)
+            fsdp_units.shard_student(student, mesh, dtype=torch.float32)
         else:
             fully_shard(student)
         if rank == 0 and name != "fsdp2 root":

@@ -16,12 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin import row_gather
-from kd_plugin.collectives import end_process_groups
-from kd_plugin.fused_loss import loss_sums, make_problem
-from kd_plugin.teachers import HeadTeacher, ShardedHeadTeacher, sharded
-from kd_plugin.vocab_parallel import VocabParallelDistill
-from kd_plugin.vocab_slice import VocabShard, cut
+from kd_plugin.distributed.collectives import end_process_groups
+from kd_plugin.distributed.vocab_slice import VocabShard, cut
+from kd_plugin.exchange import row_gather, sharded_teachers
+from kd_plugin.exchange.sharded_teachers import ShardedHeadTeacher
+from kd_plugin.exchange.vocab_parallel import VocabParallelDistill
+from kd_plugin.loss.from_hidden import loss_sums, make_problem
+from kd_plugin.loss.teacher import HeadTeacher
 from tests.distributed.exchange_probes import make_student
 
 ROUNDS, ROWS, VOCAB, WIDTH = 5, 256, 16384, 576  # of the race; the ratio does not depend on V
@@ -109,7 +110,7 @@ class Heads:
 def overlap(rank: int) -> dict[str, dict[str, Any]]:
     """By exchange and collective: its delay, how often it was called, seconds of waiting that were left."""
     heads, found = Heads(rank), {}
-    slowed = {"logits": (sharded, ("all_gather", "all_to_all")), "stats": (row_gather, ("all_gather",))}
+    slowed = {"logits": (sharded_teachers, ("all_gather", "all_to_all")), "stats": (row_gather, ("all_gather",))}
     for mode, (module, names) in slowed.items():
         run = getattr(heads, mode)
         expected = float(run())

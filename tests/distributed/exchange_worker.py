@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import kd_plugin as kd
-from kd_plugin.collectives import end_process_groups
-from kd_plugin.parallel import fsdp, fsdp1, zero
+from kd_plugin.distributed.collectives import end_process_groups
+from kd_plugin.engines import fsdp1_units, fsdp_units, zero_block
 from tests.distributed import exchange_probes
 from tests.distributed.attach_worker import DeepSpeedRun, TorchRun
 from tests.distributed.exchange_cases import Case, count_valid, dense_loss, make_batch, make_models
@@ -48,7 +48,7 @@ def shard_by_layout(model: nn.Module, layout: str, mesh: DeviceMesh, policy: Mix
     """FSDP2 as users write it: the head in one unit with the final norm, or left to the root."""
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
     options = {"mesh": mesh, "mp_policy": policy}
-    for layer in fsdp.decoder_layers(model):
+    for layer in fsdp_units.decoder_layers(model):
         fully_shard(layer, **options)
     if layout == "grouped":
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -60,7 +60,7 @@ def shard_by_layout(model: nn.Module, layout: str, mesh: DeviceMesh, policy: Mix
 def shard_pair(pair: Pair, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     """FSDP2 with one root: the embeddings and heads of both models are its own."""
     for model in (pair.student, pair.teacher):
-        for layer in fsdp.decoder_layers(model):
+        for layer in fsdp_units.decoder_layers(model):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(pair, mesh=mesh, mp_policy=policy)
 
@@ -68,7 +68,7 @@ def shard_pair(pair: Pair, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> No
 def wrap_pair(pair: Pair, dtype: torch.dtype) -> nn.Module:
     """FSDP1 with one root; a tied head must stay in its embedding's unit."""
     models = [pair.student, pair.teacher]
-    units = {layer for model in models for layer in fsdp.decoder_layers(model)}
+    units = {layer for model in models for layer in fsdp_units.decoder_layers(model)}
     units |= {model.get_output_embeddings() for model in models if not is_tied(model)}
     return FullyShardedDataParallel(
         pair,
@@ -88,7 +88,7 @@ class WrappedRun(TorchRun):
         self.teacher, self.factor = teacher, case.ranks
         together = Pair(student, teacher) if case.teacher == "part" else None
         size = 2 if case.wrapper == "hsdp" else case.ranks
-        mesh = fsdp.make_mesh("cpu", case.ranks, shard_size=size)
+        mesh = fsdp_units.make_mesh("cpu", case.ranks, shard_size=size)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         if case.wrapper == "ddp":
             self.model = DistributedDataParallel(together or student)
@@ -96,15 +96,15 @@ class WrappedRun(TorchRun):
             if together is not None:
                 self.model = wrap_pair(together, dtype)
             else:
-                self.model = fsdp1.wrap_student(student, mesh, torch.device("cpu"), dtype=dtype)
-                self.teacher = fsdp1.wrap_teacher(teacher, mesh, torch.device("cpu"))
+                self.model = fsdp1_units.wrap_student(student, mesh, torch.device("cpu"), dtype=dtype)
+                self.teacher = fsdp1_units.wrap_teacher(teacher, mesh, torch.device("cpu"))
         elif together is not None:
             assert case.wrapper == "root", "the other layouts have no unit for both"
             self.model = together
             shard_pair(together, mesh, policy)
         elif case.wrapper in ("alone", "hsdp"):
-            fsdp.shard_student(student, mesh, dtype=dtype)
-            fsdp.shard_teacher(teacher, mesh, offload=case.teacher == "offload")
+            fsdp_units.shard_student(student, mesh, dtype=dtype)
+            fsdp_units.shard_teacher(teacher, mesh, offload=case.teacher == "offload")
         else:
             shard_by_layout(student, case.wrapper, mesh, policy)
             shard_by_layout(teacher, case.wrapper, mesh, MixedPrecisionPolicy())
@@ -115,8 +115,8 @@ class WrappedRun(TorchRun):
 
     def parameters(self) -> dict[str, Tensor]:
         """Whole parameters by name."""
-        fsdp1 = isinstance(self.model, FullyShardedDataParallel)
-        whole = FullyShardedDataParallel.summon_full_params(self.model) if fsdp1 else nullcontext()
+        fsdp1_units = isinstance(self.model, FullyShardedDataParallel)
+        whole = FullyShardedDataParallel.summon_full_params(self.model) if fsdp1_units else nullcontext()
         with whole:
             found = super().parameters()
         return {name.replace("_fsdp_wrapped_module.", ""): value for name, value in found.items()}
@@ -142,7 +142,7 @@ class EngineRun(DeepSpeedRun):
         self.model, *_ = deepspeed.initialize(model=together or student, optimizer=optimizer, config=block)
         self.teacher, self.engines = teacher, [self.model]
         if together is None:
-            block = zero.teacher_config(block, precision=case.dtype)
+            block = zero_block.teacher_config(block, precision=case.dtype)
             self.teacher, *_ = deepspeed.initialize(model=teacher, config=block)
             self.engines.append(self.teacher)
 

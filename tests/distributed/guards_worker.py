@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import kd_plugin as kd
-from kd_plugin.collectives import end_process_groups
-from kd_plugin.plan import ChunkPlan
+from kd_plugin.distributed.collectives import end_process_groups
+from kd_plugin.loss.chunk_plan import ChunkPlan
 from tests.distributed.attach_cases import make_model
 
 TIMEOUT_S = 2

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin.collectives import end_process_groups
+from kd_plugin.distributed.collectives import end_process_groups
 from tests.distributed.exchange_cases import count_valid, make_batch
 from tests.distributed.exchange_worker import EngineRun, WrappedRun
 from tests.distributed.lora_cases import Case, make_models

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import kd_plugin as kd
-from kd_plugin.collectives import end_process_groups
+from kd_plugin.distributed.collectives import end_process_groups
 from tests.distributed.attach_cases import STEPS, Case, items_of_step, make_batch
 from tests.distributed.attach_worker import DeepSpeedRun, TorchRun
 from tests.experts import make_mixture

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.training import TrainResult
+from kd_plugin.training.run import TrainResult
 from tests.distributed import train_worker
 from tests.distributed.launch import launch
 

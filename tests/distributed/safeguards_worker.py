@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 import kd_plugin as kd
-from kd_plugin import checkpoint, finite, processor
-from kd_plugin.engine_deepspeed import DeepSpeedEngine
-from kd_plugin.engine_fsdp import FsdpEngine
-from kd_plugin.process_group import start_process_group
+from kd_plugin.engines.fsdp import FsdpEngine
+from kd_plugin.engines.process_group import start_process_group
+from kd_plugin.engines.zero import DeepSpeedEngine
+from kd_plugin.loss import processor
+from kd_plugin.training import checkpoint, finite
 from tests.distributed.attach_cases import make_model
 from tests.tiny import run_config
 

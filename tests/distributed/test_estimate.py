@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kd_plugin.estimate import Estimate, estimate
+from kd_plugin.estimate.account import Estimate, estimate
 from tests.distributed import estimate_worker
 from tests.distributed.estimate_cases import BATCH, LENGTH, make_config, write_configurations
 from tests.distributed.launch import launch

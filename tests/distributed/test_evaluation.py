@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kd_plugin import reference
+from kd_plugin.loss import reference
 from tests.distributed import evaluation_worker
 from tests.distributed.attach_cases import make_models
 from tests.distributed.evaluation_worker import (

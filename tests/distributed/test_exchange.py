@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin import volumes
-from kd_plugin.parallel.fsdp import ShardingError, make_mesh
-from kd_plugin.plan import local_plan
+from kd_plugin.engines.fsdp_units import ShardingError, make_mesh
+from kd_plugin.exchange import cost
+from kd_plugin.loss.chunk_plan import local_plan
 from tests.distributed import exchange_probes as probes
 from tests.distributed import exchange_worker
 from tests.distributed.exchange_cases import RAGGED, Case, count_valid, make_batch, make_models, train_densely
@@ -285,13 +285,13 @@ def test_statistics_leave_no_rank_with_a_whole_head_or_row_of_logits(result_of: 
 
 
 def test_bytes_on_the_wire_are_those_of_the_formulas(result_of: Callable[..., Any]) -> None:
-    large = volumes.Head(probes.TRAFFIC_VOCAB, probes.TRAFFIC_WIDTH, 4, item_bytes=4, reduced_bytes=4)
-    small = volumes.Head(probes.LOGITS_VOCAB, probes.LOGITS_WIDTH, 4, item_bytes=4, reduced_bytes=4)
+    large = cost.Head(probes.TRAFFIC_VOCAB, probes.TRAFFIC_WIDTH, 4, item_bytes=4, reduced_bytes=4)
+    small = cost.Head(probes.LOGITS_VOCAB, probes.LOGITS_WIDTH, 4, item_bytes=4, reduced_bytes=4)
     rows = probes.TRAFFIC_ROWS
     expected = {
-        "weight": volumes.weight_bytes(large, large._replace(reduced_bytes=0)),
-        "stats": volumes.stats_bytes(large, large, rows, ranks=4, numbers=probes.NUMBERS),
-        "logits": volumes.logits_bytes(small, small, probes.LOGITS_ROWS, ranks=4),
+        "weight": cost.weight_bytes(large, large._replace(reduced_bytes=0)),
+        "stats": cost.stats_bytes(large, large, rows, ranks=4, numbers=probes.NUMBERS),
+        "logits": cost.logits_bytes(small, small, probes.LOGITS_ROWS, ranks=4),
     }
     for counted in result_of(probe=("four", "traffic")):
         assert counted == pytest.approx(expected, rel=0.05)
@@ -308,9 +308,9 @@ def test_copies_of_sharded_models_exchange_within_their_group(result_of: Callabl
 
 
 def volumes_of(ranks: int, student_ranks: int, teacher_ranks: int, *, rows: int, reduced: int = 4) -> dict[str, float]:
-    student = volumes.Head(probes.VOCAB_SIZE, probes.STUDENT_WIDTH, student_ranks, 4, reduced)
-    teacher = volumes.Head(probes.VOCAB_SIZE, probes.TEACHER_WIDTH, teacher_ranks, 4)
-    return volumes.volumes(student, teacher, rows, ranks=ranks, numbers=probes.NUMBERS)
+    student = cost.Head(probes.VOCAB_SIZE, probes.STUDENT_WIDTH, student_ranks, 4, reduced)
+    teacher = cost.Head(probes.VOCAB_SIZE, probes.TEACHER_WIDTH, teacher_ranks, 4)
+    return cost.volumes(student, teacher, rows, ranks=ranks, numbers=probes.NUMBERS)
 
 
 MANY, FEW = probes.AUTO_ROWS

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import pytest
 import torch.distributed as dist
 
-from kd_plugin.collectives import end_process_groups, wait_for_gloo
-from kd_plugin.process_group import start_process_group
+from kd_plugin.distributed.collectives import end_process_groups, wait_for_gloo
+from kd_plugin.engines.process_group import start_process_group
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are looked up in /proc")
 

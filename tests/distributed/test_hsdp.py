@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 import kd_plugin as kd
-from kd_plugin.training import TrainResult
+from kd_plugin.training.run import TrainResult
 from tests.distributed.runs import curve, launch_runs, results_of
 from tests.tiny import make_folder, run_config
 

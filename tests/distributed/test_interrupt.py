@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from kd_plugin.config_file import to_yaml
-from kd_plugin.interrupt import Ended, last_step, one_line_end, reached
-from kd_plugin.launcher import Stop, one_line_errors
+from kd_plugin.cli.launcher import Stop, one_line_errors
+from kd_plugin.settings.yaml_file import to_yaml
+from kd_plugin.training.interrupt import Ended, last_step, one_line_end, reached
 from tests.distributed.launch import REPOSITORY
 from tests.tiny import make_folder, run_config
 

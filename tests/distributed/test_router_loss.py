@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin.training import TrainResult
+from kd_plugin.training.run import TrainResult
 from tests.distributed import router_worker
 from tests.distributed.attach_cases import LEARNING_RATE, STEPS, Case, make_batch
 from tests.distributed.launch import launch

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import kd_plugin as kd
-from kd_plugin.process_group import start_process_group
+from kd_plugin.engines.process_group import start_process_group
 from tests.tiny import run_config
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_plugin import row_kernels
-from kd_plugin.config import DistillConfig
-from kd_plugin.divergences import DIVERGENCES
-from kd_plugin.fused_loss import loss_sums
-from kd_plugin.objective import make_objective
-from kd_plugin.row_kernels import RowSpec
-from kd_plugin.teachers import HeadTeacher
+from kd_plugin.divergences.objective import make_objective
+from kd_plugin.divergences.registry import DIVERGENCES
+from kd_plugin.loss.from_hidden import loss_sums
+from kd_plugin.loss.teacher import HeadTeacher
+from kd_plugin.row_kernels import dispatch
+from kd_plugin.row_kernels.dispatch import RowSpec
+from kd_plugin.settings.run import DistillConfig
 from tests.oracle import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -35,7 +35,7 @@ def test_equals_the_compiled_kernel(divergence: str, vocab: int) -> None:
     results = []
     for kernel in ("compile", "triton", "triton"):
         logits = student.clone()
-        statistics = row_kernels.run(kernel, spec, 8, logits, teacher, student.gather(1, targets), weights)
+        statistics = dispatch.run(kernel, spec, 8, logits, teacher, student.gather(1, targets), weights)
         results.append((statistics, logits))
     for statistics, gradient in results[1:]:
         torch.testing.assert_close(statistics, results[0][0], rtol=1e-5, atol=1e-5)

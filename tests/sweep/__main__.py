@@ -1,6 +1,6 @@
 """Runs the sweep: `python -m tests.sweep [ROW ...]` writes `table.json`; exit code 1 where a row is a mismatch.
 
-`python -m tests.sweep --labels` writes `kd_plugin/label_table.py` from it.
+`python -m tests.sweep --labels` writes `kd_plugin/plugin/label_table.py` from it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.sweep.table import ROOT, all_rows, label_table, measured, read_table, summary, write_table
 
-LABELS = ROOT / "kd_plugin" / "label_table.py"
+LABELS = ROOT / "kd_plugin" / "plugin" / "label_table.py"
 
 
 def main(arguments: list[str]) -> int:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugin import causal_lm, probe
-from kd_plugin.label_table import CONVENTIONS
+from kd_plugin.plugin import causal_lm, probe
+from kd_plugin.plugin.label_table import CONVENTIONS
 from tests.sweep import conventions, dense, heads
 from tests.sweep.__main__ import LABELS
 from tests.sweep.shrink import small_model

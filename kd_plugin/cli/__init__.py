@@ -1,0 +1,1 @@
+"""The command kd-plugin, and what the launch scripts share."""

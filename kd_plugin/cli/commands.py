@@ -1,0 +1,260 @@
+"""The command `kd-plugin`.
+
+Notable decisions:
+- nothing here imports torch until a command needs it, so that `validate` answers at once;
+- exit codes: 0 done, 1 `validate` found faults, 2 the run could not be started or the command was misused;
+  130 and 143: SIGINT or SIGTERM ended it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kd_plugin import __version__
+from kd_plugin.cli.launcher import one_line_errors, run_training
+from kd_plugin.settings.run import RunConfig
+from kd_plugin.settings.schema import json_schema, markdown
+from kd_plugin.settings.yaml_file import ConfigError, load_config
+from kd_plugin.training.preflight import SetupError, early_problems, idle_settings
+
+__all__ = ["app", "main", "recipes"]
+
+app = typer.Typer(
+    help="Distil a teacher into a student under DeepSpeed or FSDP, from one YAML file.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+# Unknown options are passed on as overrides, whose parser says what is wrong with them.
+_OVERRIDES = {"ignore_unknown_options": True}
+_Config = Annotated[Path, typer.Argument(help="YAML file.", show_default=False)]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="section.key=value", help="Values that replace the file's.", show_default=False),
+]
+_Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")]
+# The DeepSpeed launcher inserts this before the user's arguments; the rank is read from LOCAL_RANK.
+_LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
+
+
+def _examples(*lines: str) -> str:
+    # \b keeps click from re-wrapping the lines
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kd-plugin {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=_examples(
+        "kd-plugin configs",
+        "kd-plugin validate configs/smollm2_135m_to_8l_fsdp2.yaml train.max_steps=10",
+    )
+)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    local_rank: _LocalRank = None,
+) -> None:
+    pass
+
+
+@app.command(
+    context_settings=_OVERRIDES,
+    epilog=_examples(
+        "kd-plugin validate configs/smollm2_135m_to_8l_fsdp2.yaml",
+        "kd-plugin validate my.yaml distill.temperature=2 train.max_grad_norm=null",
+    ),
+)
+def validate(config: _Config, overrides: _Overrides = None, verbose: _Verbose = False) -> None:
+    """Check a configuration, and that its files and packages are there; no model is loaded.
+
+    Exit code 0 if it is good; else 1, and every fault is printed with its file and line.
+    """
+    with one_line_errors(verbose, exit_code=1):
+        run_config = load_config(config, overrides or ())
+        if problems := early_problems(run_config):
+            raise SetupError("\n".join(problems))
+    print(f"{config}: ok\n{_summary(run_config)}")
+    for line in idle_settings(run_config):
+        print(f"warning: {line}")
+
+
+@app.command(
+    context_settings=_OVERRIDES,
+    epilog=_examples(
+        "kd-plugin train configs/smollm2_135m_to_8l_fsdp2.yaml train.max_steps=10",
+        "torchrun --nproc-per-node 2 -m kd_plugin.cli train configs/smollm2_135m_to_8l_fsdp2.yaml",
+    ),
+)
+def train(
+    config: _Config,
+    overrides: _Overrides = None,
+    verbose: _Verbose = False,
+    local_rank: _LocalRank = None,
+) -> None:
+    """Train, alone or under torchrun or deepspeed.
+
+    Exit code 2 if the run could not be started, 130 or 143 if Ctrl-C or SIGTERM ended it.
+    """
+    with one_line_errors(verbose, exit_code=2):
+        run_training(load_config(config, overrides or ()))
+
+
+@app.command(
+    context_settings=_OVERRIDES,
+    epilog=_examples(
+        "kd-plugin estimate configs/smollm2_135m_to_8l_fsdp2.yaml --world-size 2",
+        "kd-plugin estimate my.yaml train.micro_batch_size=4 --world-size 64 --gpu-memory-gib 80",
+    ),
+)
+def estimate(
+    config: _Config,
+    overrides: _Overrides = None,
+    world_size: Annotated[int, typer.Option(help="Ranks of the run.")] = 1,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Valid tokens per rank and micro-batch, if not all of them.", show_default=False),
+    ] = None,
+    gpu_memory_gib: Annotated[
+        float | None, typer.Option(help="Memory of one GPU, to say what fits.", show_default=False)
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="For a run on CPUs.")] = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Estimate memory and traffic of a run, and say what to choose; no weights are loaded.
+
+    Exit code 2 if the run could not be started as configured.
+    """
+    with one_line_errors(verbose, exit_code=2):
+        run_config = load_config(config, overrides or ())
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else an installed DeepSpeed says that it found no GPU
+        from kd_plugin.estimate.account import estimate as account
+        from kd_plugin.estimate.tables import show
+
+        device = "cpu" if cpu else "cuda"
+        show(account(run_config, world_size=world_size, rows=rows, gpu_memory_gib=gpu_memory_gib, device=device))
+
+
+@app.command(epilog=_examples("kd-plugin configs", "kd-plugin configs smollm2_135m_to_8l_fsdp2 --copy my.yaml"))
+def configs(
+    name: Annotated[str | None, typer.Argument(help="Print this one.", show_default=False)] = None,
+    copy: Annotated[
+        Path | None, typer.Option(metavar="DEST", help="Copy it to this file or directory instead.")
+    ] = None,
+) -> None:
+    """List, print or copy the recipes that come along."""
+    with one_line_errors(verbose=False, exit_code=2):
+        if name is None:
+            if copy:
+                raise ConfigError("--copy wants to know which: kd-plugin configs NAME --copy DEST")
+            width = max(map(len, recipes()))
+            print("\n".join(f"{key:{width}}  {about}" for key, about in recipes().items()))
+        elif copy is None:
+            print(_recipe(name).read_text(encoding="utf-8"), end="")
+        else:
+            print(_copy_recipe(_recipe(name), copy))
+
+
+@app.command(epilog=_examples("kd-plugin schema > schema.json", "kd-plugin schema --markdown > configs/README.md"))
+def schema(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="A table of all settings instead.")] = False,
+) -> None:
+    """Print the JSON schema of configuration files.
+
+    Editors complete and check keys with it, see the first line of each recipe.
+    """
+    print(markdown(recipes()) if as_markdown else json.dumps(json_schema(), indent=2))
+
+
+@app.command(epilog=_examples("kd-plugin env", "kd-plugin env > environment.txt"))
+def env() -> None:
+    """Print versions and devices, for bug reports."""
+    from kd_plugin.cli.environment import describe_environment
+
+    print("\n".join(f"{key:14} {value}" for key, value in describe_environment().items()))
+
+
+def recipes() -> dict[str, str]:
+    """Name of each recipe -> one line about it, from its first comment that is not for an editor."""
+    about = {}
+    for path in sorted(_recipe_dir().glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comments = (line.lstrip("# ") for line in lines if line.startswith("#"))
+        about[path.stem] = next((text for text in comments if not text.startswith("yaml-language-server")), "")
+    return about
+
+
+def main() -> None:
+    """Entry point of `kd-plugin`."""
+    app(prog_name="kd-plugin")
+
+
+def _recipe_dir() -> Path:
+    """kd_plugin/recipes in an installed wheel, configs/ in a checkout: the same files."""
+    here = Path(__file__).parents[1]
+    return next(folder for folder in (here / "recipes", here.parent / "configs") if folder.is_dir())
+
+
+def _recipe(name: str) -> Path:
+    stem = Path(name).stem if name.endswith(".yaml") else name
+    if stem not in recipes():
+        raise ConfigError(f"no recipe named {name}; there are: {', '.join(recipes())}")
+    return _recipe_dir() / f"{stem}.yaml"
+
+
+def _copy_recipe(source: Path, destination: Path) -> Path:
+    target = destination / source.name if destination.is_dir() else destination
+    if target.exists():
+        raise ConfigError(f"{target} exists; name another file")
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target.parent}: no such directory; create it first")
+    shutil.copyfile(source, target)
+    schema_file = target.parent / "schema.json"  # the recipe's first line points its editor there
+    if not schema_file.exists():
+        shutil.copyfile(source.parent / "schema.json", schema_file)
+    return target
+
+
+def _summary(config: RunConfig) -> str:
+    student, teacher, distill, data, step = (
+        config.student,
+        config.teacher,
+        config.distill,
+        config.data,
+        config.train,
+    )
+    origin: str | None = student.model
+    if student.from_teacher:
+        origin = f"{student.from_teacher.layers} layers of the teacher"
+    elif student.from_config:
+        origin = f"fresh, {student.model or 'teacher'}'s configuration with {student.from_config}"
+    terms = distill.terms and "(" + " + ".join(f"{term.weight:g} {term.name}" for term in distill.terms) + ")"
+    loss = f"{distill.soft_weight:g} {terms or distill.divergence} (T={distill.temperature:g})"
+    sequences = f"{step.micro_batch_size} x {data.seq_len} tokens per rank and forward"
+    return "\n".join(
+        (
+            f"  teacher  {teacher.model} ({teacher.dtype}, {teacher.sharding})",
+            f"  student  {origin} ({student.dtype})",
+            f"  loss     {loss} + {distill.hard_weight:g} cross-entropy",
+            f"  data     {data.train}, {sequences}",
+            f"  train    {step.max_steps} steps, lr {step.learning_rate:g}, parallel {step.parallel}",
+            f"  output   {config.log.output_dir}",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Files to records to documents to packed batches."""

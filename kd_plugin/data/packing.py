@@ -1,0 +1,221 @@
+"""Fixed-length sequences out of documents, and which of them each rank sees in each step.
+
+Notable decisions:
+- documents are laid end to end and cut every `seq_len` tokens: no padding, and no token twice. The tail that
+  fills no sequence is left out of training (and kept, padded, in evaluation);
+- nothing is predicted across the start of a document: its first token is no target;
+- the sequences of a step follow from (seed, step) and their number alone: to resume is to ask for step k,
+  and any split over ranks, micro-batches and accumulation sees the same step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd_plugin.data.records import DataError
+
+__all__ = ["Batch", "PackedDataset", "TrainBatches", "collate", "eval_batches", "indices_for_step"]
+
+logger = logging.getLogger(__name__)
+
+Item = dict[str, np.ndarray]
+
+
+class PackedDataset:
+    """Sequences of exactly `seq_len` tokens; item i is {input_ids, labels}, both int64 [seq_len].
+
+    `labels` are unshifted, as in Hugging Face: labels[s] is input_ids[s], or `ignore_index` where that token
+    is not trained on. With `keep_tail` the last sequence may be short, and is filled up with ignored tokens.
+
+    Raises:
+        DataError: not enough tokens for one sequence.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        seq_len: int,
+        ignore_index: int = -100,
+        *,
+        keep_tail: bool = False,
+    ) -> None:
+        self.seq_len, self.ignore_index = seq_len, ignore_index
+        self.input_ids = np.concatenate([document.input_ids for document in documents])  # int32 [T]
+        self.targets = np.concatenate([document.trained for document in documents])  # bool [T]
+        self.starts = np.cumsum([0, *(len(document.input_ids) for document in documents[:-1])])  # int64 [documents]
+        self.places = [document.where for document in documents]
+        self.targets[self.starts] = False
+        num_tokens = len(self.input_ids)
+        self.num_sequences, self.num_left_out = divmod(num_tokens, seq_len)
+        if keep_tail and self.num_left_out:
+            self.num_sequences, self.num_left_out = self.num_sequences + 1, 0
+        if not self.num_sequences:
+            raise DataError(
+                f"{len(documents)} document(s) with {num_tokens} tokens fill no sequence of data.seq_len "
+                f"{seq_len}; lower data.seq_len or give more text"
+            )
+        logger.info(
+            "packed %d tokens into %d sequences of %d; %d tokens at the end are left out",
+            *(num_tokens, self.num_sequences, seq_len, self.num_left_out),
+        )
+
+    def place(self, index: int) -> str:
+        """Where token `index` of all comes from: document and position in it, both from 1."""
+        document = int(np.searchsorted(self.starts, index, side="right")) - 1
+        name = f"document {document + 1}" + (f" ({self.places[document]})" if self.places[document] else "")
+        return f"{name}, token {index - self.starts[document] + 1}"
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < self.num_sequences:
+            raise IndexError(f"sequence {index} of {self.num_sequences}")
+        part = slice(index * self.seq_len, (index + 1) * self.seq_len)
+        ids = self.input_ids[part].astype(np.int64)
+        labels = np.where(self.targets[part], ids, self.ignore_index)
+        missing = self.seq_len - len(ids)
+        return {
+            # Causal attention: what stands in the padding reaches no real token.
+            "input_ids": np.pad(ids, (0, missing)),
+            "labels": np.pad(labels, (0, missing), constant_values=self.ignore_index),
+        }
+
+
+class Batch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        input_ids: int64 [B, S].
+        labels: int64 [B, S], unshifted.
+        shift_labels: int64 [B, S], of each row: the label of the next token.
+        loss_rows: int64 [N], the rows b * S + s of the flattened hidden states whose next token is a target.
+        num_valid: N as a number of the host, so that nobody has to ask the device for it.
+    """
+
+    def __init__(self, input_ids: Tensor, labels: Tensor, shift_labels: Tensor, loss_rows: Tensor) -> None:
+        self.input_ids, self.labels, self.shift_labels, self.loss_rows = input_ids, labels, shift_labels, loss_rows
+        self.num_valid = loss_rows.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the models read, targets or not."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same batch with its tensors on `device`."""
+        tensors = (self.input_ids, self.labels, self.shift_labels, self.loss_rows)
+        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of an attached student's forward.
+
+        Labels by row: next tokens are what is trained on here, whether or not the student's class shifts its labels.
+        """
+        return {"input_ids": self.input_ids, "shift_labels": self.shift_labels, "loss_rows": self.loss_rows}
+
+
+def collate(items: Sequence[Item], ignore_index: int = -100) -> Batch:
+    """Stack items of equal length and find the rows that enter the loss."""
+    input_ids = np.stack([item["input_ids"] for item in items])
+    labels = np.stack([item["labels"] for item in items])
+    shifted = np.full_like(labels, ignore_index)
+    shifted[:, :-1] = labels[:, 1:]  # the last row of a sequence has no next token
+    rows = np.flatnonzero(shifted != ignore_index)
+    return Batch(*(torch.from_numpy(array) for array in (input_ids, labels, shifted, rows)))
+
+
+def indices_for_step(num_items: int, step: int, sequences_per_step: int, seed: int) -> np.ndarray:
+    """Which items optimizer step `step` (from 0) reads: int64 [sequences_per_step].
+
+    Items are taken in epochs, each in an order drawn from (seed, epoch); an epoch may end within a step.
+    """
+    places = np.arange(step * sequences_per_step, (step + 1) * sequences_per_step)
+    epochs, offsets = np.divmod(places, num_items)
+    return np.array([_order(num_items, seed, int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+
+
+@lru_cache(maxsize=2)  # a step may span two epochs
+def _order(num_items: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_items)
+
+
+class TrainBatches:
+    """The micro-batches of each step for one rank; holds no position, so nothing has to be saved."""
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        *,
+        micro_batch_size: int,
+        gradient_accumulation_steps: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.dataset, self.seed, self.rank, self.world_size = dataset, seed, rank, world_size
+        self.micro_batch_size, self.num_micro_batches = micro_batch_size, gradient_accumulation_steps
+        self.sequences_per_step = micro_batch_size * gradient_accumulation_steps * world_size
+        if self.sequences_per_step > len(dataset):
+            logger.warning(
+                "one step takes %d sequences and there are %d: some are seen more than once in a step",
+                *(self.sequences_per_step, len(dataset)),
+            )
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step `step`, counted from 0."""
+        indices = indices_for_step(len(self.dataset), step, self.sequences_per_step, self.seed)
+        shares = indices.reshape(self.num_micro_batches, self.world_size, self.micro_batch_size)
+        return [_batch(self.dataset, share) for share in shares[:, self.rank]]
+
+    def epochs(self, num_steps: int) -> float:
+        """How often `num_steps` steps read the data."""
+        return num_steps * self.sequences_per_step / len(self.dataset)
+
+
+def eval_batches(
+    dataset: PackedDataset, *, num_sequences: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """This rank's share of `num_sequences` held-out sequences, evenly spaced over the dataset.
+
+    All ranks get the same number of batches of the same shape, as sharded models need: places left over are
+    filled with a sequence whose labels are all ignored. The union over ranks depends on no number of ranks.
+    """
+    num_sequences = min(num_sequences, len(dataset))
+    chosen = np.arange(num_sequences) * len(dataset) // num_sequences
+    per_round = micro_batch_size * world_size
+    filled = np.full(-(-num_sequences // per_round) * per_round, -1)
+    filled[:num_sequences] = chosen
+    for share in filled.reshape(-1, world_size, micro_batch_size)[:, rank]:
+        yield _batch(dataset, share)
+
+
+def _batch(dataset: PackedDataset, indices: np.ndarray) -> Batch:
+    """The items at `indices`; -1 stands for one without targets."""
+    items = []
+    for index in indices.tolist():
+        item = dataset[max(index, 0)]
+        if index < 0:
+            item["labels"] = np.full_like(item["labels"], dataset.ignore_index)
+        items.append(item)
+    return collate(items, dataset.ignore_index)
+
+
+class Document(NamedTuple):
+    """One tokenised document."""
+
+    input_ids: np.ndarray
+    """int32 [n]."""
+
+    trained: np.ndarray
+    """bool [n]: whether the token is a target."""
+
+    where: str = ""
+    """Its place in the data, for errors."""

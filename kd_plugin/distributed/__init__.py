@@ -1,0 +1,1 @@
+"""Collectives with names; which part of a weight is here."""

@@ -1,0 +1,72 @@
+"""The configured objective, reduced to what a row kernel needs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kd_plugin.divergences.registry import Divergence, get
+from kd_plugin.settings.run import DistillConfig, TermConfig
+
+MEASURED = ("teacher_entropy", "student_entropy", "top1_agreement", "acceptance_rate", "kl_t1")
+"""Metrics of a row, at temperature 1 whatever the loss's; entropies and KL in nats."""
+
+
+class Term(NamedTuple):
+    """One part of the soft loss: `weight * scale * divergence`."""
+
+    divergence: Divergence
+    weight: float
+    temperature: float
+    scale: float
+    """temperature ** temperature_power."""
+
+
+class Objective(NamedTuple):
+    """What a row kernel computes; hashable, so that each objective is compiled once."""
+
+    terms: tuple[Term, ...]
+    soft_weight: float
+    hard_weight: float
+    label_smoothing: float = 0.0
+    z_loss_weight: float = 0.0
+    metrics: bool = True
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any teacher logits are read at all."""
+        return bool(self.terms) and self.soft_weight != 0
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether tokens are paired by rank: then ids need not agree, nor vocabularies have one size."""
+        return any(term.divergence.match_by_rank for term in self.terms)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Those of `MEASURED` that this objective has."""
+        if not (self.metrics and self.needs_teacher):
+            return ()
+        return MEASURED[:2] if self.by_rank else MEASURED
+
+
+def make_objective(config: DistillConfig) -> Objective:
+    """The objective of a `DistillConfig`."""
+    terms = config.terms if config.terms is not None else (TermConfig(name=config.divergence),)
+    return Objective(
+        tuple(_term(term, config) for term in terms if term.weight),
+        config.soft_weight,
+        config.hard_weight,
+        config.label_smoothing,
+        config.z_loss_weight,
+        config.metrics,
+    )
+
+
+def _term(term: TermConfig, config: DistillConfig) -> Term:
+    temperature = config.temperature if term.temperature is None else term.temperature
+    divergence = get(
+        term.name,
+        beta=config.beta if term.beta is None else term.beta,
+        alpha=config.alpha if term.alpha is None else term.alpha,
+    )
+    return Term(divergence, term.weight, temperature, temperature**config.temperature_power)

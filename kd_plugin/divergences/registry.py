@@ -1,0 +1,62 @@
+"""Every divergence by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kd_plugin.divergences import logits, probabilities, registered
+from kd_plugin.divergences.definition import LOG_FLOOR, Divergence, Row, Sums
+from kd_plugin.settings.distill import BUILT_IN
+
+__all__ = ["DIVERGENCES", "LOG_FLOOR", "Divergence", "Row", "Sums", "formula_table", "get", "register_divergence"]
+
+DIVERGENCES: dict[str, Callable[[float, float], Divergence]] = {
+    "forward_kl": lambda beta, alpha: probabilities.forward_kl(),
+    "soft_ce": lambda beta, alpha: probabilities.soft_ce(),
+    "reverse_kl": lambda beta, alpha: probabilities.reverse_kl(),
+    "jsd": lambda beta, alpha: probabilities.jsd(beta),
+    "skew_kl": lambda beta, alpha: probabilities.skew_kl(alpha),
+    "skew_reverse_kl": lambda beta, alpha: probabilities.skew_reverse_kl(alpha),
+    "tvd": lambda beta, alpha: probabilities.tvd(),
+    "acceptance": lambda beta, alpha: probabilities.acceptance(),
+    "logit_mse": lambda beta, alpha: logits.logit_mse(),
+    "logit_mse_centered": lambda beta, alpha: logits.logit_mse_centered(),
+    "cosine": lambda beta, alpha: logits.cosine(),
+    "uld": lambda beta, alpha: probabilities.uld(),
+}
+"""Name -> definition for the given `beta` (jsd) and `alpha` (skewed divergences)."""
+
+
+def get(name: str, *, beta: float = 0.5, alpha: float = 0.1) -> Divergence:
+    """The definition called `name`. Raises `ValueError` when there is none."""
+    if name not in DIVERGENCES:
+        raise ValueError(f"unknown divergence {name!r}; known: {', '.join(DIVERGENCES)}")
+    return DIVERGENCES[name](beta, alpha)
+
+
+def register_divergence(name: str, function: registered.Elementwise) -> None:
+    """Add the divergence `sum_v function(log q, log p)` under `name`, for `DistillConfig(divergence=name)`.
+
+    Args:
+        name: an identifier that is not built in; registering it again replaces it.
+        function: elementwise, `(log_q [n, V], log_p [n, V]) -> [n, V]`, of torch operations that autograd and
+            torch.compile understand. Log-probabilities of masked tokens are -1e5, not -inf. The gradient with
+            respect to the student is derived from it.
+
+    Raises:
+        ValueError: a built-in name, or a function that is not elementwise or not finite on equal inputs.
+    """
+    registered.check(name, function)
+    definition = registered.from_function(name, function)
+    DIVERGENCES[name] = lambda beta, alpha: definition
+    registered.remember(name, function)
+
+
+def formula_table() -> str:
+    """Every built-in divergence as a Markdown table: value, gradient, source."""
+    lines = ["| name | value per token | gradient with respect to `z_s / temperature` | source |", "|---|---|---|---|"]
+    for name in BUILT_IN:
+        about = get(name)
+        cells = (f"`{text}`".replace("|", "\\|") for text in (name, about.formula, about.gradient_formula))
+        lines.append("| " + " | ".join((*cells, about.source)) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""FSDP2, FSDP1 and DeepSpeed behind one protocol."""

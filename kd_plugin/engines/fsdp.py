@@ -1,0 +1,147 @@
+"""The FSDP2 adapter: sharded ranks, groups of sharded ranks (HSDP), replicated ranks (DDP's layout), one process.
+
+Notable decisions:
+- gradients are reduced after every micro-batch. Deferring it would save traffic, but keeps a whole fp32
+  gradient on every rank until the step; what replicas hold is reduced within their group already, so they
+  defer their all-reduce (but for the head's under `exchange: stats`, which FSDP does not reduce);
+- fused AdamW, because the unfused one issues thousands of tiny DTensor operations;
+- fp16 uses torch's GradScaler: DTensor reduces its overflow flag over the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from kd_plugin.engines import fsdp_units
+from kd_plugin.engines.process_group import Placement
+from kd_plugin.engines.protocol import DTYPES, parameter_groups
+from kd_plugin.settings.run import RunConfig, TeacherConfig
+
+__all__ = ["FsdpEngine"]
+
+
+class FsdpEngine:
+    """Student under FSDP2, teacher under FSDP2 or whole on each rank; see `engines.protocol.Engine`."""
+
+    student: Any
+    """FSDP2: `module` itself, now an FSDPModule; FSDP1: the wrapper around it."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, config: RunConfig, place: Placement, mode: str):
+        train = config.train
+        self.module, self.teacher, self.place = student, teacher, place
+        self.applied_notes: list[str] = []
+        self._max_grad_norm = train.max_grad_norm
+        self._shard_size = place.world_size if train.shard_size is None or mode == "single" else train.shard_size
+        mesh = self._mesh(1 if mode == "ddp" else self._shard_size)
+        self._has_replicas = mesh.ndim == 2
+        if 1 < mesh.shape[-1] < place.world_size:
+            copies = place.world_size // self._shard_size
+            self.applied_notes.append(f"train.shard_size {self._shard_size}: {copies} copies of the student")
+        self.student, groups = self._shard_student(student, mesh, DTYPES[config.student.dtype], train.weight_decay)
+        self._place_teacher(config.teacher)
+        fp16 = config.student.dtype == "float16"
+        self._scaler = self._make_scaler(place.device.type, enabled=fp16)
+        settings = {"lr": train.learning_rate, "betas": train.adam_betas, "eps": train.adam_eps}
+        self.optimizer = self.torch_optimizer = torch.optim.AdamW(groups, **settings, fused=self._fused(fp16))
+
+    def _shard_student(self, student: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float) -> Any:
+        """-> (what to call, parameter groups)."""
+        fsdp_units.shard_student(student, mesh, dtype=dtype)
+        return student, parameter_groups(student, weight_decay)
+
+    def _shard_teacher(self, teacher: nn.Module, mesh: DeviceMesh, *, offload: bool) -> nn.Module:
+        """-> what to call."""
+        fsdp_units.shard_teacher(teacher, mesh, offload=offload)
+        return teacher
+
+    def _fused(self, fp16: bool) -> bool:
+        return True
+
+    def _make_scaler(self, device_type: str, *, enabled: bool) -> GradScaler:
+        return GradScaler(device=device_type, enabled=enabled)
+
+    def _mesh(self, shard_size: int) -> DeviceMesh:
+        world_size = self.place.world_size
+        replicate = shard_size == 1 and world_size > 1
+        return fsdp_units.make_mesh(self.place.device.type, world_size, replicate=replicate, shard_size=shard_size)
+
+    def _place_teacher(self, config: TeacherConfig) -> None:
+        shard_size = self._shard_size if config.sharding == "shard" else 1
+        if shard_size > 1 or config.offload:
+            self.teacher = self._shard_teacher(self.teacher, self._mesh(shard_size), offload=config.offload)
+        else:
+            self.teacher.requires_grad_(False).eval().to(self.place.device)
+        if config.offload and self.place.device.type == "cpu":
+            self.applied_notes.append("teacher.offload has no effect: there is no GPU, host memory holds everything")
+
+    def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> Tensor:
+        """See `Engine`; times world_size, because FSDP averages the gradients over the ranks."""
+        if self._has_replicas:
+            self._reduce_over_copies(is_last)
+        loss = self.student(**inputs, num_items_in_batch=num_items).loss
+        self._scaler.scale(loss * self.place.world_size).backward()
+        return loss.detach()
+
+    def _reduce_over_copies(self, now: bool) -> None:
+        self.student.set_requires_all_reduce(now)
+
+    def step(self, learning_rate: float) -> Tensor:
+        """See `Engine`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._scaler.unscale_(self.optimizer)
+        norm = self._clip()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _clip(self) -> Tensor:
+        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if self._max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Mapping[str, Tensor], *, num_items: int) -> Tensor:
+        """See `Engine`."""
+        return self.student(**inputs, num_items_in_batch=num_items).loss
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(self.student, options=options)
+
+    def save(self, folder: Path) -> None:
+        """See `Engine`; torch.distributed.checkpoint, readable at any number of ranks."""
+        model, optimizer = get_state_dict(self.student, self.optimizer)
+        state = {"model": model, "optimizer": optimizer, "scaler": self._scaler.state_dict()}
+        dcp.save(state, checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine`."""
+        model, optimizer = get_state_dict(self.student, self.optimizer)
+        state = {"model": model, "optimizer": optimizer, "scaler": self._scaler.state_dict()}
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(
+            self.student, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+        self._scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,49 @@
+"""The FSDP1 adapter: as the FSDP2 one, but for what FSDP1 has of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+from kd_plugin.engines import fsdp1_units
+from kd_plugin.engines.fsdp import FsdpEngine
+from kd_plugin.engines.protocol import parameter_groups
+
+__all__ = ["Fsdp1Engine"]
+
+
+class Fsdp1Engine(FsdpEngine):
+    """Student in FSDP1, teacher in FSDP1 or whole on each rank; see `engines.protocol.Engine`."""
+
+    def _shard_student(self, student: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float) -> Any:
+        groups = parameter_groups(student, weight_decay)  # before they are flat
+        return fsdp1_units.wrap_student(student, mesh, self.place.device, dtype=dtype), groups
+
+    def _shard_teacher(self, teacher: nn.Module, mesh: DeviceMesh, *, offload: bool) -> nn.Module:
+        return fsdp1_units.wrap_teacher(teacher, mesh, self.place.device, offload=offload)
+
+    def _make_scaler(self, device_type: str, *, enabled: bool) -> GradScaler:
+        return ShardedGradScaler(device=device_type, enabled=enabled)
+
+    def _fused(self, fp16: bool) -> bool:
+        return not fp16  # the flag of ShardedGradScaler has a shape that fused AdamW cannot read
+
+    def _reduce_over_copies(self, now: bool) -> None:
+        """In every micro-batch: putting it off (`no_sync`) would keep whole gradients."""
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """See `Engine`. On a CPU, FSDP1 would hand out views of what it frees (`cpu_offload`)."""
+        on_cpu = self.place.device.type == "cpu"
+        options = StateDictOptions(full_state_dict=True, cpu_offload=not on_cpu)
+        state = get_model_state_dict(self.student, options=options)
+        return {} if on_cpu and self.place.rank else state
+
+    def _clip(self) -> Tensor:
+        limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
+        return self.student.clip_grad_norm_(limit)

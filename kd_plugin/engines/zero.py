@@ -1,0 +1,175 @@
+"""The DeepSpeed adapter: ZeRO 0 to 3 for the student, a ZeRO-3 engine without optimizer for the teacher.
+
+Notable decisions:
+- the optimizer is torch.optim.AdamW given by us (no compilation of an extension), unless the `deepspeed:`
+  block names one, which DeepSpeed then builds on our parameter groups;
+- `engine.backward(..., scale_wrt_gas=False)`: the loss is already divided by the tokens of the whole step;
+- DeepSpeed casts a half-precision model with `.bfloat16()`, buffers included. Rotary frequencies in bf16 are
+  another model, so buffers are put back as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugin.engines import zero_block
+from kd_plugin.engines.process_group import Placement
+from kd_plugin.engines.protocol import EngineError, parameter_groups
+from kd_plugin.settings.run import RunConfig
+
+__all__ = ["DeepSpeedEngine", "deepspeed_settings"]
+
+_TAG = "state"
+
+
+class DeepSpeedEngine:
+    """Student and teacher under DeepSpeed, inside `deepspeed_settings()`; see `engines.protocol.Engine`."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, config: RunConfig, place: Placement, accumulation: int):
+        if config.student.dtype == "float16" and place.device.type == "cpu":
+            raise EngineError("student.dtype float16 under DeepSpeed needs a GPU: use bfloat16 or float32 on CPU")
+        deepspeed = _import_deepspeed()
+        self.module, self.place, self.torch_optimizer = student, place, None
+        self.config, self.applied_notes = zero_block.student_config(
+            config,
+            world_size=place.world_size,
+            accumulation=accumulation,
+            hidden_size=student.config.get_text_config().hidden_size,
+        )
+        groups = parameter_groups(student, config.train.weight_decay)
+        if self.config.get("optimizer"):
+            client: dict[str, Any] = {"model_parameters": groups}
+        else:
+            train = config.train
+            # lr 0 until the first step: some of DeepSpeed's wrappers make states by a step on zero gradients.
+            client = {"optimizer": torch.optim.AdamW(groups, lr=0.0, betas=train.adam_betas, eps=train.adam_eps)}
+        self.student = _initialize(deepspeed, student, config=self.config, **client)
+        _forget_warm_up_step(self.student.basic_optimizer)
+        self.teacher = self._place_teacher(deepspeed, teacher, config)
+
+    def _place_teacher(self, deepspeed: Any, teacher: nn.Module, config: RunConfig) -> nn.Module:
+        teacher.requires_grad_(False).eval()
+        whole = config.teacher.sharding == "replicate" or self.place.world_size == 1
+        if whole and not config.teacher.offload:
+            return teacher.to(self.place.device)
+        block = zero_block.teacher_config(self.config, precision=config.teacher.dtype, offload=config.teacher.offload)
+        engine = _initialize(deepspeed, teacher, config=block)
+        engine.eval()
+        return engine
+
+    def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> Tensor:
+        """See `Engine`; times world_size, because DeepSpeed averages the gradients over the ranks."""
+        self.student.set_gradient_accumulation_boundary(is_last)
+        loss = self.student(**inputs, num_items_in_batch=num_items).loss
+        self.student.backward(loss * self.place.world_size, scale_wrt_gas=False)
+        return loss.detach()
+
+    def step(self, learning_rate: float) -> Tensor | None:
+        """See `Engine`; no norm where the `deepspeed:` block says that none is computed."""
+        for group in self.student.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._plain_norm()
+        try:
+            self.student.step()
+        except Exception as error:  # of no kind of its own
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise EngineError(
+                "the student's gradients overflow at any loss scale of DeepSpeed's: lower train.learning_rate, or use "
+                "bfloat16 (student.dtype)"
+            ) from error
+        norm = norm if norm is not None else self.student.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm)
+
+    def _plain_norm(self) -> Tensor | None:
+        """The norm where DeepSpeed computes none: stage 0 in fp32, with gradients already averaged."""
+        if isinstance(self.student.optimizer, torch.optim.Optimizer):
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            return torch.nn.utils.get_total_norm(gradients)
+        return None
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Mapping[str, Tensor], *, num_items: int) -> Tensor:
+        """See `Engine`."""
+        return self.student(**inputs, num_items_in_batch=num_items).loss
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """See `Engine`; ZeRO-3 parameters are gathered one at a time."""
+        import deepspeed
+
+        full: dict[str, Tensor] = {}
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            parts = [value] if hasattr(value, "ds_id") else []
+            with deepspeed.zero.GatheredParameters(parts):
+                if self.place.rank == 0:
+                    full[name] = value.detach().cpu().clone()
+        return full
+
+    def save(self, folder: Path) -> None:
+        """See `Engine`; DeepSpeed's own format, which wants the same number of ranks again."""
+        self.student.save_checkpoint(str(folder), tag=_TAG)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine`."""
+        found, _ = self.student.load_checkpoint(str(folder), tag=_TAG)
+        if found is None:
+            raise EngineError(f"{folder} holds no DeepSpeed checkpoint: was it written by another train.parallel?")
+
+
+@contextmanager
+def deepspeed_settings() -> Iterator[None]:
+    """What a process needs while it trains under DeepSpeed; put back afterwards.
+
+    LOCAL_RANK, which DeepSpeed wants also without a launcher; its log below WARNING off, whose hundreds of lines
+    hide ours; and its use of collectives by names that torch 2.13 renamed is not the user's affair.
+    """
+    log, given = logging.getLogger("DeepSpeed"), os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = given or "0"
+    _import_deepspeed()  # before the level is read: the import sets it
+    level = log.level
+    if not log.isEnabledFor(logging.DEBUG):
+        log.setLevel(logging.WARNING)
+    renamed = r".*torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+            yield
+    finally:
+        log.setLevel(level)
+        if given is None:
+            del os.environ["LOCAL_RANK"]
+
+
+def _import_deepspeed() -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError(
+            "train.parallel deepspeed needs it: pip install --no-build-isolation 'kd-plugin[deepspeed]'"
+        ) from error
+    return deepspeed
+
+
+def _forget_warm_up_step(optimizer: torch.optim.Optimizer) -> None:
+    """Uncount DeepSpeed's step on zero gradients: Adam's bias correction would start one step late."""
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"].zero_()
+
+
+def _initialize(deepspeed: Any, model: nn.Module, **options: Any) -> Any:
+    """deepspeed.initialize, with the buffers' dtypes kept."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    engine, *_ = deepspeed.initialize(model=model, **options)
+    for name, buffer in model.named_buffers():
+        buffer.data = buffers[name].to(buffer.device)
+    return engine

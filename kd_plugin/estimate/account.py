@@ -1,0 +1,124 @@
+"""What a run will need, from its configuration alone: memory of a rank, bytes on the wire, and what to choose.
+
+No weights are read and no process group is started, so a laptop can ask for a thousand GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from kd_plugin.estimate.memory import Memory, memory
+from kd_plugin.estimate.setup import EstimateError, Line, Setup, make_setup
+from kd_plugin.estimate.sizes import load_sizes
+from kd_plugin.estimate.wire import Volume, exchanges, parameters, recommended, settled
+from kd_plugin.settings.run import RunConfig
+from kd_plugin.training.precision import automatic_dtype, with_dtypes
+
+__all__ = ["Choice", "Estimate", "EstimateError", "estimate"]
+
+GIB = 2**30
+_NODE = 8  # GPUs of a usual node, as one group of shards
+USABLE = 0.9  # of a GPU's memory; the rest is left to the CUDA context, NCCL and fragmentation
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to spread the models, with the exchange that suits it."""
+
+    mode: str
+    shard_ranks: int
+    """Ranks that one copy of a sharded model is cut over."""
+    teacher_sharded: bool
+    exchange: str
+    peak_bytes: float
+    step_bytes: float
+    """Received per rank and optimizer step."""
+    fits: bool | None
+    """None where the memory of a GPU was not given."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The account of one configuration."""
+
+    setup: Setup
+    memory: Memory
+    exchanges: dict[str, Volume]
+    """Per micro-batch, under the configured sharding."""
+    exchange: str
+    """The recommended one of them."""
+    parameters: tuple[Line, ...]
+    """Other traffic per optimizer step."""
+    choices: tuple[Choice, ...]
+    """Ways to spread the models, least traffic first."""
+    gpu_memory_gib: float | None
+
+    @property
+    def chosen(self) -> Choice | None:
+        """The first choice that fits; None where none does, or nothing is known of the GPU."""
+        return next((choice for choice in self.choices if choice.fits), None)
+
+
+def estimate(
+    config: RunConfig,
+    *,
+    world_size: int = 1,
+    rows: int | None = None,
+    gpu_memory_gib: float | None = None,
+    device: str = "cuda",
+) -> Estimate:
+    """Estimate one run of `config`.
+
+    Args:
+        config: as for training; both models are built without weights. `dtype: auto` counts as bfloat16 on GPUs.
+        world_size: ranks.
+        rows: rows in the loss per rank and micro-batch; default: all its tokens.
+        gpu_memory_gib: memory of one GPU, to say what fits.
+        device: `cuda` or `cpu`; a CPU holds half-precision heads in fp32 as well.
+
+    Raises:
+        ValueError: a model that cannot be made as configured, or ranks and rows that do not fit the settings.
+    """
+    if gpu_memory_gib is not None and gpu_memory_gib <= 0:
+        raise EstimateError(f"--gpu-memory-gib is {gpu_memory_gib:g}: give the memory of one GPU, above 0")
+    config = with_dtypes(config, "bfloat16" if device == "cuda" else automatic_dtype(torch.device(device))[0])
+    setup = make_setup(config, load_sizes(config), world_size=world_size, rows=rows, device=device)
+    setup = replace(setup, exchange=settled(setup))
+    return Estimate(
+        setup=setup,
+        memory=memory(setup),
+        exchanges=exchanges(setup),
+        exchange=recommended(setup),
+        parameters=parameters(setup),
+        choices=_choices(setup, gpu_memory_gib),
+        gpu_memory_gib=gpu_memory_gib,
+    )
+
+
+def _choices(setup: Setup, gpu_memory_gib: float | None) -> tuple[Choice, ...]:
+    world, grouped = setup.world_size, setup.shard_ranks
+    if world == 1:
+        layouts = [(setup.mode, world)]
+    elif setup.is_zero:
+        layouts = [(f"zero{stage}", world) for stage in (1, 2, 3)]
+    else:
+        node = {_NODE} if world % _NODE == 0 else set()
+        groups = sorted({grouped, world, *node} - {1})
+        cut = "fsdp1" if setup.mode == "fsdp1" else "fsdp"
+        layouts = [("ddp", grouped if grouped > 1 else world), *((cut, size) for size in groups)]
+    sharded = (False, True) if world > 1 and setup.teacher is not None else (False,)
+    found = [_choice(setup, layout, cut, gpu_memory_gib) for layout in layouts for cut in sharded]
+    return tuple(sorted(found, key=lambda choice: (choice.step_bytes, choice.peak_bytes)))
+
+
+def _choice(setup: Setup, layout: tuple[str, int], teacher_sharded: bool, gpu_memory_gib: float | None) -> Choice:
+    mode, shard_ranks = layout
+    spread = setup.spread(mode=mode, teacher_sharded=teacher_sharded, shard_ranks=shard_ranks)
+    spread = replace(spread, exchange=recommended(spread))
+    step = setup.accumulation * exchanges(spread)[spread.exchange].num_bytes
+    step += sum(line.num_bytes for line in parameters(spread))
+    peak = memory(spread).peak_bytes
+    fits = None if gpu_memory_gib is None else peak <= USABLE * gpu_memory_gib * GIB
+    return Choice(mode, shard_ranks, teacher_sharded, spread.exchange, peak, step, fits)

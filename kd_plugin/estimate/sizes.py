@@ -1,0 +1,244 @@
+"""Student and teacher of a configuration without their weights: on the meta device, from configurations alone.
+
+Notable decisions:
+- the models are built by the same code as for training, so a student that cannot be made is refused here too;
+- activations are counted, not guessed: the student's backbone runs on the meta device, and every tensor that
+  autograd keeps for backward is added up. Fused attention is counted as what it keeps: its inputs, its output
+  and one number per row;
+- the sum is that of eager PyTorch; what a compiled model or special kernels would keep is unknown here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from kd_plugin.engines.fsdp_units import decoder_layers
+from kd_plugin.models.loading import read_config
+from kd_plugin.models.students import config_with, freeze, student_from_layers
+from kd_plugin.settings.run import ModelSource, RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class Weight(NamedTuple):
+    """One parameter: `rows` is the dimension that FSDP2 cuts."""
+
+    rows: int
+    columns: int
+    trainable: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.rows * self.columns
+
+
+class Unit(NamedTuple):
+    """What is gathered together."""
+
+    name: str  # layer, embedding, head, rest; or "embedding and head" where they are tied
+    weights: tuple[Weight, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return sum(weight.numel for weight in self.weights)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that autograd keeps for the backward pass of one micro-batch."""
+
+    layers: tuple[int, ...]
+    """Of each decoder layer."""
+    outside: int
+    """Of the rest of the backbone."""
+    boundary: int
+    """One hidden state `[B, S, D]`: what a checkpointed layer keeps."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Everything that an estimate asks of a model."""
+
+    kind: str
+    units: tuple[Unit, ...]
+    vocab_size: int
+    width: int
+    tied: bool
+    head_trainable: bool
+    activations: Activations | None
+    """None if the backbone does not run on the meta device."""
+    why_unknown: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Parameters."""
+        return sum(unit.numel for unit in self.units)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters with a gradient."""
+        return sum(weight.numel for unit in self.units for weight in unit.weights if weight.trainable)
+
+    @property
+    def head_numel(self) -> int:
+        """Elements of the head's weight."""
+        return self.vocab_size * self.width
+
+    @property
+    def largest_layer(self) -> int:
+        """Elements of the largest decoder layer."""
+        return max(unit.numel for unit in self.units if unit.name == "layer")
+
+
+def load_sizes(config: RunConfig) -> tuple[ModelSizes, ModelSizes]:
+    """Student and teacher of `config`; reads configurations or GGUF metadata, never weights.
+
+    Raises:
+        ModelError, StudentError, ShardingError: not found, or not to be made as configured.
+    """
+    teacher = _on_meta(config.teacher, read_config(config.teacher))
+    student = _student(config, teacher)
+    batch = (config.train.micro_batch_size, config.data.seq_len)
+    dtypes = (getattr(torch, source.dtype) for source in (config.student, config.teacher))
+    return tuple(_sizes(model, dtype, batch) for model, dtype in zip((student, teacher), dtypes, strict=True))
+
+
+def _student(config: RunConfig, teacher: PreTrainedModel) -> PreTrainedModel:
+    source = config.student
+    if source.from_teacher:
+        make_empty = partial(_on_meta, source, like=teacher)
+        student = student_from_layers(teacher, source.from_teacher.layers, make_empty)
+    else:
+        base = read_config(source) if source.model else teacher.config
+        if source.from_config is not None:
+            base = config_with(base, source.from_config, where="student.from_config")
+        student = _on_meta(source, base)
+    freeze(student, source.freeze)
+    return student
+
+
+def _on_meta(source: ModelSource, config: PreTrainedConfig, like: PreTrainedModel | None = None) -> PreTrainedModel:
+    import transformers
+
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if source.attn_implementation:
+        # other fused kernels keep what sdpa keeps, and need not be installed to be counted
+        options["attn_implementation"] = "eager" if source.attn_implementation == "eager" else "sdpa"
+    with torch.device("meta"):
+        if like is not None:
+            return type(like)._from_config(config, **options)
+        return transformers.AutoModelForCausalLM.from_config(
+            config, trust_remote_code=source.trust_remote_code, **options
+        )
+
+
+def _sizes(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int]) -> ModelSizes:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = embedding.weight is head.weight
+    parts: list[tuple[str, nn.Module]] = [("layer", layer) for layer in decoder_layers(model)]
+    parts += [("embedding and head", head)] if tied else [("embedding", embedding), ("head", head)]
+    seen: set[Tensor] = set()
+    units = []
+    for name, module in (*parts, ("rest", model)):
+        own = [parameter for parameter in module.parameters() if parameter not in seen]
+        seen.update(own)
+        units.append(Unit(name, tuple(_weight(parameter) for parameter in own)))
+    vocab_size, width = head.weight.shape
+    trainable = head.weight.requires_grad
+    kind, frozen = type(model).__name__, [p for p in model.parameters() if not p.requires_grad]
+    activations, why = _activations(model, dtype, batch)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return ModelSizes(kind, tuple(units), vocab_size, width, tied, trainable, activations, why)
+
+
+def _weight(parameter: Tensor) -> Weight:
+    rows = parameter.shape[0] if parameter.ndim else 1
+    return Weight(rows, parameter.numel() // max(rows, 1), parameter.requires_grad)
+
+
+def _activations(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int]) -> tuple[Activations | None, str]:
+    """Run the backbone in `dtype`. Returns None and the reason where its code does not run without values."""
+    try:
+        return _count_activations(model.to(dtype), dtype, batch), ""
+    except Exception as error:  # any code may come with a model, and the rest of the estimate stands without this
+        return None, f"{type(model).__name__} does not run on the meta device: {' '.join(str(error).split())[:120]}"
+
+
+def _count_activations(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int]) -> Activations:
+    kept = _Kept(model)
+    spans: list[int] = []
+
+    def enter(*_: Any) -> None:
+        spans.append(-kept.num_bytes)
+
+    def leave(*_: Any) -> None:
+        spans[-1] += kept.num_bytes
+
+    with ExitStack() as stack:
+        for layer in decoder_layers(model):
+            for handle in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)):
+                stack.callback(handle.remove)
+        stack.enter_context(_Valueless())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor))
+        ids = torch.zeros(batch, dtype=torch.int64, device="meta")
+        hidden = model.train().base_model(input_ids=ids, use_cache=False).last_hidden_state
+    boundary = hidden.numel() * dtype.itemsize
+    return Activations(tuple(spans), kept.num_bytes - sum(spans), boundary)
+
+
+class _Kept:
+    """Adds up the storages that autograd saves, each once, parameters aside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.num_bytes = 0
+        self._seen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self._alive: list[Tensor] = []  # an address that is freed could be given to another storage
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._alive.append(tensor.detach())
+            self.num_bytes += storage.nbytes()
+        return tensor
+
+
+class _Valueless(TorchFunctionMode):
+    """Fused attention, where PyTorch on the meta device would keep all S x S scores; and no look at values.
+
+    Models ask whether a mask holds no padding, or one document: answered with yes, which is the plain causal mask.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            return _Attention.apply(named["query"], named["key"], named["value"])
+        if func is Tensor.__bool__:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what fused attention keeps; never run backward."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, log_sums)
+        return out

@@ -1,0 +1,223 @@
+"""An estimate as tables: rich ones on a terminal, plain text elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+from kd_plugin.estimate.account import GIB, USABLE, Choice, Estimate
+from kd_plugin.estimate.setup import Line, Setup, chunk_rows
+from kd_plugin.estimate.sizes import ModelSizes
+
+_UNKNOWN = "the CUDA context, NCCL's and cuBLAS's buffers, fragmentation, scratch of compiled kernels, and time"
+_NAMES = {"single": "one process", "ddp": "ddp (replicated)", "fsdp": "fsdp (FSDP2)", "fsdp1": "fsdp1 (FSDP1)"}
+_FSDP = {"fsdp": "FSDP2", "fsdp1": "FSDP1"}
+
+
+class Table(NamedTuple):
+    """Rows of text under a title; the second column is a number."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def show(found: Estimate) -> None:
+    """Print `found`."""
+    tables, notes = tables_of(found), notes_of(found)
+    if sys.stdout.isatty():
+        _show_rich(tables, notes)
+    else:
+        print(plain(tables, notes))
+
+
+def tables_of(found: Estimate) -> list[Table]:
+    """Models, memory, wire, and the ways to spread the models."""
+    tables = [_models(found.setup), _memory(found), _wire(found)]
+    return [*tables, _choices(found)] if len(found.choices) > 1 else tables
+
+
+def notes_of(found: Estimate) -> list[str]:
+    """What to choose and why, then what is not known."""
+    setup = found.setup
+    notes = [f"chunk size: {_chunk(setup)}", f"exchange: {_exchange(found)}", f"sharding: {_sharding(found)}"]
+    for side, model in (("student", setup.student), ("teacher", setup.teacher)):
+        if model is not None and model.activations is None:
+            notes.append(f"unknown: {side} activations, so the peak is too low by them: {model.why_unknown}")
+    return [*notes, f"unknown, and in no figure: {_UNKNOWN}"]
+
+
+def plain(tables: list[Table], notes: list[str]) -> str:
+    """Aligned text."""
+    blocks = []
+    for table in tables:
+        rows = [table.columns, *table.rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
+        lines = [
+            "  ".join(cell.rjust(width) if i == 1 else cell.ljust(width) for i, (cell, width) in pairs).rstrip()
+            for row in rows
+            for pairs in [enumerate(zip(row, widths, strict=True))]
+        ]
+        blocks.append("\n".join([table.title, *(f"  {line}" for line in lines)]))
+    return "\n\n".join([*blocks, "\n".join(notes)])
+
+
+def _show_rich(tables: list[Table], notes: list[str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for table in tables:
+        drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for index, name in enumerate(table.columns):
+            drawn.add_column(name, justify="right" if index == 1 else "left", no_wrap=index < 2)
+        for row in table.rows:
+            drawn.add_row(*(Text(cell) for cell in row))
+        console.print(drawn)
+    for note in notes:
+        console.print(Text(note))
+
+
+def _models(setup: Setup) -> Table:
+    rows = [_model("student", setup.student, setup.config.student.dtype)]
+    if setup.teacher is not None:
+        rows.append(_model("teacher", setup.teacher, setup.config.teacher.dtype))
+    mode = _mode(setup.mode, setup.world_size // setup.shard_ranks)
+    title = (
+        f"{mode} on {setup.world_size} x {setup.device}, {setup.rows} rows in the loss per rank and "
+        f"micro-batch, {setup.accumulation} micro-batches per step"
+    )
+    return Table(title, ("model", "parameters", "head", "what"), rows)
+
+
+def _model(side: str, model: ModelSizes, dtype: str) -> tuple[str, ...]:
+    head = f"{model.vocab_size} x {model.width}{', tied' if model.tied else ''}"
+    trained = "" if side == "teacher" or model.trainable == model.numel else f", {model.trainable / 1e6:,.1f}M trained"
+    return (side, f"{model.numel / 1e6:,.1f}M", head, f"{model.kind}, {dtype}{trained}")
+
+
+def _memory(found: Estimate) -> Table:
+    rows = [_line(line) for line in found.memory.lasting]
+    rows.append(("held from step to step", _size(found.memory.lasting_bytes), ""))
+    rows += [_line(line._replace(name=f"in host memory: {line.name}")) for line in found.memory.host]
+    for name, lines in found.memory.phases.items():
+        worst = " (the worst phase)" if name == found.memory.worst_phase else ""
+        rows.append((f"+ {name}", _size(found.memory.phase_bytes(name)), f"of which:{worst}"))
+        rows += [_line(line, indent="    ") for line in lines]
+    limit = "" if found.gpu_memory_gib is None else f"; {_limit(found)}"
+    rows.append(("peak", _size(found.memory.peak_bytes), f"held + {found.memory.worst_phase}{limit}"))
+    return Table("memory of the fullest rank", ("", "bytes", "how"), rows)
+
+
+def _line(line: Line, indent: str = "") -> tuple[str, ...]:
+    return (indent + line.name, _size(line.num_bytes), line.how)
+
+
+def _wire(found: Estimate) -> Table:
+    setup, times = found.setup, found.setup.accumulation
+    rows = []
+    for name, volume in found.exchanges.items():
+        marks = [text for text, on in (("this run", name == setup.exchange), ("fewest", name == found.exchange)) if on]
+        shown = f"heads: {name}" + (f" ({', '.join(marks)})" if marks else "")
+        how = f"{times} x {_decimal(volume.num_bytes)} = {volume.how}" if times > 1 else volume.how
+        rows.append((shown, _decimal(times * volume.num_bytes), how))
+    rows += [(line.name, _decimal(line.num_bytes), line.how) for line in found.parameters]
+    total = times * found.exchanges[setup.exchange].num_bytes if setup.exchange in found.exchanges else 0.0
+    total += sum(line.num_bytes for line in found.parameters)
+    rows.append(("all, as configured", _decimal(total), f"exchange {setup.exchange}; f = (W - 1) / W, ring"))
+    return Table("received per rank and optimizer step", ("", "bytes", "how"), rows)
+
+
+def _choices(found: Estimate) -> Table:
+    rows = [
+        (
+            f"{_layout(found, choice)}, teacher {_teacher(choice)}, {choice.exchange}",
+            _size(choice.peak_bytes),
+            _decimal(choice.step_bytes),
+            {None: "unknown", True: "yes", False: "no"}[choice.fits],
+        )
+        for choice in found.choices
+    ]
+    title = "ways to spread the models, least traffic first, each with its best exchange"
+    return Table(title, ("student, teacher, exchange", "peak", "wire per step", "fits"), rows)
+
+
+def _chunk(setup: Setup) -> str:
+    config, vocab = setup.distill, setup.student.vocab_size
+    full, row, cost = chunk_rows(setup, "auto"), 8 * vocab, f"8 B x V {vocab}"
+    if setup.teacher_columns not in (0, vocab):
+        columns = setup.teacher_columns
+        row, cost = 4 * (vocab + columns), f"4 B x (V {vocab} + V' {columns})"
+    if config.chunk_size != "auto":
+        return f"{setup.chunk} rows, as distill.chunk_size says; loss_memory_mb would give {min(full, setup.rows)}"
+    exact = int(config.loss_memory_mb * 2**20) // row
+    rounded = f" -> {full} (a multiple of 64)" if full != exact else ""
+    text = f"{config.loss_memory_mb:g} MiB / ({cost}) = {exact}{rounded} rows"
+    if full >= setup.rows:
+        return f"{setup.chunk} rows = one chunk: {text}, and there are only {setup.rows}"
+    return f"{text}, {-(-setup.rows // full)} chunks of at most {full}"
+
+
+def _exchange(found: Estimate) -> str:
+    setup, volumes = found.setup, found.exchanges
+    if setup.world_size == 1:
+        return "none, one rank"
+    listed = ", ".join(f"{name} {_decimal(volume.num_bytes)}" for name, volume in volumes.items())
+    text = f"{found.exchange}, the fewest bytes per micro-batch ({listed})"
+    if setup.exchange == found.exchange:
+        return text
+    how = "auto takes" if setup.distill.exchange == "auto" else "this configuration says"
+    return f"{text}; {how} {setup.exchange}"
+
+
+def _sharding(found: Estimate) -> str:
+    if found.setup.world_size == 1 and found.gpu_memory_gib is not None:
+        return f"one rank; {_limit(found)}"
+    leanest = min(found.choices, key=lambda choice: choice.peak_bytes)
+    if found.gpu_memory_gib is None:
+        text = f"give --gpu-memory-gib to have one chosen; least memory: {_described(found, leanest)}"
+        return text
+    if found.chosen is None:
+        lacking = f"nothing fits {_limit(found)}; the leanest is {_described(found, leanest)}"
+        return f"{lacking}: more ranks, activation_checkpointing, a smaller micro_batch_size or seq_len"
+    return f"{_described(found, found.chosen)}: the least traffic of what fits {found.gpu_memory_gib:g} GiB"
+
+
+def _described(found: Estimate, choice: Choice) -> str:
+    sizes = f"{_size(choice.peak_bytes)}, {_decimal(choice.step_bytes)} per step"
+    return f"{_layout(found, choice)}, teacher {_teacher(choice)}, exchange {choice.exchange} ({sizes})"
+
+
+def _limit(found: Estimate) -> str:
+    assert found.gpu_memory_gib is not None
+    usable = USABLE * found.gpu_memory_gib
+    verdict = "fits" if found.memory.peak_bytes <= usable * GIB else "does not fit"
+    return f"this {verdict} 90 % of {found.gpu_memory_gib:g} GiB = {usable:.3g} GiB"
+
+
+def _teacher(choice: Choice) -> str:
+    return "shard" if choice.teacher_sharded else "replicate"
+
+
+def _layout(found: Estimate, choice: Choice) -> str:
+    return _mode(choice.mode, found.setup.world_size // choice.shard_ranks)
+
+
+def _mode(mode: str, copies: int) -> str:
+    if mode in _FSDP and copies > 1:
+        return f"hsdp ({_FSDP[mode]}, {copies} copies)"
+    return _NAMES.get(mode, f"ZeRO-{mode[-1]}")
+
+
+def _size(num_bytes: float) -> str:
+    if num_bytes < 2**20:
+        return f"{num_bytes / 2**10:,.1f} KiB"
+    return f"{num_bytes / GIB:,.2f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def _decimal(num_bytes: float) -> str:
+    if num_bytes < 1e6:
+        return f"{num_bytes / 1e3:,.1f} kB"
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,1 @@
+"""distill.exchange: what crosses the wire for the heads."""

@@ -1,0 +1,83 @@
+"""Bytes that one rank receives per micro-batch for the heads of sharded models, by `distill.exchange`.
+
+With f = (W - 1) / W, n rows per rank, e bytes per weight and hidden state, r bytes per reduced gradient (none of a
+frozen head), widths D (student) and E (teacher), vocabulary V (of unequal ones, each head's own; of the teacher's
+logits, the ids of both), m numbers per row that every rank gathers (two per softmax, of which a student with more token
+ids than the teacher has one more, and the label's logit), k sums per row that are added over ranks (0 for KLs):
+
+    weight   f V (e (D + E) + r D)                           gather both heads, reduce-scatter a gradient
+    logits   f V (e + r) D + (W - 1) n e E + 4 f n V         the student's head; teacher hidden states, logits
+    stats    (W - 1) n (e (D + E) + 4 D + 4 m W + 8 k + 16)  hidden states, their gradient, numbers per row
+
+`weight` does not depend on the rows, `stats` not on the vocabulary; `logits` wins in between only where the
+teacher is much wider than its share of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_FP32 = 4
+_KL_NUMBERS = (6, 0)  # of a KL at temperature 1 with cross-entropy and metrics
+
+
+class Head(NamedTuple):
+    """One model's head, as its wrapper gathers it."""
+
+    vocab_size: int
+    width: int
+    ranks: int
+    """That cut it; 1 for a head that is whole on each rank, or tied to an embedding that is gathered anyway."""
+    item_bytes: int
+    """Of a weight, and of a hidden state."""
+    reduced_bytes: int = 0
+    """Of an element of its gradient as it is reduced; 0 for a frozen head."""
+
+    @property
+    def num_bytes(self) -> float:
+        """To gather it once and to reduce-scatter its gradient once."""
+        numel = self.vocab_size * self.width
+        return (self.ranks - 1) / self.ranks * numel * (self.item_bytes + self.reduced_bytes)
+
+
+def weight_bytes(student: Head, teacher: Head) -> float:
+    """Of `exchange: weight`."""
+    return student.num_bytes + teacher.num_bytes
+
+
+def logits_bytes(student: Head, teacher: Head, rows: float, *, ranks: int) -> float:
+    """Of `exchange: logits` among `ranks`, with `rows` each."""
+    return student.num_bytes + teacher_logits_bytes(student, teacher, rows, ranks=ranks)
+
+
+def teacher_logits_bytes(student: Head, teacher: Head, rows: float, *, ranks: int) -> float:
+    """The part of `logits_bytes` that does not concern the student's head."""
+    columns = min(student.vocab_size, teacher.vocab_size)
+    return (ranks - 1) * rows * (teacher.item_bytes * teacher.width + _FP32 * columns / ranks)
+
+
+def stats_bytes(
+    student: Head, teacher: Head | None, rows: float, *, ranks: int, numbers: tuple[int, int] = _KL_NUMBERS
+) -> float:
+    """Of `exchange: stats` among `ranks`, with `rows` each.
+
+    `numbers` are m and k, as `sharded_numbers.exchanged_numbers` counts them; by default those of a KL at temperature 1 with
+    cross-entropy and metrics.
+    """
+    gathered, added = numbers
+    per_row = 4 * gathered * ranks + 8 * added + 16  # 16: label, weight, and whether the row is padding
+    hidden = student.item_bytes * student.width
+    if teacher is not None:
+        hidden += teacher.item_bytes * teacher.width
+    return (ranks - 1) * rows * (hidden + _FP32 * student.width + per_row)
+
+
+def volumes(
+    student: Head, teacher: Head, rows: float, *, ranks: int, numbers: tuple[int, int] = _KL_NUMBERS
+) -> dict[str, float]:
+    """What `auto` compares."""
+    return {
+        "weight": weight_bytes(student, teacher),
+        "logits": logits_bytes(student, teacher, rows, ranks=ranks),
+        "stats": stats_bytes(student, teacher, rows, ranks=ranks, numbers=numbers),
+    }

@@ -1,0 +1,1 @@
+"""Hidden states or logits to loss and gradients, in chunks."""

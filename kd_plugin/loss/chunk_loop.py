@@ -1,0 +1,297 @@
+"""The loop over chunks: hidden states in, loss sums and gradients out, never a `[tokens, vocab]` tensor.
+
+Per chunk: one product for the student's logits, one for the teacher's, one row pass that leaves the gradient
+where the student's logits were, one product for the hidden states' gradient and one for the weight's.
+
+A student with more token ids V than its teacher: the hard loss takes all of them, the soft loss those of both (see
+`row_kernels`). Of a teacher with more, the others are never multiplied.
+
+Memory above the inputs: `8 * C * V` bytes of chunk buffers (fp32; the teacher's is reused for the gradient in
+the precision of the model; `4 * C * (V + V')` where the teacher has fewer token ids V'), the gradient of the hidden
+states, and the fp32 gradient of the weight. On a CPU with half-precision models, the fp32 copies of both heads come on
+top (see `matmul`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kd_plugin.divergences.objective import Objective, make_objective
+from kd_plugin.loss.buffers import buffer
+from kd_plugin.loss.chunk_plan import ChunkPlan, agreed_plan, local_plan
+from kd_plugin.loss.low_rank import LowRankProduct
+from kd_plugin.loss.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
+from kd_plugin.loss.teacher import TeacherSource
+from kd_plugin.row_kernels import dispatch
+from kd_plugin.row_kernels.dispatch import IDENTITY, NUM_LOSSES, LogitTransform, RowSpec
+from kd_plugin.settings.run import DistillConfig
+
+_MIB = 2**20
+_BYTES_PER_LOGIT = 4  # fp32
+
+
+@dataclass
+class Problem:
+    """One call of the loss: everything but the differentiable tensors. Flattened rows."""
+
+    objective: Objective
+    teacher: TeacherSource | None
+    targets: Tensor | None  # [N] int64
+    rows: Tensor | None  # [n] int64 indices of the valid rows; None: all of them
+    num_rows: int  # n
+    token_weights: Tensor | None  # [N]
+    chunk_size: int
+    row_kernel: str
+    student_transform: LogitTransform = IDENTITY
+    rounded_logits: bool = False
+    """Round logits to the models' precision."""
+    with_gradient: bool = True
+    """False under no_grad: autograd's own `needs_input_grad` does not know of it."""
+    workspace_bytes: int = 0
+    """Out: bytes held above the inputs at the loop's peak."""
+    group_rows: int | None = None
+    """Out: valid rows of all ranks that agreed on the chunks (`ChunkPlan.group_rows`)."""
+    dense_bytes: int = 0
+    """Out: bytes that the fp32 logits of all rows would have taken, both models' together."""
+
+    def weighted(self, factors: Tensor) -> Problem:
+        """The same problem with each row's gradient multiplied by `factors` `[N]`."""
+        weights = factors if self.token_weights is None else factors * self.token_weights
+        return replace(self, token_weights=weights)
+
+
+@dataclass
+class Result:
+    """Sums over the valid rows, and un-normalised gradients."""
+
+    sums: Tensor  # [len(STATISTICS)]; the losses are weighted by token_weights, the metrics are not
+    grad_hidden: Tensor | None  # [N, D]
+    grad_weight: Tensor | None  # [V, D] fp32 (fp64 for fp64 models)
+    grad_bias: Tensor | None  # [V]
+    per_row: Tensor | None  # [n, len(STATISTICS)]
+
+
+def rows_per_chunk(
+    chunk_size: int | str, loss_memory_mb: float, vocab_size: int, teacher_vocab_size: int | None = None
+) -> int:
+    """Rows C of one chunk: `chunk_size`, or the most for which 8 * C * V bytes fit `loss_memory_mb` MiB.
+
+    From 64 rows on, the automatic value is a multiple of 64. Where the teacher's rows have another number of logits
+    than the student's, `teacher_vocab_size` V', it is 4 * C * (V + V') bytes. Raises `ValueError` if not even one row
+    fits.
+    """
+    if chunk_size != "auto":
+        return int(chunk_size)
+    row_bytes = _BYTES_PER_LOGIT * (vocab_size + (teacher_vocab_size or vocab_size))
+    rows = int(loss_memory_mb * _MIB) // row_bytes
+    if rows < 1:
+        enough = 1.006 * row_bytes / _MIB  # three digits of it are never too few
+        raise ValueError(
+            f"loss_memory_mb={loss_memory_mb:g} does not hold one row of {vocab_size} logits; "
+            f"one row needs {enough:.3g} MiB: raise loss_memory_mb"
+        )
+    return rows if rows < 64 else rows // 64 * 64
+
+
+def teacher_columns(objective: Objective, student_size: int, teacher_size: int) -> int:
+    """Columns of the teacher's logits that the loss reads: those of the token ids that the student has; for uld all."""
+    return teacher_size if objective.by_rank else min(student_size, teacher_size)
+
+
+def chunk_rows(config: DistillConfig, student_size: int, teacher_size: int | None) -> int:
+    """Rows of one chunk by `config`, for heads of so many rows; `teacher_size` is None without a teacher.
+
+    Raises `ValueError` as `rows_per_chunk`.
+    """
+    columns = teacher_size and teacher_columns(make_objective(config), student_size, teacher_size)
+    return rows_per_chunk(config.chunk_size, config.loss_memory_mb, student_size, columns)
+
+
+def dense_bytes(num_rows: int, student_size: int, columns_of_teacher: int) -> int:
+    """Bytes of the fp32 logits of all rows, both models' together; without a teacher, 0 columns of it."""
+    return num_rows * (student_size + columns_of_teacher) * _BYTES_PER_LOGIT
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of logits, statistics and the weight's gradient."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _of_labels(logits: Tensor, targets: Tensor) -> Tensor:
+    """Each row's logit of its label, `[n, 1]`."""
+    try:
+        return logits.gather(1, targets)
+    except (IndexError, RuntimeError) as error:
+        if "out of bounds" not in str(error):  # out of memory, or any other trouble of the device
+            raise
+        raise ValueError(foreign_labels(logits.shape[1], str(error))) from error
+
+
+def foreign_labels(vocab_size: int, found: str) -> str:
+    """What is wrong where a row that counts has a label that is no token id."""
+    return (
+        f"loss_rows point at labels outside the vocabulary of {vocab_size} ({found}): they must list the rows whose "
+        "(shifted) label is not ignore_index, and no others"
+    )
+
+
+def _plan(problem: Problem, device: torch.device) -> ChunkPlan:
+    group = None if problem.teacher is None else problem.teacher.group
+    if group is None:
+        return local_plan(problem.rows, problem.num_rows, problem.chunk_size)
+    return agreed_plan(problem.rows, problem.num_rows, problem.chunk_size, group, device)
+
+
+class _Loop:
+    """State shared by the chunks of one call."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low_rank: LowRankProduct | None,
+    ) -> None:
+        self.problem, self.hidden, self.bias, self.low_rank = problem, hidden, bias, low_rank
+        self.dtype, vocab_size = wide_dtype(hidden.dtype), weight.shape[0]
+        self.operand = Operand("student", weight, self.dtype, rounded=problem.rounded_logits, hidden_dtype=hidden.dtype)
+        self.plan = _plan(problem, hidden.device)
+        problem.group_rows = self.plan.group_rows
+        capacity = max(self.plan.chunk, 2)  # row_kernels.run never compiles for a single row
+        self.student = buffer("student", capacity, vocab_size, self.dtype, hidden.device)
+        self.teacher = None
+        columns = 0
+        if problem.teacher is not None:
+            columns = teacher_columns(problem.objective, vocab_size, problem.teacher.vocab_size)
+            problem.teacher.prepare(self.plan, columns, self.dtype, rounded=problem.rounded_logits)
+            self.teacher = buffer("teacher", capacity, columns, self.dtype, hidden.device)
+        problem.dense_bytes = dense_bytes(problem.num_rows, vocab_size, columns)
+
+    def run_rows(self, spec: RowSpec, index: int, hidden: Tensor) -> Tensor:
+        """Logits and row pass of one chunk; leaves the gradient in `self.student`. -> statistics `[n, K]`."""
+        problem = self.problem
+        rows, n = self.plan.of(index)
+        logits = self.student[:n]
+        mm_into(logits, hidden, self.operand)
+        add_bias(logits, self.bias)
+        if self.low_rank is not None:
+            self.low_rank.add_to(logits, self.low_rank.factor[rows])
+        if problem.teacher is not None:
+            assert self.teacher is not None
+            problem.teacher.logits_into(self.teacher[:n], index)
+        targets = target_logits = weights = None
+        if spec.objective.hard_weight:
+            assert problem.targets is not None
+            targets = problem.targets[rows, None]
+            target_logits = _of_labels(logits, targets)
+        if problem.token_weights is not None:
+            weights = problem.token_weights[rows, None].to(self.dtype)
+        statistics = dispatch.run(problem.row_kernel, spec, n, self.student, self.teacher, target_logits, weights)
+        if spec.with_gradient and targets is not None:
+            dispatch.subtract_labels(spec, logits, targets, target_logits, weights)
+        if weights is not None:
+            statistics[:, :NUM_LOSSES] *= weights
+        return statistics
+
+    def teacher_only(self, index: int) -> None:
+        """Take part in a chunk of which this rank has no rows."""
+        assert self.problem.teacher is not None and self.teacher is not None
+        self.problem.teacher.logits_into(self.teacher[:0], index)
+
+    def narrow(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """`gradient` in the model's precision; in the teacher's buffer, which the row pass is done with."""
+        if gradient.dtype == dtype:
+            return gradient
+        if self.teacher is None or self.teacher.nbytes < gradient.numel() * dtype.itemsize:
+            return gradient.to(dtype)
+        return self.teacher.view(-1).view(dtype)[: gradient.numel()].view_as(gradient).copy_(gradient)
+
+
+def run(
+    problem: Problem,
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    *,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    keep_rows: bool = False,
+    low_rank: LowRankProduct | None = None,
+) -> Result:
+    """All chunks of one call. Skips every product whose result is not needed.
+
+    `low_rank` is one more term of the student's logits, and keeps its own gradients.
+
+    Autocast is off inside: which product may be narrow is decided here, not by the kind of operation.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _run(problem, hidden, weight, bias, (need_hidden, need_weight, need_bias), keep_rows, low_rank)
+
+
+def _run(
+    problem: Problem,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needed: tuple[bool, bool, bool],
+    keep_rows: bool,
+    low_rank: LowRankProduct | None,
+) -> Result:
+    need_hidden, need_weight, need_bias = needed
+    teacher = problem.teacher
+    loop = _Loop(problem, hidden, weight, bias, low_rank)
+    spec = RowSpec(
+        problem.objective,
+        problem.student_transform,
+        IDENTITY if teacher is None else teacher.transform,
+        with_gradient=any(needed) or (low_rank is not None and low_rank.needs_gradient),
+    )
+    sums = hidden.new_zeros(len(dispatch.STATISTICS), dtype=loop.dtype)
+    all_valid = problem.rows is None
+    grad_hidden = (torch.empty_like if all_valid else torch.zeros_like)(hidden) if need_hidden else None
+    grad_weight = _weight_gradient(weight, loop.dtype, problem.num_rows) if need_weight else None
+    grad_bias = weight.new_zeros(weight.shape[0], dtype=loop.dtype) if need_bias else None
+
+    per_row = sums.new_empty(problem.num_rows, sums.numel()) if keep_rows else None
+    for index in range(loop.plan.num_chunks):
+        rows, count = loop.plan.of(index)
+        if count == 0:  # other ranks still have rows, and need this one for their teacher's
+            loop.teacher_only(index)
+            continue
+        chunk_hidden = hidden[rows]
+        statistics = loop.run_rows(spec, index, chunk_hidden)
+        sums += statistics.sum(0)
+        if per_row is not None:
+            per_row[index * loop.plan.chunk :][:count] = statistics
+        if not spec.with_gradient:
+            continue
+        gradient = loop.student[:count]
+        if grad_bias is not None:
+            grad_bias += gradient.sum(0)
+        if low_rank is not None:
+            low_rank.take_gradient(gradient, rows)
+        narrow = None
+        if grad_hidden is not None:
+            factor = loop.operand.for_gradient
+            narrow = loop.narrow(gradient, factor.dtype)
+            grad_hidden[rows] = hidden_gradient(narrow, factor).to(hidden.dtype)
+        if grad_weight is not None:
+            if hidden.is_cuda and (narrow is None or narrow.dtype != hidden.dtype):
+                narrow = loop.narrow(gradient, hidden.dtype)
+            accumulate_outer(grad_weight, gradient, narrow, chunk_hidden, first=index == 0)
+    held = [loop.student, loop.teacher, grad_hidden, grad_weight, grad_bias]
+    problem.workspace_bytes = sum(t.numel() * t.element_size() for t in held if t is not None)
+    problem.workspace_bytes += loop.operand.held_bytes + (0 if teacher is None else teacher.held_bytes)
+    problem.workspace_bytes += 0 if low_rank is None else low_rank.held_bytes
+    return Result(sums, grad_hidden, grad_weight, grad_bias, per_row)
+
+
+def _weight_gradient(weight: Tensor, dtype: torch.dtype, num_rows: int) -> Tensor:
+    """Uninitialised where the first chunk writes, zero where there is no chunk."""
+    new = torch.empty if num_rows else torch.zeros
+    return new(weight.shape, dtype=dtype, device=weight.device)

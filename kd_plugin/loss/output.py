@@ -1,0 +1,102 @@
+"""What a loss returns, and how its sums become means."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kd_plugin.loss import checks, chunk_loop
+from kd_plugin.row_kernels import dispatch
+
+
+class DistillOutput(NamedTuple):
+    """`loss == soft_weight * soft_loss + hard_weight * hard_loss`; only `loss` is differentiable."""
+
+    loss: Tensor
+    """Scalar, fp32 (fp64 for fp64 inputs)."""
+    soft_loss: Tensor
+    """Scalar: temperature ** temperature_power * divergence, per item."""
+    hard_loss: Tensor
+    """Scalar: cross-entropy, per item."""
+    num_valid: Tensor
+    """Scalar int64: rows of this call that count."""
+    metrics: dict[str, Tensor]
+    """Scalars per valid row: teacher_entropy, student_entropy, top1_agreement, acceptance_rate, kl_t1."""
+
+
+def _graph_is_kept() -> bool:
+    """Whether backward may run again (`retain_graph=True`)."""
+    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if query is None else query()
+
+
+def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`gradient * scale` in fp32, then cast; in blocks, so that a half-precision gradient is never held wide.
+
+    In place when autograd is about to free the saved tensors anyway, never when it keeps them.
+    """
+    if gradient is None:
+        return None
+    if gradient.dtype == scale.dtype == dtype:
+        return gradient * scale if _graph_is_kept() else gradient.mul_(scale)
+    result = torch.empty_like(gradient, dtype=dtype)
+    for block, out in zip(gradient.split(1024), result.split(1024), strict=True):
+        out.copy_(block.to(scale.dtype) * scale)
+    return result
+
+
+class LossSums(NamedTuple):
+    """Un-normalised result of one call."""
+
+    loss_sum: Tensor  # differentiable scalar
+    statistics: Tensor  # [len(STATISTICS)] sums over the valid rows
+    num_valid: Tensor  # scalar int64
+    measured: tuple[str, ...]
+    """Which metrics mean something for this objective."""
+    workspace_bytes: int = 0
+    dense_bytes: int = 0
+    group_rows: int | None = None
+    """Valid rows of all ranks with which this one agreed on its chunks; None if with none."""
+    num_rows: int = 0
+    """`num_valid`, known without waiting for the device."""
+
+
+def packed(loss_sum: Tensor, statistics: Tensor, problem: chunk_loop.Problem) -> LossSums:
+    """The sums with what else is known of the call."""
+    num_valid = torch.full((), problem.num_rows, dtype=torch.int64, device=statistics.device)
+    measured, held, dense = problem.objective.measured, problem.workspace_bytes, problem.dense_bytes
+    return LossSums(loss_sum, statistics, num_valid, measured, held, dense, problem.group_rows, problem.num_rows)
+
+
+def normalised(sums: LossSums, num_items: int | float | Tensor | None) -> DistillOutput:
+    """Divide the sums by `num_items` (default: the valid rows of this call)."""
+    num_valid = sums.num_valid
+    items = divisor(num_items, num_valid)
+    per_row = sums.statistics / num_valid.clamp_min(1)
+    means = sums.statistics / items
+    by_name = dict(zip(dispatch.STATISTICS, per_row.unbind(), strict=True))
+    metrics = {name: by_name[name] for name in sums.measured}
+    return DistillOutput(sums.loss_sum / items, means[0], means[1], num_valid, metrics)
+
+
+def divisor(num_items: int | float | Tensor | None, num_valid: int | Tensor) -> float | Tensor:
+    """What the sums over rows are divided by: `num_items`, or the valid rows; 1 where that is 0.
+
+    Raises:
+        ValueError: negative, or a tensor of more than one number.
+    """
+    items = num_valid if num_items is None else num_items
+    if not isinstance(items, Tensor | int | float):
+        raise ValueError(f"num_items is a {type(items).__name__}; wanted the number of tokens to divide by, 0 or more")
+    if isinstance(items, Tensor):
+        if items.numel() != 1:
+            raise ValueError(f"num_items has shape {tuple(items.shape)}; wanted one number, e.g. labels.ne(-100).sum()")
+        items = items.reshape(())
+        if checks.free_to_read(items) and items < 0:
+            raise ValueError(f"num_items is {items}; wanted the number of tokens to divide by, 0 or more")
+        return torch.where(items == 0, torch.ones_like(items), items)
+    if not items >= 0:
+        raise ValueError(f"num_items is {items}; wanted the number of tokens to divide by, 0 or more")
+    return items or 1

@@ -1,0 +1,93 @@
+"""The same loss, one value per token."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kd_plugin.loss import chunk_loop
+from kd_plugin.loss.from_hidden import checked_teacher, make_problem
+from kd_plugin.loss.output import scaled
+from kd_plugin.settings.run import DistillConfig
+
+
+class TokenLosses(NamedTuple):
+    """Shape of the targets each; 0 where the label is `ignore_index`. Only `loss` is differentiable."""
+
+    loss: Tensor
+    soft_loss: Tensor
+    hard_loss: Tensor
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Losses without gradients in forward; backward runs the chunks again, each row weighted by its gradient.
+
+    A weight's gradient is a sum over rows, so it cannot be computed before the rows' factors are known.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: chunk_loop.Problem
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        result = chunk_loop.run(
+            problem, hidden, weight, bias, need_hidden=False, need_weight=False, need_bias=False, keep_rows=True
+        )
+        assert result.per_row is not None
+        soft, hard = hidden.new_zeros(2, hidden.shape[0], dtype=result.sums.dtype)
+        rows = slice(None) if problem.rows is None else problem.rows
+        soft[rows], hard[rows] = result.per_row[:, 0], result.per_row[:, 1]
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.problem = problem
+        ctx.mark_non_differentiable(soft, hard)
+        objective = problem.objective
+        return objective.soft_weight * soft + objective.hard_weight * hard, soft, hard
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _soft: Tensor, _hard: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+        # Factors such as 1 / tokens come back at the end, in fp32: in fp16 they would leave nothing of a gradient.
+        largest = grad_loss.abs().max() if grad_loss.numel() else grad_loss.new_ones(())
+        largest = largest.clamp_min(torch.finfo(grad_loss.dtype).tiny)
+        result = chunk_loop.run(
+            ctx.problem.weighted(grad_loss / largest),
+            hidden,
+            weight,
+            bias,
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
+        gradients = (result.grad_hidden, result.grad_weight, result.grad_bias)
+        dtypes = (None if x is None else x.dtype for x in (hidden, weight, bias))
+        return (*(scaled(g, largest, dtype) for g, dtype in zip(gradients, dtypes, strict=True)), None)
+
+
+def distill_loss_per_token(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    targets: Tensor | None,
+    *,
+    config: DistillConfig,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+) -> TokenLosses:
+    """`distill_loss` with `reduction="none"`: losses `[...]`, differentiable token by token, still in chunks.
+
+    Arguments and errors as `distill_loss`. Backward recomputes the logits (one more product per model), because
+    only then is each token's factor known; `distill_loss(token_weights=...)` is cheaper where it is known before.
+    """
+    teacher = checked_teacher(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, targets, student_bias, teacher_bias, config
+    )
+    flat = student_hidden.reshape(-1, student_hidden.shape[-1])
+    labels = None if targets is None else targets.reshape(-1)
+    problem = make_problem(flat, student_weight.shape[0], teacher, labels, config)
+    losses = _TokenLosses.apply(flat, student_weight, student_bias, problem)
+    return TokenLosses(*(values.view(student_hidden.shape[:-1]) for values in losses))

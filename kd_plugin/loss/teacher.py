@@ -1,0 +1,110 @@
+"""Teachers whose logits this rank can compute alone."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kd_plugin.loss.chunk_plan import ChunkPlan
+from kd_plugin.loss.matmul import Operand, add_bias, mm_into
+from kd_plugin.row_kernels.dispatch import LogitTransform
+
+
+class TeacherSource(Protocol):
+    """What the chunk loop asks of a teacher."""
+
+    vocab_size: int
+    transform: LogitTransform
+
+    group: Any
+    """Ranks that must ask for the same chunks, because a chunk takes collectives; None: no others."""
+
+    def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
+        """Once before the chunks: only the first `vocab_size` columns will be asked for, in `dtype`.
+
+        `rounded` allows logits in the precision of the model.
+        """
+        ...
+
+    def logits_into(self, out: Tensor, index: int) -> None:
+        """Write the raw logits of chunk `index` into `out` `[n, V]`; chunks come in order."""
+        ...
+
+    @property
+    def held_bytes(self) -> int:
+        """What it holds while the chunks run, above its inputs."""
+        ...
+
+
+class HeadTeacher:
+    """Teacher hidden states times the teacher's own head, multiplied chunk by chunk.
+
+    Args:
+        hidden: `[..., E]`; kept as `[N, E]`.
+        weight: `[V', E]`, whole.
+        bias: `[V']` or None.
+        transform: what the teacher does to its raw logits.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        transform: LogitTransform | None = None,
+    ) -> None:
+        self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])
+        self.weight, self.bias = weight.detach(), bias
+        self.transform = transform or LogitTransform()
+        self.vocab_size = weight.shape[0]
+        self.group = None
+        self._operand: Operand | None = None
+
+    def prepare(self, plan: ChunkPlan | None, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
+        """See `TeacherSource`."""
+        self._plan = plan
+        weight, hidden_dtype = self.weight[:vocab_size], self.hidden.dtype
+        self._operand = Operand("teacher", weight, dtype, rounded=rounded, hidden_dtype=hidden_dtype)
+        self._bias = None if self.bias is None else self.bias.detach()[:vocab_size]
+
+    def logits_into(self, out: Tensor, index: int) -> None:
+        """See `TeacherSource`."""
+        assert self._plan is not None
+        self.multiply_into(out, self.hidden[self._plan.of(index)[0]])
+
+    @property
+    def held_bytes(self) -> int:
+        """See `TeacherSource`."""
+        return 0 if self._operand is None else self._operand.held_bytes
+
+    def multiply_into(self, out: Tensor, hidden: Tensor) -> None:
+        """`out[n, V] = hidden[n, E] @ weight.T + bias`, for hidden states from anywhere."""
+        assert self._operand is not None
+        mm_into(out, hidden, self._operand)
+        add_bias(out, self._bias)
+
+    def rows(self, start: int, stop: int) -> HeadTeacher:
+        """A copy of the head's rows `[start, stop)`, to be kept when the whole is freed."""
+        bias = None if self.bias is None else self.bias.detach()[start:stop].clone()
+        return HeadTeacher(self.hidden, self.weight[start:stop].clone(), bias, self.transform)
+
+    def reading(self, hidden: Tensor) -> HeadTeacher:
+        """The same head on other hidden states `[N, E]`."""
+        return HeadTeacher(hidden, self.weight, self.bias, self.transform)
+
+
+class AfterHead(NamedTuple):
+    """What happens between a head and its model's logits: `logits = transform(head(hidden) + bias)`."""
+
+    transform: LogitTransform = LogitTransform()
+    bias: Tensor | None = None  # [V] fp32, on the CPU
+
+    def close_to(self, other: AfterHead) -> bool:
+        """Whether the same happens."""
+        mine, others = ([t.scale, t.softcap or 0.0] for t in (self.transform, other.transform))
+        bias, others_bias = (torch.zeros(()) if found is None else found for found in (self.bias, other.bias))
+        near = functools.partial(torch.allclose, rtol=1e-4, atol=1e-6)
+        return near(torch.tensor(mine), torch.tensor(others)) and near(*torch.broadcast_tensors(bias, others_bias))

@@ -1,0 +1,1 @@
+"""Teacher, student and tokenizer from a section of YAML."""

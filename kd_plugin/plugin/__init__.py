@@ -1,0 +1,1 @@
+"""kd.attach: a student bound to its teacher."""

@@ -1,0 +1,299 @@
+"""`attach` a teacher to a student: `student(input_ids, labels=...).loss` becomes the distillation loss.
+
+One forward of the student in distillation mode:
+
+    student backbone -> teacher(...) under no_grad -> teacher backbone -> teacher.lm_head
+                                                                         \\-> student.lm_head: the loss
+
+Each head is only ever used inside its own module's forward, the student's nested in the teacher's, because
+that is where every wrapper (DDP, FSDP1, FSDP2, ZeRO-3) guarantees a whole weight and a reduced gradient.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugin.distributed.collectives import located, num_ranks, of_others
+from kd_plugin.exchange.mode import Consumer, Exchange
+from kd_plugin.loss import checks
+from kd_plugin.loss.chunk_loop import chunk_rows
+from kd_plugin.loss.head_call import HeadCall
+from kd_plugin.loss.teacher import HeadTeacher
+from kd_plugin.plugin import causal_lm
+from kd_plugin.plugin.labels import check_same_rows
+from kd_plugin.plugin.metrics import Measures
+from kd_plugin.plugin.model_output import check_readable, model_output, per_item
+from kd_plugin.plugin.replaced_forward import NamedCall
+from kd_plugin.plugin.router_loss import with_router_loss
+from kd_plugin.plugin.student_side import StudentSide
+from kd_plugin.plugin.teacher_side import TeacherSide
+from kd_plugin.plugin.token_ids import check_inputs, embedded_ids
+from kd_plugin.plugin.tokenizers import check_tokenizers
+from kd_plugin.plugin.wrappers import before_first_step
+from kd_plugin.settings.run import DistillConfig
+
+
+class Plugin:
+    """A student bound to its teacher; made by `attach`."""
+
+    def __init__(self, student: nn.Module, teacher: Any, config: DistillConfig, group: Any = None) -> None:
+        self.config, self.group = config, group
+        self.student = student
+        self.teacher = teacher
+        """The teacher as it is to be called; set it to the wrapper made after `attach`."""
+        self.exchange = Exchange(config, group)
+        self._undo: list[Callable[[], None]] = []
+        self._measures = Measures()
+
+    def metrics(self) -> dict[str, float]:
+        """Means per valid token since the last call, over all ranks. One collective: call it on every rank.
+
+        Where there was no token, that is said, as nothing was distilled then.
+
+        Keys: loss, soft_loss, hard_loss, router_loss (of a mixture of experts that adds one; a part of loss),
+        teacher_entropy, student_entropy (nats), top1_agreement,
+        acceptance_rate, kl_t1, valid_tokens, temperature, chunk_size, logits_avoided_gib and loss_peak_gib (of the
+        largest forward on any rank), and this rank's wall time in student_ms (backbone), teacher_ms (backbone),
+        loss_ms, summed over forwards.
+        """
+        values = self._measures.take(self.config, self._student.linear.weight.device, self.group, self.chunk_size)
+        if not values["valid_tokens"]:
+            self._student.watch.nothing_measured()
+        else:
+            self._student.watch.measured()
+        return values
+
+    @contextmanager
+    def objective(self, config: DistillConfig) -> Iterator[None]:
+        """Compute the loss as `config` says for a while, as an evaluation does; what crosses the wire stays."""
+        before = self.config
+        self._set_config(config)
+        try:
+            yield
+        finally:
+            self._set_config(before)
+
+    def unmeasured(self) -> AbstractContextManager[None]:
+        """What is computed in the body does not enter `metrics()`."""
+        return self._measures.aside()
+
+    def _set_config(self, config: DistillConfig) -> None:
+        self.config = config
+        self._student.set_config(config)
+
+    @property
+    def chunk_size(self) -> int:
+        """Rows per chunk, resolved."""
+        return chunk_rows(self.config, self.student_vocab_size, self.exchange.teacher_size)
+
+    @property
+    def student_vocab_size(self) -> int:
+        """Rows of the student's head, whole."""
+        return self._student.vocab_size
+
+    def detach(self) -> None:
+        """Give both models back as they were; state_dict keys never changed. Calling it twice does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    # -- attaching ------------------------------------------------------------------------------------------
+
+    def _attach_student(self) -> None:
+        self._student = side = StudentSide(self.student, self._distill_forward, self.config)
+        self._undo.append(side.restore)
+        if num_ranks(self.group) > 1:
+            self._undo.append(NamedCall(side.model).restore)
+            self._undo.append(before_first_step(side.slot.module, self._compare_ranks))
+
+    def _compare_ranks(self) -> None:
+        """Before a wrapper gathers the head, which would fail in its own words where the ranks' heads differ."""
+        self.exchange.compare(self._student.linear)
+
+    def _attach_teacher(self) -> None:
+        self._teacher = side = TeacherSide(self.teacher, self.exchange, self._measures.watch)
+        self._undo.append(side.restore)
+        student = self._student
+        check_same_rows(student.convention, side.convention)
+        checks.warn_of_untrained_rows(self.config, student.slot.module, student.vocab_size, side.vocab_size)
+
+    # -- one step -------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable(recursive=False)
+    def _distill_forward(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,  # [B, S], unshifted for a causal LM
+        shift_labels: Tensor | None = None,  # [B, S], already shifted
+        num_items_in_batch: int | Tensor | None = None,
+        loss_rows: Tensor | None = None,  # [n] flat indices of the rows that count
+        token_weights: Tensor | None = None,  # [B, S], by row
+        **kwargs: Any,
+    ) -> Any:
+        """The student's forward. Without labels, the original one."""
+        student = self._student
+        inputs = {**inspect.signature(student.own_forward).bind_partial(*args).arguments, **kwargs}
+        labels = inputs.pop("labels", labels)
+        if labels is None and shift_labels is None:
+            return student.own_forward(**inputs)
+        # Who has counted the rows on the host has looked at the ids there, and the step waits for nothing.
+        looked_at = loss_rows is not None
+        targets = student.targets(inputs, labels, shift_labels, looked_at=looked_at)
+        if not looked_at:
+            self._check_inputs(inputs)
+        inputs.pop("logits_to_keep", None)
+        mode, chunk_size = self.exchange.mode or self.config.exchange, self.config.chunk_size
+        with located(lambda: f"{targets.numel()} rows, exchange {mode}, chunk_size {chunk_size}"):
+            with of_others("in its forward"), student.watch.our_forward():
+                output = self._loss(inputs, targets, loss_rows, token_weights, num_items_in_batch)
+        student.watch.loss_ran()
+        return output
+
+    @torch.compiler.disable
+    def _check_inputs(self, inputs: dict[str, Any]) -> None:
+        models = {"student": self._student.model}
+        if self.config.soft_weight:
+            models["teacher"] = causal_lm.unwrap(self.teacher)
+        check_inputs(inputs, {role: (model, embedded_ids(model)) for role, model in models.items()})
+
+    @torch.compiler.disable(recursive=False)
+    def _loss(
+        self,
+        inputs: dict[str, Any],
+        targets: Tensor,  # [B, S] by row
+        loss_rows: Tensor | None,
+        token_weights: Tensor | None,
+        num_items: int | Tensor | None,
+    ) -> Any:
+        needs_teacher = bool(self.config.soft_weight)
+        if needs_teacher:
+            check_readable(inputs)
+        self.exchange.check(self._student.linear, self.teacher if needs_teacher else None)
+        with self._measures.watch.region("student", targets.device):
+            backbone, router_loss = self._student.backbone(inputs, targets.device)
+        hidden = backbone.hidden_states
+        checks.loss_targets(targets, hidden.shape[:-1], self.config)
+        checks.token_weights(token_weights, hidden)
+        weights = None if token_weights is None else token_weights.reshape(-1)
+        call = HeadCall(None, targets.reshape(-1), loss_rows, weights)
+        loss_sum = self._through_heads(hidden, call, inputs)
+        assert call.sums is not None
+        self._measures.add(call.sums, router_loss)
+        counted = None if self.exchange.in_groups else call.sums.group_rows
+        loss_sum = with_router_loss(loss_sum, router_loss, call.sums)
+        loss = per_item(loss_sum, call.sums.num_valid, num_items, self.group, counted)
+        return model_output(loss, backbone.output, self._student.model.config)
+
+    @torch.compiler.disable
+    def _through_heads(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
+        """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
+        weight = self._student.linear.weight
+        if self.config.soft_weight:
+            self._teacher.look_again()
+        if self.exchange.cuts_teacher(hidden, weight, self.student_vocab_size):
+            return self._with_teacher_rows(hidden, call, inputs)
+        if not self.config.soft_weight:
+            return self._student_head(hidden, call)
+        results: list[Tensor] = []
+        with_gradient = torch.is_grad_enabled()
+
+        def use(teacher: HeadTeacher) -> None:
+            call.teacher = teacher
+            with torch.set_grad_enabled(with_gradient):
+                results.append(self._student_head(hidden, call))
+
+        self._run_teacher(inputs, Consumer(use))
+        call.teacher = None
+        return results[0]
+
+    def _with_teacher_rows(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
+        """The same where each rank keeps rows of the teacher's head: it is whole in the first call only."""
+        consumer = self.exchange.consumer(call)
+        if self.config.soft_weight:
+            self._run_teacher(inputs, consumer)
+        loss_sum = self._student_head(hidden, call)
+        call.teacher = None
+        return loss_sum
+
+    def _student_head(self, hidden: Tensor, call: HeadCall) -> Tensor:
+        with self._measures.watch.region("loss", hidden.device):
+            return self._student.head(hidden, call)
+
+    def _run_teacher(self, inputs: dict[str, Any], consumer: Consumer) -> None:
+        self._teacher.run(self.teacher, inputs, consumer)
+
+
+def attach(
+    student: nn.Module,
+    teacher: Any,
+    config: DistillConfig | None = None,
+    *,
+    group: Any = None,
+    tokenizers: Any = None,
+) -> Plugin:
+    """Make `student(input_ids, labels=...).loss` the distillation loss; call it before wrapping the student.
+
+    Args:
+        student: a Hugging Face causal language model or encoder-decoder, not yet sharded.
+        teacher: likewise, sharded already or later (then set `plugin.teacher` to what wraps it: DDP, FSDP1, a
+            DeepSpeed engine). One wrapper around both will do: a module that holds student and teacher, or the
+            teacher as a submodule of the student. It is frozen, set to eval, and serves one student. None if
+            `soft_weight` is 0.
+        config: the objective; default `DistillConfig()`.
+        group: ranks over which the data is split; default: all.
+        tokenizers: `(student_tokenizer, teacher_tokenizer)`, compared if given.
+
+    Returns:
+        The plugin: `metrics()`, `detach()`.
+
+    With `labels`, the student's forward also takes `num_items_in_batch` (valid tokens of the whole optimizer
+    step over all ranks, as the Hugging Face Trainer passes it: then loss = local sum / num_items_in_batch and
+    the caller undoes the wrapper's averaging), `loss_rows` (flat indices of the rows that count, found on the
+    host) and `token_weights` (`[B, S]`, by row: that of the token which row s predicts). Without
+    `num_items_in_batch` one collective counts the valid tokens of all ranks (in exchange logits and stats the one
+    that settles the chunks anyway), and the loss is scaled so that gradients averaged over the ranks are those of
+    the global mean; over several micro-batches that is a mean of means. The output has a loss and no logits. What a
+    mixture of experts adds to its loss (router losses) is added with the model's own coefficients, as if it were a
+    loss of each valid token: a step has the mean of its forwards' router losses, weighted by their valid tokens.
+    Without gradients and without `num_items_in_batch` the loss is the mean over this rank's tokens, for which no
+    other rank is needed; only where FSDP or ZeRO-3 shards a model do its forwards want all ranks.
+
+    A student's head with more rows than the teacher's: cross-entropy and perplexity are the student's own, over all
+    its rows, and any of them may be a label; the soft loss is over the rows of both; kl_t1, top1_agreement and
+    acceptance_rate give the others probability 0 under the teacher. With `hard_weight=0` nothing trains the others,
+    which a warning says. Rows that only the teacher has do not exist.
+
+    Raises:
+        ValueError: a head that is sharded, quantised or not linear, logits changed in an unknown way, a student
+            attached twice or to a teacher that shares its parameters, or tokenizers that differ.
+    """
+    config = DistillConfig() if config is None else config
+    if isinstance(teacher, DistillConfig):
+        raise ValueError("the teacher is missing: attach(student, teacher, config)")
+    checks.distill_config(config)
+    checks.language_model(student, "student")
+    model = causal_lm.unwrap(student)
+    if config.soft_weight and teacher is None:
+        raise ValueError(f"soft_weight is {config.soft_weight:g} but teacher is None: pass one, or set soft_weight=0")
+    if teacher is not None:
+        checks.language_model(teacher, "teacher")
+        causal_lm.check_apart(model, causal_lm.unwrap(teacher))
+    if tokenizers is not None:
+        check_tokenizers(*tokenizers)
+    plugin = Plugin(student, teacher, config, group)
+    try:
+        plugin._attach_student()
+        if config.soft_weight:
+            plugin._attach_teacher()
+    except Exception:
+        plugin.detach()
+        raise
+    return plugin
+
+
+__all__ = ["Plugin", "attach"]

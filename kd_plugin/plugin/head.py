@@ -1,0 +1,204 @@
+"""The student's lm_head with the loss inside its own forward.
+
+Everything that shards models (DDP, FSDP, ZeRO) makes a module's weight whole exactly while that module's
+forward runs and reduces its gradient exactly once after it. So the loss runs there: one call, one gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kd_plugin.distributed.layout import row_shards, rows_here, whole_shape
+from kd_plugin.exchange.vocab_parallel import VocabParallelDistill
+from kd_plugin.loss import checks
+from kd_plugin.loss.from_hidden import loss_sums, make_problem
+from kd_plugin.loss.head_call import HeadCall
+from kd_plugin.loss.low_rank import LowRank
+from kd_plugin.loss.output import DistillOutput, LossSums, normalised, packed
+from kd_plugin.loss.teacher import HeadTeacher, TeacherSource
+from kd_plugin.plugin.plain_head import check_plain
+from kd_plugin.row_kernels.dispatch import LogitTransform
+from kd_plugin.settings.run import DistillConfig
+
+
+class DistillHead(nn.Linear):
+    """An `nn.Linear` head that can also compute the distillation loss.
+
+    Takes over parameters, buffers and hooks of `lm_head` (the same objects, so tying and state_dict keys stay).
+
+    Args:
+        lm_head: `nn.Linear` with weight `[V, D]`, not yet sharded.
+        config: the objective.
+        transform: scale and soft-cap that the model applies to this head's logits.
+        logits_bias: `[V]`, what the model adds to the logits besides the head's own bias.
+    """
+
+    def __init__(
+        self,
+        lm_head: nn.Linear,
+        config: DistillConfig,
+        *,
+        transform: LogitTransform | None = None,
+        logits_bias: Tensor | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        checks.distill_config(config)
+        checks.linear_head("lm_head", lm_head)
+        if getattr(lm_head.forward, "__func__", None) is not type(lm_head).forward:
+            raise ValueError(
+                "the forward of lm_head has been replaced, as device_map does over several devices: load the student "
+                "without device_map, or call accelerate.hooks.remove_hook_from_module(student, recurse=True)"
+            )
+        check_plain("lm_head", lm_head)
+        self.__dict__.update(lm_head.__dict__)
+        self.__dict__.pop("forward", None)  # accelerate leaves the original there when it removes a hook
+        # peft's copy of a tied head has them swapped
+        self.out_features, self.in_features = whole_shape(lm_head.weight, lm_head)
+        self.distill_config = config
+        own = type(lm_head).forward is not nn.Linear.forward and not isinstance(lm_head, DistillHead)
+        self._taken_from = (lm_head,) if own else ()  # a tuple: not registered as a submodule
+        self.set_after_head(transform or LogitTransform(), logits_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        targets: Tensor | HeadCall | None = None,
+        *,
+        teacher: TeacherSource | tuple[Tensor, ...] | None = None,
+        token_weights: Tensor | None = None,
+        num_items: int | float | Tensor | None = None,
+    ) -> Tensor | DistillOutput:
+        """Logits `[..., V]` without targets; otherwise the loss.
+
+        Args:
+            hidden_states: `[..., D]`.
+            targets: `[...]` int64, the label of each row itself.
+            teacher: `(teacher_hidden [..., E], teacher_weight [V', E])`, with a bias `[V']` as third if there is
+                one; or a source of teacher logits such as `HeadTeacher` (which also takes a soft-cap).
+            token_weights: `[...]`.
+            num_items: divides the sums over rows; default: the valid rows of this call.
+        """
+        if isinstance(targets, HeadCall):
+            return self._call(hidden_states, targets)
+        if targets is None and teacher is None:
+            if self._taken_from:  # a subclass with a forward of its own, on the same parameters
+                return type(self._taken_from[0]).forward(self._taken_from[0], hidden_states)
+            return super().forward(hidden_states)
+        if isinstance(teacher, (tuple, list)):
+            teacher = _from_tuple(teacher, hidden_states)
+        elif teacher is not None and not hasattr(teacher, "logits_into"):
+            raise ValueError(f"teacher is a {type(teacher).__name__}; wanted (teacher_hidden, teacher_weight)")
+        if teacher is None and self.distill_config.soft_weight:
+            raise ValueError("no teacher given: pass teacher=(teacher_hidden, teacher_weight), or set soft_weight=0")
+        checks.floats("hidden_states", hidden_states, "what enters the head, not token ids")
+        checks.loss_targets(targets, hidden_states.shape[:-1], self.distill_config)
+        checks.token_weights(token_weights, hidden_states)
+        sums = self._sums(hidden_states, targets, teacher, token_weights, rows=None)
+        return normalised(sums, num_items)
+
+    def set_after_head(self, transform: LogitTransform, logits_bias: Tensor | None) -> None:
+        """What the model does to these logits, where it could not be measured when the head was made."""
+        self.transform = transform
+        self._logits_bias = None if logits_bias is None else (logits_bias,)  # a tuple: not registered as a buffer
+
+    def on_shards(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
+        """The loss on the rows of the weight that FSDP2 left here. Not through `__call__`, which would gather them."""
+        assert call.shard is not None
+        cut = row_shards(self.weight)
+        assert cut is not None
+        weight, bias = (None if p is None else rows_here(p, cut.replicas) for p in (self.weight, self.bias))
+        if self._logits_bias is not None:
+            extra = self._logits_bias[0][call.shard.start : call.shard.stop].to(weight)
+            bias = extra if bias is None else bias + extra
+        # FSDP averages every other gradient over the ranks; this one already is the sum over all their rows
+        return self._vocab_parallel(hidden_states, weight, bias, call.low_rank, call, 1 / cut.ranks)
+
+    def _vocab_parallel(
+        self,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low_rank: LowRank | None,
+        call: HeadCall,
+        weight_scale: float,
+    ) -> Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        problem = make_problem(
+            flat,
+            call.shard.sizes.student,
+            call.teacher,
+            call.targets,
+            self.distill_config,
+            transform=self.transform,
+            token_weights=call.token_weights,
+            rows=call.rows,
+            teacher_size=call.shard.sizes.shared,
+        )
+        extra = ()
+        if low_rank is not None:
+            bias, extra = low_rank.plus(bias), (low_rank.factor, low_rank.up)
+        loss_sum, sums = VocabParallelDistill.apply(flat, weight, bias, problem, call.shard, weight_scale, *extra)
+        call.sums = packed(loss_sum, sums, problem)
+        return loss_sum
+
+    def _call(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
+        if call.shard is not None:
+            rows = slice(call.shard.start, call.shard.stop)
+            checks.whole_weight("lm_head.weight", self.weight)
+            bias = self._whole_bias()
+            bias = None if bias is None else bias[rows]
+            low_rank = None if call.low_rank is None else call.low_rank.rows(rows.start, rows.stop)
+            return self._vocab_parallel(hidden_states, self.weight[rows], bias, low_rank, call, 1.0)
+        call.sums = self._sums(hidden_states, call.targets, call.teacher, call.token_weights, call.rows, call.low_rank)
+        return call.sums.loss_sum
+
+    def _sums(
+        self,
+        hidden_states: Tensor,
+        targets: Tensor | None,
+        teacher: TeacherSource | None,
+        token_weights: Tensor | None,
+        rows: Tensor | None,
+        low_rank: LowRank | None = None,
+    ) -> LossSums:
+        checks.whole_weight("lm_head.weight", self.weight)
+        return loss_sums(
+            hidden_states,
+            self.weight,
+            self._whole_bias(),
+            teacher,
+            targets,
+            self.distill_config,
+            transform=self.transform,
+            token_weights=token_weights,
+            rows=rows,
+            low_rank=low_rank,
+        )
+
+    def _whole_bias(self) -> Tensor | None:
+        if self._logits_bias is None:
+            return self.bias
+        extra = self._logits_bias[0].to(device=self.weight.device, dtype=self.weight.dtype)
+        return extra if self.bias is None else self.bias + extra
+
+
+def _from_tuple(teacher: Sequence[Tensor], hidden_states: Tensor) -> HeadTeacher:
+    if len(teacher) not in (2, 3):
+        raise ValueError(f"teacher has {len(teacher)} parts; wanted (teacher_hidden, teacher_weight[, teacher_bias])")
+    hidden, weight, bias = (*teacher, None)[:3]
+    checks.teacher_pair(hidden, weight, bias, hidden_states)
+    return HeadTeacher(hidden, weight, bias)
+
+
+def teacher_head_forward(
+    head: nn.Linear, hidden_states: Tensor, transform: LogitTransform, logits_bias: Tensor | None
+) -> HeadTeacher:
+    """The teacher's head as a source of logits; to be called inside that head's forward, where it is whole."""
+    checks.whole_weight("teacher lm_head.weight", head.weight)
+    bias = head.bias
+    if logits_bias is not None:
+        extra = logits_bias.to(device=head.weight.device, dtype=head.weight.dtype)
+        bias = extra if bias is None else bias + extra
+    return HeadTeacher(hidden_states, head.weight, bias, transform)

@@ -1,0 +1,136 @@
+"""What a model does to its logits after its head, read off known logits that it was given as its head's.
+
+Notable decisions:
+- it is measured, not looked up: attributes such as `logits_scaling` multiply in one architecture and divide in the
+  next, and each release brings new names;
+- a few known rows are enough, so the measurement fits into any forward of the model. It is made where the weights
+  are: at `attach`, or in the first forward of a model whose weights come later (meta device, zero.Init, FSDP);
+- a scale, a tanh soft-cap and an added bias are followed exactly, everything else is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugin.loss.teacher import AfterHead
+from kd_plugin.row_kernels.dispatch import LogitTransform
+
+NUM_ROWS = 4
+_LIMIT = 60.0  # the ramp reaches from -60 to 60, beyond any soft-cap in use
+_SATURATING = 1e8
+_SMALL = 1e-3
+_TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+class LogitsChanged(ValueError):
+    """A model changes its logits after the head in a way that the loss cannot follow."""
+
+
+def known_rows(vocab_size: int) -> Tensor:
+    """The logits `[NUM_ROWS, V]` that a model is given: zeros, a ramp, saturating ones, small ones."""
+    rows = torch.zeros(NUM_ROWS, vocab_size, dtype=torch.float32, device="cpu")
+    rows[1] = torch.linspace(-_LIMIT, _LIMIT, vocab_size, dtype=torch.float32, device="cpu")
+    rows[2] = _SATURATING
+    rows[3] = _SMALL
+    return rows
+
+
+class StateWatch:
+    """Notices that what a model may do its logits by is another than before.
+
+    That is a buffer, a frozen parameter of the model itself (not of its layers), or a number among its attributes or
+    in its configuration: written to, as by `load_state_dict`, or replaced. Trainable ones are refused by `after_head`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [(module._buffers, name) for module in model.modules() for name in module._buffers]
+        self._parameters = model._parameters
+        config = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self._namespaces = [vars(owner) for owner in (model, config, text) if owner is not None]
+        self._seen = self._state()
+
+    def changed(self) -> bool:
+        """Whether it is another than at the last call; costs as much as there are buffers, few in language models."""
+        before, self._seen = self._seen, self._state()
+        return before != self._seen
+
+    def _state(self) -> tuple[list[tuple[int, int]], list[tuple[str, float]]]:
+        tensors = [buffers.get(name) for buffers, name in self._buffers]
+        tensors += [
+            parameter for parameter in self._parameters.values() if parameter is None or not parameter.requires_grad
+        ]
+        versions = [(id(t), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
+        return versions, [
+            (name, value) for space in self._namespaces for name, value in space.items() if type(value) is float
+        ]
+
+
+def after_head(logits: Tensor, model: nn.Module, side: str) -> AfterHead:
+    """What a model does to logits, given those `[NUM_ROWS, V]` that it made of `known_rows(V)`.
+
+    Args:
+        logits: of any float dtype, on any device.
+        model: for the values that its configuration declares, which are preferred to the same values measured.
+        side: "student" or "teacher", for the message.
+
+    Raises:
+        LogitsChanged: by more than a scale, a tanh soft-cap or a bias, or by something trainable.
+    """
+    if logits.requires_grad:  # the known rows do not
+        raise LogitsChanged(
+            f"the {side} ({type(model).__name__}) changes its logits after the head by trainable parameters, whose "
+            "gradient would be lost: freeze them, or use DistillHead directly"
+        )
+    tolerance = _TOLERANCES.get(logits.dtype, 1e-4)
+    if logits.is_meta:
+        raise LogitsChanged(f"the {side} ({type(model).__name__}) is on the meta device: load its weights first")
+    seen = logits.detach().to(device="cpu", dtype=torch.float32)
+    known = known_rows(seen.shape[-1])
+
+    def fits(transform: LogitTransform, shaped: Tensor) -> bool:
+        return torch.allclose(transform.apply(known[1]), shaped, rtol=tolerance, atol=tolerance)
+
+    bias, shaped = seen[0], seen[1] - seen[0]
+    linear = LogitTransform(scale=float(shaped[-1]) / _LIMIT)
+    if bias.any():
+        for transform in (LogitTransform(), linear):
+            if fits(transform, shaped) and transform.scale:
+                return AfterHead(transform, bias / transform.scale)
+    else:
+        capped = LogitTransform(scale=float(seen[3, 0]) / _SMALL, softcap=float(seen[2, 0]))
+        for transform in (LogitTransform(), declared(model), linear, capped):
+            if fits(transform, shaped):
+                return AfterHead(transform)
+    raise LogitsChanged(
+        f"the {side} ({type(model).__name__}) changes its logits after the head by more than a scale, a tanh "
+        "soft-cap or a bias: the loss would be computed on other logits than the model's; use DistillHead directly"
+    )
+
+
+def other_size(model: nn.Module, side: str, wanted: int, found: int) -> LogitsChanged:
+    """The error about logits that are cut or padded after the head."""
+    return LogitsChanged(
+        f"the {side} ({type(model).__name__}) returns {found} logits of the {wanted} that its head gives: the loss "
+        "would be computed on other logits than the model's; use DistillHead directly"
+    )
+
+
+def changed_by_place(model: nn.Module, side: str) -> LogitsChanged:
+    """The error about known rows that came out differently in different places."""
+    return LogitsChanged(
+        f"the {side} ({type(model).__name__}) changes its logits after the head by what depends on the position or on "
+        "the hidden states: the loss would be computed on other logits than the model's; use DistillHead directly"
+    )
+
+
+def declared(model: nn.Module) -> LogitTransform:
+    """The transform by the attributes that several architectures share; to be checked by measuring."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    softcap = getattr(text, "final_logit_softcapping", None)
+    scale = getattr(text, "logit_scale", None)
+    return LogitTransform(float(scale) if isinstance(scale, int | float) else 1.0, float(softcap) if softcap else None)

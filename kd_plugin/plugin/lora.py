@@ -1,0 +1,217 @@
+"""Student heads inside a peft wrapper: a LoRA adapter on the head, or a trained copy of it (`modules_to_save`).
+
+Notable decisions:
+- the modules stay where and what they are, so peft's saving, merging and switching of adapters go on working; only
+  the linear layers that multiply by a whole head become a `DistillHead`;
+- each of the adapter's layers is called as a module, one inside the other's forward, the base layer innermost:
+  there every wrapper (DDP, FSDP1, FSDP2, ZeRO-3) has its weight whole;
+- which adapters count is peft's state at the moment of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+from kd_plugin.distributed.layout import row_shards, rows_here
+from kd_plugin.loss import checks
+from kd_plugin.loss.head_call import HeadCall
+from kd_plugin.loss.low_rank import LowRank
+from kd_plugin.plugin.causal_lm import HeadSlot, unwrap
+from kd_plugin.plugin.head import DistillHead
+from kd_plugin.plugin.replaced_forward import ReplacedForward, is_replaced
+
+__all__ = ["check_student", "on_shards", "replace_head"]
+
+
+def check_student(model: Any, slot: HeadSlot) -> None:
+    """Refuse a student that the loss cannot take over.
+
+    Raises:
+        ValueError: prompt tuning; a head that is not linear, quantised, sharded already, attached already, or
+            adapted in another way than by LoRA.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"the student is adapted by {config.peft_type.value}, whose virtual tokens have no labels and are unknown "
+            "to the teacher; wanted LoRA: peft.get_peft_model(student, peft.LoraConfig(...))"
+        )
+    for layer in _linear_layers(slot)[0]:
+        checks.linear_head("the student's head", layer.module)
+        if isinstance(layer.module, DistillHead):
+            raise ValueError("this student has a teacher attached already: call plugin.detach() first")
+
+
+def replace_head(slot: HeadSlot, distilling: Callable[[nn.Linear], DistillHead]) -> list[Callable[[], None]]:
+    """Make the student's head compute the loss when it is called with a `HeadCall`.
+
+    Args:
+        slot: where the model has its head, peft's wrapper around it included; `check_student` accepts it.
+        distilling: turns a linear layer into the head that takes its place.
+
+    Returns:
+        What undoes it, to be called from last to first.
+    """
+    layers, adapted = _linear_layers(slot)
+    undo = [_put(layer, distilling(layer.module)) for layer in layers]
+    if adapted:
+        undo += _take_over_adapter(slot.module)
+    return undo
+
+
+def _linear_layers(slot: HeadSlot) -> tuple[list[HeadSlot], bool]:
+    """The layers that may multiply by a whole head, and whether they lie inside a LoRA adapter."""
+    head = slot.module
+    if not type(head).__module__.startswith("peft."):
+        return [slot], False
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.utils import ModulesToSaveWrapper
+
+    if type(head) is LoraLinear:
+        _active_adapters(head)  # refuses those that are not a low-rank term
+        return [HeadSlot(head, "base_layer")], True
+    if type(head) is ModulesToSaveWrapper:
+        copies = [HeadSlot(head.modules_to_save, name) for name in head.modules_to_save]
+        return [HeadSlot(head, "original_module"), *copies], False
+    raise ValueError(
+        f"the student's head is a {type(head).__module__}.{type(head).__qualname__}; wanted plain LoRA or "
+        "modules_to_save on a float torch.nn.Linear: leave the head out of target_modules (and of "
+        "trainable_token_indices), or merge the adapter before attach()"
+    )
+
+
+def _put(slot: HeadSlot, head: DistillHead) -> Callable[[], None]:
+    original = slot.module
+
+    def restore() -> None:
+        original.train(head.training)
+        for parent in slot.parent.modules():  # a wrapper may have come between
+            for name, child in parent._modules.items():
+                if child is head:
+                    parent._modules[name] = original
+
+    slot.put(head)
+    return restore
+
+
+def _active_adapters(head: Any) -> list[str]:
+    """Names of the adapters that `head`, a peft `lora.Linear`, would add now; as its own forward finds them."""
+    if head.disable_adapters:
+        if head.merged:
+            head.unmerge()
+        return []
+    names = [] if head.merged else [name for name in head.active_adapters if name in head.lora_A]
+    for name in names:
+        if name in head.lora_variant:
+            kind = type(head.lora_variant[name]).__name__.removesuffix("LinearVariant")
+            raise ValueError(
+                f"adapter {name!r} on the student's head is of kind {kind}, which is more than a low-rank term of "
+                "the logits; wanted plain LoRA: leave the head out of its target_modules, or merge it before attach()"
+            )
+    return names
+
+
+def _take_over_adapter(head: Any) -> list[Callable[[], None]]:
+    adapter_layers = [*((_down, layer) for layer in head.lora_A.values()), *((_up, up) for up in head.lora_B.values())]
+    replaced = [ReplacedForward(layer, make(layer)) for make, layer in adapter_layers]
+    replaced.append(ReplacedForward(head, _adapted(head)))
+    return [forward.restore for forward in replaced]
+
+
+def _adapted(head: Any) -> Callable[..., Tensor]:
+    """The forward of `head`, a peft `lora.Linear` whose base layer is a `DistillHead`."""
+    original = head.forward
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not (args and isinstance(args[0], HeadCall)):
+            return original(hidden, *args, **kwargs)
+        call, names, terms = args[0], _active_adapters(head), []
+
+        def inside(index: int) -> Tensor:
+            """The loss, once the adapters from `index` on have given their terms."""
+            if index == len(names):
+                call.low_rank = _side_by_side(terms)
+                return head.base_layer(hidden, call)
+            name = names[index]
+            if not is_replaced(unwrap(head.lora_B[name])):
+                raise ValueError(f"adapter {name!r} came after attach(): call plugin.detach(), and attach() again")
+
+            def use(factor: Tensor, up: nn.Linear) -> Tensor:
+                terms.append(_term(factor, up.weight, up.bias, head.scaling[name]))
+                return inside(index + 1)
+
+            return head.lora_B[name](head.lora_A[name](hidden, head.lora_dropout[name]), use)
+
+        return inside(0)
+
+    return forward
+
+
+def _down(layer: nn.Linear) -> Callable[..., Tensor]:
+    """The forward of `lora_A`; with a dropout, on a copy of its small weight.
+
+    The loss does not read the head in backward, so FSDP2 may leave a unit of head and adapter sharded there.
+    """
+    original = layer.forward
+
+    def forward(hidden: Tensor, dropout: nn.Module | None = None) -> Tensor:
+        if dropout is None:
+            return original(hidden)
+        return F.linear(dropout(hidden.to(layer.weight.dtype)), layer.weight.clone())
+
+    return forward
+
+
+def _up(layer: nn.Linear) -> Callable[..., Tensor]:
+    """The forward of `lora_B`; with `use`, `use(factor, layer)` while its weight is whole."""
+    original = layer.forward
+
+    def forward(factor: Tensor, use: Callable[[Tensor, nn.Linear], Tensor] | None = None) -> Tensor:
+        return original(factor) if use is None else use(factor, layer)
+
+    return forward
+
+
+def _term(factor: Tensor, up: Tensor, bias: Tensor | None, scaling: float) -> LowRank:
+    flat = factor.reshape(-1, factor.shape[-1])
+    return LowRank(flat * scaling, up, None if bias is None else bias * scaling)
+
+
+def on_shards(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
+    """The loss on the rows that FSDP2 left here, of the student's head and of its adapters.
+
+    What is small, lora_A, is gathered here: the modules' own forwards would gather the head with it.
+    """
+    if not hasattr(head, "base_layer"):
+        return head.on_shards(hidden, call)
+    cut, terms = row_shards(head.weight), []
+    assert cut is not None
+    for name in _active_adapters(head):
+        down, up = _whole(head.lora_A[name].weight), head.lora_B[name]
+        factor = F.linear(head.lora_dropout[name](hidden.to(down.dtype)), down)
+        rows = [None if p is None else rows_here(p, cut.replicas) for p in (up.weight, up.bias)]
+        terms.append(_term(factor, *rows, head.scaling[name]))
+    call.low_rank = _side_by_side(terms)
+    return head.base_layer.on_shards(hidden, call)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A small FSDP2 parameter, gathered; its gradient is averaged over the ranks, as FSDP2 would."""
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+
+
+def _side_by_side(terms: list[LowRank]) -> LowRank | None:
+    """The sum of several low-rank terms, as one of greater rank."""
+    if len(terms) < 2:
+        return terms[0] if terms else None
+    biases = [term.bias for term in terms if term.bias is not None]
+    factors, ups = (torch.cat(parts, dim=1) for parts in list(zip(*terms, strict=True))[:2])
+    return LowRank(factors, ups, sum(biases[1:], start=biases[0]) if biases else None)

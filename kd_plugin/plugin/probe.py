@@ -1,0 +1,180 @@
+"""One small forward of a model at `attach`: what it does to its logits, and how it reads its labels.
+
+Notable decisions:
+- a stand-in in the head's place returns known logits, so what is learnt does not depend on the weights, and a model
+  that has just been initialised tells as much as a trained one;
+- the same rows stand in several places of the batch: what depends on the place, or on the hidden states, is noticed;
+- a second look, at padding, start and end tokens and, of a student, in training mode, must show the same: what a model
+  does there only (label smoothing, a cap of its logits) would otherwise be lost for the whole training;
+- a model that cannot run here and now (weights on meta, partitioned, sharded; other inputs than text) is not an
+  error: its logits are measured in its first real forward (see `causal_lm.run_backbone`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from kd_plugin.loss.teacher import AfterHead
+from kd_plugin.plugin.causal_lm import HeadCallsError, HeadSlot, accepts, run_with_stand_in
+from kd_plugin.plugin.labels import DECODER_INPUTS, Convention, shift_of
+from kd_plugin.plugin.logit_probe import LogitsChanged
+from kd_plugin.plugin.probe_batch import (
+    LENGTH,
+    KnownLogits,
+    consistent,
+    labels_of,
+    own_loss_of,
+    plain_tokens,
+    reason_of,
+    whole_call,
+)
+from kd_plugin.plugin.second_look import second_look
+
+
+class Observed(NamedTuple):
+    """What a model showed; None where it could not."""
+
+    after_head: AfterHead | None = None
+    convention: Convention | None = None
+    why: str = ""
+    """Why not, for a message."""
+    contradicts: bool = False
+    """Whether its own loss was seen, and follows no known convention."""
+    adds: bool = False
+    """Whether it adds something to the cross-entropy of its labels, such as a router loss."""
+
+
+def observe(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
+    """Run `model` on a few tokens with a stand-in for its head; it is left as it was.
+
+    Raises:
+        LogitsChanged: it changes its logits in a way that the loss cannot follow.
+        HeadCallsError: it makes its logits without its head, or with several calls of it.
+        LabelError: a student's own loss is another in training mode, or of padding and the like, than of plain tokens.
+    """
+    if (why := _cannot_run(model)) is not None:
+        return Observed(why=why)
+    with _undisturbed(model):
+        try:
+            observed = _look(model, slot, side)
+        except (HeadCallsError, LogitsChanged):
+            raise
+        except Exception as error:  # whatever a model says of inputs that it was not made for
+            return Observed(why=f"a forward on {LENGTH} tokens failed with {reason_of(error)}")
+        second = second_look(model, slot, side, observed.after_head, observed.convention)
+        return observed._replace(convention=second.convention, adds=observed.adds or second.adds)
+
+
+def _look(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
+    vocab_size = slot.module.weight.shape[0]
+    known, tokens = KnownLogits(vocab_size), plain_tokens(model, vocab_size)
+    labels = labels_of(tokens)
+    inputs = {"input_ids": tokens}
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    if not accepts(model.forward, "labels"):
+        inputs |= {"decoder_input_ids": tokens} if encoder_decoder else {}
+        _, output = run_with_stand_in(slot, whole_call(model), inputs, known.reply)
+        return Observed(consistent(output.logits, vocab_size, model, side), why="it takes no labels")
+    try:
+        hidden, output = run_with_stand_in(slot, whole_call(model), {**inputs, "labels": labels}, known.reply)
+    except HeadCallsError:  # fused losses read the head's weight; without labels the head must be called all the same
+        if encoder_decoder:
+            raise
+        _, output = run_with_stand_in(slot, whole_call(model), inputs, known.reply)
+        return Observed(consistent(output.logits, vocab_size, model, side), why="its own loss does not call its head")
+    after = consistent(output.logits, vocab_size, model, side)
+    first = own_loss_of(output, labels)
+    if first is None:
+        return Observed(after, why="it computes no loss of labels")
+    shift, adds = shift_of(first), False
+    if shift is None:  # it may add something to the cross-entropy, which is then the same for other logits
+        others = KnownLogits(vocab_size, seed=1).reply
+        _, again = run_with_stand_in(slot, whole_call(model), {**inputs, "labels": labels}, others)
+        shift, adds = shift_of(first, own_loss_of(again, labels)), True
+    if shift is None:
+        return Observed(
+            after,
+            why=f"the own loss of {type(model).__name__} is not the mean cross-entropy of its logits, neither with "
+            "labels shifted by one nor as they are",
+            contradicts=True,
+        )
+    made = _decoder_inputs(model, slot, inputs, labels, hidden) if encoder_decoder else None
+    return Observed(after, Convention(shift, made), adds=adds)
+
+
+def _cannot_run(model: nn.Module) -> str | None:
+    """Why a forward cannot run here and now, on this rank alone; None if it can."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return f"it reads {model.main_input_name}"
+    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
+        return "it is sharded by FSDP already"
+    brought: set[int] = set()  # what accelerate's hooks bring for the time of a module's forward
+    for module in model.modules():
+        if hasattr(module, "_hf_hook"):
+            brought.update(id(p) for p in module.parameters())
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            return "it is sharded already"
+        if parameter.is_meta and id(parameter) not in brought:
+            return "its weights are on the meta device"
+        if parameter.numel() == 0 and hasattr(parameter, "ds_id"):
+            return "its weights are partitioned by zero.Init"
+        if parameter.numel() == 0 and parameter.dim() < 2:  # some layers of some models have no columns
+            return "a wrapper has taken its weights away"
+    return None
+
+
+def _decoder_inputs(
+    model: nn.Module, slot: HeadSlot, inputs: dict[str, Tensor], labels: Tensor, hidden: Tensor
+) -> str | None:
+    """The way to make decoder inputs of labels that gives the decoder's `hidden` states `[2, 8, D]`, if any does."""
+    known = KnownLogits(slot.module.weight.shape[0])
+    for name, make in DECODER_INPUTS.items():
+        try:
+            ids = make(model, labels.clone())
+            again, _ = run_with_stand_in(slot, whole_call(model), {**inputs, "decoder_input_ids": ids}, known.reply)
+        except Exception:  # the configuration lacks what this way needs
+            continue
+        if again.shape == hidden.shape and torch.allclose(again.float(), hidden.float(), rtol=1e-3, atol=1e-5):
+            return name
+    return None
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode to begin with, with gradients, so that trainable parameters show; the model comes back as it was.
+
+    That includes what a forward keeps in plain attributes and buffers: some models remember the length or the expert
+    capacity of their last call, and go by it in the next.
+    """
+    before = [(module, _plain_attributes(module), dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    device = next(model.parameters()).device
+    try:
+        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            model.eval()
+            yield
+    finally:
+        for module, attributes, buffers in before:
+            for name in _plain_attributes(module).keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, version, value in values:  # written in place, as running means in training mode are
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN)}

@@ -1,0 +1,163 @@
+"""The teacher of an attached student: its forward gives hidden states to whoever asks, its head its weight.
+
+Notable decisions:
+- the teacher is called like any model, through its own wrapper; a keyword that no model knows tells its forward that
+  the plugin asks, and everything else is answered as before;
+- the head is used inside its own innermost forward, where FSDP, ZeRO-3 and accelerate's offloading have its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugin.distributed.layout import waits_for_engine, whole_shape
+from kd_plugin.exchange.mode import Consumer, Exchange
+from kd_plugin.loss import checks
+from kd_plugin.plugin import causal_lm
+from kd_plugin.plugin.head import teacher_head_forward
+from kd_plugin.plugin.labels import Convention
+from kd_plugin.plugin.logit_probe import StateWatch
+from kd_plugin.plugin.metrics import Stopwatch
+from kd_plugin.plugin.plain_head import check_plain
+from kd_plugin.plugin.probe import observe
+from kd_plugin.plugin.replaced_forward import ReplacedForward, innermost, is_replaced
+
+# Inputs of one model's own bookkeeping, of no use to the other.
+_NOT_FOR_TEACHER = {"past_key_values", "use_cache", "cache_position", "inputs_embeds", "output_attentions"}
+_NOT_FOR_TEACHER |= {"output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"}
+
+
+class TeacherSide:
+    """A teacher taken over for one student.
+
+    Args:
+        teacher: as the user has it, wrapped or not.
+        exchange: told what the teacher's head is.
+        watch: measures the time of its backbone.
+
+    Raises:
+        ValueError: it serves another student, or has a head that cannot be distilled from.
+    """
+
+    def __init__(self, teacher: Any, exchange: Exchange, watch: Stopwatch) -> None:
+        if is_replaced(model := causal_lm.unwrap(teacher)):
+            raise ValueError(
+                "this teacher serves another student already: detach that plugin, or load the teacher twice"
+            )
+        self._exchange, self._watch = exchange, watch
+        self._engine_seen = False
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._take_over(model)
+        except Exception:
+            self.restore()
+            raise
+
+    def _take_over(self, model: nn.Module) -> None:
+        self._freeze(model)
+        self._slot = causal_lm.find_head(model, "teacher")
+        self._head = head = causal_lm.unwrap(self._slot.module)
+        checks.linear_head("the teacher's head", head, may_be_sharded=True)
+        checks.not_tensor_parallel("the teacher's head", head, model)
+        check_plain("the teacher's head", head)
+        observed = observe(model, self._slot, "teacher")
+        self.convention: Convention | None = observed.convention
+        """How the teacher reads labels, where it showed that."""
+        self._tied = causal_lm.is_tied(model, head)  # its wrapper gathers both together, and waits for both to have run
+        self.vocab_size, width = whole_shape(head.weight, head)
+        exchange = self._exchange
+        exchange.teacher_size, exchange.teacher_width = self.vocab_size, width
+        exchange.teacher_head, exchange.teacher_tied = head, self._tied
+        exchange.teacher_after_head = observed.after_head
+        self._state = StateWatch(model)
+        self._modules = list(model.modules())
+        of_model = ReplacedForward(model, self._forward, innermost(model))
+        self._model_forward = of_model.original
+        self._undo.append(of_model.restore)
+        taken = ReplacedForward(head, self._head_forward, innermost(head))
+        self._plain_head = taken.original
+        self._undo.append(taken.restore)
+
+    def restore(self) -> None:
+        """Give the teacher back as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    def look_again(self) -> None:
+        """Before a step: forget what the teacher did to its logits if it may do something else now."""
+        if self._state.changed():  # a bias or scale of the logits, say, that has been loaded or set since
+            self._exchange.forget_teacher()
+
+    def run(self, teacher: Any, inputs: dict[str, Any], consumer: Consumer) -> None:
+        """Call `teacher`, what now wraps the model, with the student's inputs; `consumer` gets what comes of it."""
+        model = causal_lm.unwrap(teacher)
+        if any(module.training for module in self._modules):  # set by the train() of a module around it, or inside
+            model.eval()
+        if not self._engine_seen and waits_for_engine(model):
+            raise ValueError(
+                "zero.Init has partitioned the teacher's weights when it was loaded, and no engine gathers them: "
+                "plugin.teacher, *_ = deepspeed.initialize(model=teacher, config=...) with stage 3 and no optimizer"
+            )
+        self._engine_seen = True
+        shared = {name: value for name, value in inputs.items() if name not in _NOT_FOR_TEACHER}
+        self._asked = False
+        with torch.no_grad():
+            teacher(**shared, kd_consumer=consumer)
+        if not self._asked:
+            raise ValueError(
+                f"plugin.teacher ({type(teacher).__name__}) is not the teacher that was attached, nor what wraps it: "
+                "set it to what wraps that teacher, or detach() and attach() the other one"
+            )
+
+    # Not compiled with a teacher that is: only its backbone is, called from here.
+    @torch.compiler.disable(recursive=False)
+    def _forward(self, *args: Any, kd_consumer: Consumer | None = None, **kwargs: Any) -> Any:
+        if kd_consumer is None:
+            return self._model_forward(*args, **kwargs)
+        exchange, self._asked = self._exchange, True
+        measure = None if exchange.teacher_after_head is not None else (self.vocab_size, "teacher")
+        with self._watch.region("teacher", self._head.weight.device):
+            backbone = causal_lm.run_backbone(self._slot, self._model_forward, kwargs, measure=measure)
+        if backbone.after_head is not None:
+            exchange.teacher_after_head = backbone.after_head
+        return self._give(backbone.hidden_states, kd_consumer)
+
+    @torch.compiler.disable
+    def _give(self, hidden_states: Tensor, consumer: Consumer) -> Any:
+        causal_lm.still_there(self._slot, self._head, "teacher")
+        if not (consumer.needs_head or self._tied):
+            return consumer.use_hidden(hidden_states)
+        answer = self._slot.module(hidden_states, consumer)
+        if answer.data_ptr() != self._answer.data_ptr():
+            raise ValueError(
+                "a forward hook on the teacher's head changes what it returns, which would be lost: take it off, or "
+                "put it on before attach(), where it is judged by what it does"
+            )
+        return answer
+
+    def _head_forward(self, hidden_states: Tensor, kd_consumer: Consumer | None = None) -> Tensor:
+        if kd_consumer is None:
+            return self._plain_head(hidden_states)
+        after = self._exchange.teacher_after_head
+        assert after is not None
+        kd_consumer.use(teacher_head_forward(self._head, hidden_states, after.transform, after.bias))
+        self._answer = hidden_states.new_zeros(())
+        return self._answer
+
+    def _freeze(self, teacher: nn.Module) -> None:
+        trainable = [p for p in teacher.parameters() if p.requires_grad]
+        modes = [(module, module.training) for module in teacher.modules()]  # some may differ from the rest
+
+        def restore() -> None:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            for module, training in modes:
+                module.training = training
+
+        teacher.requires_grad_(False)
+        teacher.eval()
+        self._undo.append(restore)

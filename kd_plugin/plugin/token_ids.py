@@ -1,0 +1,91 @@
+"""Token ids that a model has no embedding or no head row for, named before any kernel asserts on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugin.loss import checks
+
+__all__ = ["UnknownTokenError", "check_inputs", "check_labels", "embedded_ids", "input_embeddings"]
+
+
+class UnknownTokenError(ValueError):
+    """A token id that one of the models does not know."""
+
+
+def input_embeddings(model: Any) -> nn.Module | None:
+    """The module that embeds the token ids of `model`; None if it does not say."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # as some models with encoders of images answer
+        return None
+
+
+def embedded_ids(model: Any) -> int | None:
+    """How many token ids `model` can read; None if it does not say."""
+    return getattr(input_embeddings(model), "num_embeddings", None)
+
+
+def _replaced_ids(model: Any) -> list[int]:
+    """Ids that stand for images or sounds, which a model replaces before it embeds them."""
+    config = getattr(model, "config", None)
+    values = vars(config).items() if config is not None else ()
+    kinds = ("image", "video", "audio")
+    return [value for name, value in values if isinstance(value, int) and name.startswith(kinds) and "token" in name]
+
+
+def check_inputs(inputs: Mapping[str, Any], models: Mapping[str, tuple[nn.Module, int | None]]) -> None:
+    """Refuse ids in `input_ids` and `decoder_input_ids` that one of the models cannot embed.
+
+    On a CPU always; on a GPU, where looking waits for the device, only if the models embed different numbers of ids:
+    with equal ones, an id that is too large is as wrong for the student alone, and its own kernel says so.
+
+    Args:
+        inputs: of the forward.
+        models: by role, "student" and "teacher": the model, and `embedded_ids` of it.
+
+    Raises:
+        UnknownTokenError: naming the first such id and its place.
+    """
+    sizes = {size for _, size in models.values() if size is not None}
+    if not sizes:
+        return
+    for name in ("input_ids", "decoder_input_ids"):
+        ids = inputs.get(name)
+        if not isinstance(ids, Tensor) or ids.numel() == 0 or ids.is_meta:
+            continue
+        if len(sizes) == 1 and not checks.free_to_read(ids):
+            continue
+        if int(ids.max()) < min(sizes) and int(ids.min()) >= 0:
+            continue
+        for role, (model, size) in models.items():
+            unknown = (ids >= (size if size is not None else int(ids.max()) + 1)) | (ids < 0)
+            for known in _replaced_ids(model):
+                unknown &= ids != known
+            if unknown.any():
+                place = unknown.nonzero()[0].tolist()
+                raise UnknownTokenError(
+                    f"{name}{place} is {int(ids[tuple(place)])}, but the {role} embeds ids 0 to {size - 1} only: "  # type: ignore[operator]
+                    f"leave such tokens out of the text, or resize the {role}'s embeddings before attach()"
+                )
+
+
+def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Refuse labels outside the student's vocabulary, on a CPU; on a GPU the loss looks, where it waits anyway.
+
+    Raises:
+        UnknownTokenError: naming the first such label and its place.
+    """
+    if not checks.free_to_read(labels) or labels.dtype != torch.int64 or labels.numel() == 0:
+        return
+    unknown = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if unknown.any():
+        place = unknown.nonzero()[0].tolist()
+        raise UnknownTokenError(
+            f"labels{place} is {int(labels[tuple(place)])}, but the student's vocabulary is 0 to {vocab_size - 1}: "
+            f"wrong tokenizer, or a padding label other than ignore_index ({ignore_index})?"
+        )

@@ -1,0 +1,77 @@
+"""The three parts of a vocabulary-parallel row pass by the chosen kernel; see `sharded_row_pass`.
+
+Triton has no version of them: `row_kernel: triton` runs them compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+from torch import Tensor
+
+from kd_plugin.distributed.vocab_slice import Sizes
+from kd_plugin.row_kernels import sharded_numbers, sharded_row_pass
+from kd_plugin.row_kernels.blocks import compiled, in_blocks
+from kd_plugin.row_kernels.row_pass import RowSpec
+
+logger = logging.getLogger(__name__)
+
+merge = sharded_row_pass.merge_moments
+exchanged_numbers = sharded_numbers.exchanged_numbers
+
+
+@functools.cache
+def _part(name: str, spec: RowSpec, sizes: Sizes, compile_it: bool) -> Callable[..., Tensor]:
+    whole = getattr(sharded_row_pass, name)
+    body = functools.partial(whole, spec, sizes)
+    return compiled(body) if compile_it else body
+
+
+@functools.cache
+def _say_compiled() -> None:
+    logger.warning("row_kernel: triton has no version for exchange: stats, which runs compiled")
+
+
+def _run(kernel: str, name: str, spec: RowSpec, sizes: Sizes, *tensors: Tensor | None) -> Tensor:
+    logits = tensors[0]
+    assert logits is not None
+    if kernel == "triton":
+        _say_compiled()
+    body = _part(name, spec, sizes, kernel != "eager")
+    return in_blocks(body, logits.shape[0], logits.shape[1], logits.device.type, tensors)
+
+
+def moments(kernel: str, spec: RowSpec, sizes: Sizes, student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
+    """This rank's `[n, M]`; a rank without columns has no mass."""
+    return _run(kernel, "shard_moments", spec, sizes, student_logits, teacher_logits)
+
+
+def sums(
+    kernel: str,
+    spec: RowSpec,
+    sizes: Sizes,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    merged: Tensor,
+) -> Tensor:
+    """This rank's `[n, S]`; S is 0 for divergences that need no second round."""
+    if not sharded_numbers.has_sums(spec.objective):
+        return merged.new_zeros(merged.shape[0], 0)
+    return _run(kernel, "shard_sums", spec, sizes, student_logits, teacher_logits, merged)
+
+
+def finish(
+    kernel: str,
+    spec: RowSpec,
+    sizes: Sizes,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    row_weights: Tensor | None,
+    merged: Tensor,
+    added: Tensor,
+) -> Tensor:
+    """Statistics of all rows; leaves the gradient of this rank's columns in `student_logits`."""
+    tensors = (student_logits, teacher_logits, row_weights, merged, added)
+    return _run(kernel, "shard_finish", spec, sizes, *tensors)

@@ -1,0 +1,261 @@
+"""The row pass cut where ranks must talk: each rank holds some columns (token ids) of every row.
+
+    moments (local maximum and sum of exponentials)   -> exchanged and merged: the softmax of the whole row
+    sums (local sums of the definitions' elements)    -> added over ranks, for gradients that read them
+    finish (local columns of the gradient, local parts of the statistics)
+
+Three pure functions on `[n, V/W]`, so that each compiles to one graph; what travels between them is a few
+numbers per row. The middle part, and with it the second round of the exchange, is needed by few divergences:
+- a gradient such as `q - p` reads no sum, and values that are sums need not be known row by row: the ranks add
+  up what they have of them, and exchange their totals once, after the last chunk;
+- KL(q||p) obeys the chain rule: it is the KL of the ranks' masses plus each rank's KL of its own softmaxes
+  weighted by its mass, so it travels with the moments. All its terms are >= 0, so nothing cancels.
+
+A student with more token ids than its teacher has a second softmax at temperature 1: over all of them, for the hard
+loss and the metrics, beside that over the ids of both. Some ranks then hold columns that the teacher lacks.
+
+Formulas: log-sum-exp merging of partial softmaxes, as in online softmax (arXiv:1805.02867).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from kd_plugin.distributed.vocab_slice import Sizes
+from kd_plugin.divergences.definition import TINY
+from kd_plugin.divergences.registry import LOG_FLOOR, Row
+from kd_plugin.row_kernels.row_pass import RowSpec, write_gradient
+from kd_plugin.row_kernels.sharded_numbers import (
+    Kind,
+    chained,
+    soft_terms,
+    student_softmaxes,
+    summed,
+    teacher_temperatures,
+)
+from kd_plugin.row_kernels.softmaxes import parts_of, row_sum
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _first(logits: Tensor, count: int) -> Tensor:
+    return parts_of(logits, count)[0]
+
+
+def _here(student_logits: Tensor, teacher_logits: Tensor | None) -> int:
+    """How many of this rank's columns the teacher has too."""
+    return student_logits.shape[1] if teacher_logits is None else teacher_logits.shape[1]
+
+
+def _moment(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum and sum of exponentials `[n, 1]`; no columns, or nothing but -inf (padding, masked ids), have no mass."""
+    lowest = torch.finfo(logits.dtype).min
+    if logits.shape[1] == 0:
+        return logits.new_full((logits.shape[0], 1), lowest), logits.new_zeros(logits.shape[0], 1)
+    shift = logits.amax(-1, keepdim=True).clamp_min(lowest)
+    return shift, (logits - shift).exp().sum(-1, keepdim=True)
+
+
+def shard_moments(
+    spec: RowSpec,
+    sizes: Sizes,
+    student_logits: Tensor,  # [n, V_r]
+    teacher_logits: Tensor | None,  # [n, V'_r], V'_r <= V_r
+) -> Tensor:
+    """`[n, M]` of this rank's columns.
+
+    Maximum and sum of exponentials of each softmax, student's first; whether one column is the maximum of both
+    models; the values of the divergences that obey the chain rule, of the softmaxes over these columns alone.
+    """
+    objective, here = spec.objective, _here(student_logits, teacher_logits)
+    students: dict[Kind, Tensor] = {}
+    for kind in student_softmaxes(objective, sizes.unequal):
+        logits = spec.student.apply(student_logits)
+        students[kind] = _tempered(logits if kind.over_all else _first(logits, here), kind.temperature)
+    teachers: dict[float, Tensor] = {}
+    if teacher_logits is not None:
+        teachers = {t: _tempered(spec.teacher.apply(teacher_logits), t) for t in teacher_temperatures(objective)}
+    of_student = {kind: _moment(logits) for kind, logits in students.items()}
+    of_teacher = {t: _moment(logits) for t, logits in teachers.items()}
+    columns = [number for moment in (*of_student.values(), *of_teacher.values()) for number in moment]
+    if objective.measured:
+        whole = Kind(1.0, sizes.unequal)
+        best = (_first(students[whole], here) == of_student[whole][0]) & (teachers[1.0] == of_teacher[1.0][0])
+        columns.append(best.any(-1, keepdim=True).to(student_logits.dtype))
+    for term in chained(objective):
+        t, kind = term.temperature, Kind(term.temperature, False)
+        row = _normalised(students[kind], teachers[t], _logs(of_student[kind]), _logs(of_teacher[t]), sizes.shared)
+        columns += [row_sum(e) for e in term.divergence.elements(torch, row)]
+    return torch.cat(columns, -1)
+
+
+def _logs(moment: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return moment[0], moment[1].clamp_min(TINY).log()
+
+
+def _normalised(s: Tensor, t: Tensor, of_s: tuple[Tensor, Tensor], of_t: tuple[Tensor, Tensor], size: int) -> Row:
+    """`of_s`, `of_t`: maximum and log-sum `[n, 1]`."""
+    lq, lp = (((x - m) - log_sum).clamp_min(LOG_FLOOR) for x, (m, log_sum) in ((s, of_s), (t, of_t)))
+    return Row(s, t, lq, lp, lq.exp(), lp.exp(), size)
+
+
+def merge_moments(spec: RowSpec, sizes: Sizes, gathered: Tensor) -> Tensor:
+    """`[W, n, M]` of all ranks -> `[n, M]` of the whole rows, with *logarithms* of the sums of exponentials.
+
+    With a hard loss, one more column on both sides: the label's logit, 0 except from its owner.
+    """
+    objective = spec.objective
+    of_student, of_teacher = student_softmaxes(objective, sizes.unequal), teacher_temperatures(objective)
+    end = 2 * (len(of_student) + len(of_teacher))
+    maxima, sums = gathered[..., 0:end:2], gathered[..., 1:end:2]
+    maximum = maxima.amax(0)
+    log_sum = (sums * (maxima - maximum).exp()).sum(0).log()
+    merged = [torch.stack([maximum, log_sum], -1).flatten(-2)]
+    others = iter(gathered[..., end:].split(1, -1))
+
+    def both(temperature: float, over_all: bool = False) -> list[int]:
+        return [of_student.index(Kind(temperature, over_all)), len(of_student) + of_teacher.index(temperature)]
+
+    if objective.measured:
+        chosen = both(1.0, sizes.unequal)
+        at_the_top = (maxima[..., chosen] == maximum[:, chosen]).all(-1, keepdim=True)
+        merged.append((next(others) * at_the_top).amax(0))
+    log_masses = torch.where(sums > 0, ((maxima - maximum) + sums.log()) - log_sum, 0.0)
+    masses = torch.where(sums > 0, log_masses.exp(), 0.0)
+    for term in chained(objective):
+        s, t = both(term.temperature)
+        lq, lp, q, p = (x[..., i, None] for x in (log_masses, masses) for i in (s, t))
+        between = term.divergence.elements(torch, Row(lq, lp, lq, lp, q, p, gathered.shape[0]))[0]
+        merged.append((between + q * next(others)).sum(0))
+    return torch.cat([*merged, *(column.sum(0) for column in others)], -1)
+
+
+class _Rows:
+    """The rows of one chunk at each temperature, normalised over all ranks' columns."""
+
+    def __init__(
+        self, spec: RowSpec, student_logits: Tensor, teacher_logits: Tensor | None, merged: Tensor, sizes: Sizes
+    ) -> None:
+        objective, self.sizes = spec.objective, sizes
+        of_student, of_teacher = student_softmaxes(objective, sizes.unequal), teacher_temperatures(objective)
+        columns = merged.split(1, -1)
+        pairs = list(zip(columns[0::2], columns[1::2], strict=False))
+        self.student = dict(zip(of_student, pairs, strict=False))
+        self.others = list(columns[2 * (len(of_student) + len(of_teacher)) :])
+        self.parts = parts_of(student_logits, _here(student_logits, teacher_logits))
+        """Of the raw logits: the columns that the teacher has too, and the rest if there is one."""
+        self.logits = [spec.student.apply(part) for part in self.parts]
+        self.rows: dict[float, Row] = {}
+        """Of the shared token ids, as distributions of their own."""
+        self.measured: Row | None = None
+        """At temperature 1, the student's normalised over all of its token ids."""
+        if teacher_logits is not None:
+            others = spec.teacher.apply(teacher_logits)
+            for t, moment in zip(of_teacher, pairs[len(of_student) :], strict=False):
+                s_t, t_t = _tempered(self.logits[0], t), _tempered(others, t)
+                kinds = [kind for kind in of_student if kind.temperature == t]
+                found = {kind: _normalised(s_t, t_t, self.student[kind], moment, sizes.shared) for kind in kinds}
+                if (row := found.get(Kind(t, False))) is not None:
+                    self.rows[t] = row
+                if t == 1.0 and objective.measured:
+                    self.measured = found[Kind(1.0, sizes.unequal)]
+
+    def log_q(self) -> list[Tensor]:
+        """The student's at temperature 1 over all of its token ids, by parts."""
+        if not self.sizes.unequal and 1.0 in self.rows:
+            return [self.rows[1.0].lq]
+        maximum, log_sum = self.student[Kind(1.0, self.sizes.unequal)]
+        return [((part - maximum) - log_sum).clamp_min(LOG_FLOOR) for part in self.logits]
+
+
+def shard_sums(
+    spec: RowSpec,
+    sizes: Sizes,
+    student_logits: Tensor,  # [n, V_r]
+    teacher_logits: Tensor | None,  # [n, V'_r]
+    merged: Tensor,  # [n, M]
+) -> Tensor:
+    """`[n, S]`: this rank's part of every sum that a gradient reads."""
+    rows = _Rows(spec, student_logits, teacher_logits, merged, sizes).rows
+    found = (t.divergence.elements(torch, rows[t.temperature]) for t in summed(spec.objective))
+    return torch.cat([row_sum(element) for elements in found for element in elements], -1)
+
+
+def shard_finish(
+    spec: RowSpec,
+    sizes: Sizes,
+    student_logits: Tensor,  # [n, V_r]; overwritten with the gradient of this rank's columns
+    teacher_logits: Tensor | None,  # [n, V'_r]
+    row_weights: Tensor | None,  # [n, 1]
+    merged: Tensor,  # [n, M]
+    sums: Tensor,  # [n, S], added over ranks
+) -> Tensor:
+    """`[n, 2 * len(STATISTICS)]`: what is known of each whole row, then what these columns add; one holds zeros
+    where the other does not. The gradient is that of `row_pass`."""
+    objective = spec.objective
+    rows = _Rows(spec, student_logits, teacher_logits, merged, sizes)
+    zero = merged.new_zeros(merged.shape[0], 1)
+    agreement = rows.others.pop(0) if objective.measured else zero
+    soft, soft_part, gradient = _soft(spec, rows, sums.split(1, -1) if sums.shape[-1] else (), zero)
+    hard, hard_part, of_hard = zero, zero, []
+    log_q = rows.log_q() if objective.hard_weight or objective.measured else []
+    if objective.hard_weight:
+        hard, hard_part, of_hard = _hard(spec, rows, log_q)
+    if spec.with_gradient:
+        write_gradient(spec, rows.parts, gradient, of_hard, row_weights)
+    parts = [zero] * 4 if rows.measured is None else _metrics(rows.measured, log_q)
+    whole = (soft, hard, zero, zero, agreement, zero, zero)
+    return torch.cat([*whole, soft_part, hard_part, *parts[:2], zero, *parts[2:]], -1)
+
+
+def _metrics(x: Row, log_q: list[Tensor]) -> list[Tensor]:
+    """What these columns add to both entropies, the acceptance rate and the KL; `log_q` as `_Rows.log_q` has it."""
+    rest = [part.exp() for part in log_q[1:]]  # to which the teacher gives probability 0
+    of_rest = ((), [-q * lq for q, lq in zip(rest, log_q[1:], strict=True)], (), rest)
+    elements = (-x.p * x.lp, -x.q * x.lq, torch.minimum(x.q, x.p), x.p * (x.lp - x.lq) + (x.q - x.p))
+    return [row_sum(element, *others) for element, others in zip(elements, of_rest, strict=True)]
+
+
+def _soft(spec: RowSpec, rows: _Rows, sums: Iterable[Tensor], zero: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All terms -> value `[n, 1]` of whole rows, what these columns add to it, gradient `[n, V'_r]`."""
+    remaining = iter(sums)
+    whole, part, gradient = zero, zero, None
+    for term in soft_terms(spec.objective):
+        row, divergence = rows.rows[term.temperature], term.divergence
+        weight, known = term.weight * term.scale, ()
+        if divergence.gradient_without_sums:
+            (element,) = divergence.elements(torch, row)
+            part = part + weight * row_sum(element)
+        else:
+            count = 1 if divergence.chain_rule else len(divergence.elements(torch, row))
+            known = (rows.others.pop(0),) if divergence.chain_rule else tuple(next(remaining) for _ in range(count))
+            whole = whole + weight * divergence.value(torch, known)
+        if spec.with_gradient:
+            factor = spec.objective.soft_weight * weight / term.temperature
+            of_term = factor * divergence.gradient(torch, row, known)
+            gradient = of_term if gradient is None else gradient + of_term
+    return whole, part, gradient
+
+
+def _hard(spec: RowSpec, rows: _Rows, log_q: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Cross-entropy (smoothed) and z-loss, likewise; the gradient, of each part, is short of the label's own."""
+    objective, vocab_size = spec.objective, rows.sizes.student
+    smoothing = objective.label_smoothing
+    maximum, log_sum = rows.student[Kind(1.0, rows.sizes.unequal)]
+    probs = [part.exp() for part in log_q]
+    value, part = log_sum - (spec.student.apply(rows.others[-1]) - maximum), torch.zeros_like(log_sum)
+    gradients = list(probs)
+    if smoothing:
+        value, part = (1 - smoothing) * value, -smoothing / vocab_size * row_sum(*log_q)
+        gradients = [gradient - smoothing / vocab_size for gradient in gradients]
+    if objective.z_loss_weight:
+        lse = maximum + log_sum
+        value = value + objective.z_loss_weight * lse.square()
+        slope = (2 * objective.z_loss_weight) * lse
+        gradients = [gradient + slope * q for gradient, q in zip(gradients, probs, strict=True)]
+    return value, part, [objective.hard_weight * gradient for gradient in gradients]

@@ -1,0 +1,1 @@
+"""Every setting of a run; nothing here imports torch."""

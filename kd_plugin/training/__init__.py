@@ -1,0 +1,1 @@
+"""kd.train: preflight, loop, checkpoints, export, report, TensorBoard."""

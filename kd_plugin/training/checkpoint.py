@@ -1,0 +1,228 @@
+"""Resumable checkpoints: written aside, renamed when complete, pruned by age.
+
+Notable decisions:
+- `step_00000040.partial` becomes `step_00000040` by one rename after every rank has written, so a killed save
+  is never picked up; leftovers are removed by the next save;
+- the engine writes model and optimizer in its own format (torch.distributed.checkpoint or DeepSpeed), this
+  file adds the step, the configuration and each rank's random state;
+- data order depends on seed and step alone, so there is no loader state to keep;
+- what decides the last bits (processor, row kernel, torch) is written down, and a difference at resuming is said;
+- a checkpoint says that its weights are finite. One that is not is never continued from, also an old one without the
+  mark, and pruning leaves the newest finite one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from kd_plugin.distributed.collectives import all_gather_object
+from kd_plugin.engines.protocol import Engine
+from kd_plugin.loss import processor
+from kd_plugin.row_kernels import dispatch
+from kd_plugin.settings.run import RunConfig
+from kd_plugin.training.finite import has_finite_parameters
+
+__all__ = ["CheckpointError", "checkpoints", "latest_finite", "resume", "save", "to_continue"]
+
+logger = logging.getLogger(__name__)
+
+_PARTIAL = ".partial"
+_STATE = "engine"
+_RUN = "run.json"
+_SAME = ("student", "teacher", "distill", "data", "deepspeed")
+"""Sections that make it another run when they change."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be continued from."""
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints below `output_dir`, oldest first."""
+    found = output_dir.glob(f"checkpoints/step_*/{_RUN}")
+    return sorted(path.parent for path in found if path.parent.name.removeprefix("step_").isdigit())
+
+
+def to_continue(config: RunConfig, world_size: int) -> Path | None:
+    """The checkpoint that all ranks continue from, if there is one: the newest that rank 0 sees. One collective.
+
+    Raises:
+        CheckpointError: on all ranks, where one does not see that folder, or where checkpoints are in the way.
+    """
+    folder = Path(config.log.output_dir)
+    names = [path.name for path in checkpoints(folder)]
+    everyone = all_gather_object(names, None, "names of checkpoints") if world_size > 1 else [names]
+    newest = folder / "checkpoints" / everyone[0][-1] if everyone[0] else None
+    others = [f"rank {rank} sees {seen[-1]}" for rank, seen in enumerate(everyone) if seen]
+    if newest is None and others and config.train.resume:
+        raise CheckpointError(
+            f"train.resume: rank 0 sees no checkpoint below {folder}, but {others[0]}: log.output_dir must be a folder "
+            "that all machines share"
+        )
+    lacking = [rank for rank, seen in enumerate(everyone) if newest is not None and newest.name not in seen]
+    if lacking and config.train.resume:
+        raise CheckpointError(
+            f"train.resume: {newest}, the newest checkpoint that rank 0 sees, is not there on rank "
+            f"{', '.join(map(str, lacking))}: log.output_dir must be a folder that all machines share"
+        )
+    if config.train.resume:
+        if newest is None:
+            logger.info("train.resume: no checkpoint below %s, starting at step 1", folder)
+        return newest
+    if newest is not None and config.train.save_every:
+        raise CheckpointError(
+            f"log.output_dir {folder} holds checkpoints of another run ({newest.name}): "
+            "set train.resume=true to continue it, or choose another log.output_dir"
+        )
+    return None
+
+
+def latest_finite(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint that says that its weights are finite, if there is one."""
+    return next((folder for folder in reversed(checkpoints(output_dir)) if _is_finite(folder)), None)
+
+
+def _is_finite(folder: Path) -> bool | None:
+    """What the checkpoint says of itself; None for an old one, which says nothing."""
+    return json.loads((folder / _RUN).read_text()).get("finite")
+
+
+def save(engine: Engine, config: RunConfig, *, mode: str, step: int) -> Path:
+    """Write the checkpoint of `step`, remove those beyond `train.keep_checkpoints`. All ranks call this.
+
+    The caller has seen that the student is finite (`finite.has_finite_parameters`).
+    """
+    output_dir, rank = Path(config.log.output_dir), dist.get_rank()
+    final = output_dir / "checkpoints" / f"step_{step:08d}"
+    partial = final.with_name(final.name + _PARTIAL)
+    if rank == 0:
+        for stale in [*final.parent.glob(f"*{_PARTIAL}"), final]:
+            shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    engine.save(partial / _STATE)
+    torch.save(_random_state(), partial / f"random_{rank}.pt")
+    dist.barrier()
+    if rank == 0:
+        run = {"step": step, "parallel": mode, "world_size": dist.get_world_size()}
+        run |= {"finite": True, "numerics": _numerics(config)}
+        run["config"] = config.model_dump(mode="json")
+        (partial / _RUN).write_text(json.dumps(run, indent=1))
+        partial.rename(final)
+        for old in checkpoints(output_dir)[: -config.train.keep_checkpoints]:
+            if old != final:  # which is finite; one of a later step may be older, and not
+                shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def resume(engine: Engine, config: RunConfig, folder: Path, *, mode: str) -> int:
+    """Load the checkpoint in `folder` into engine and process; returns its step. All ranks call this.
+
+    Raises:
+        CheckpointError: written by DeepSpeed and read by FSDP or the other way round, or by ZeRO on another number
+            of ranks; or its weights are not finite.
+    """
+    run = json.loads((folder / _RUN).read_text())
+    _check(run, folder, mode)
+    for section, keys in _changed_sections(run["config"], config).items():
+        logger.warning("resume: section %s differs from the one that wrote %s (%s)", section, folder, keys)
+    for name, now in _numerics(config).items():
+        before = run.get("numerics", {}).get(name, now)
+        if before != now:
+            logger.warning("resume: %s was %s, now it is %s: last bits may differ", name, before, now)
+    if not _loads_finite(engine, folder):
+        raise CheckpointError(_refusal(engine, config, folder))
+    mine = folder / f"random_{dist.get_rank()}.pt"
+    if mine.is_file():
+        _set_random_state(torch.load(mine, weights_only=True))
+    else:
+        logger.warning(
+            "resume: %s has no random state for rank %d; dropout goes on differently", folder, dist.get_rank()
+        )
+    return run["step"]
+
+
+def _check(run: dict[str, Any], folder: Path, mode: str) -> None:
+    before, now = run["parallel"] == "deepspeed", mode == "deepspeed"
+    if before != now:
+        raise CheckpointError(
+            f"{folder} was written by train.parallel {run['parallel']}, this run is {mode}: "
+            "resume with the former, or start from the export (student.model)"
+        )
+    if now and run["world_size"] != dist.get_world_size():
+        raise CheckpointError(
+            f"{folder} was written by {run['world_size']} ranks, now there are {dist.get_world_size()}: "
+            "DeepSpeed resumes on as many ranks only"
+        )
+
+
+def _loads_finite(engine: Engine, folder: Path) -> bool:
+    if _is_finite(folder) is False:
+        return False
+    engine.load(folder / _STATE)
+    return has_finite_parameters(engine.student, engine.torch_optimizer)
+
+
+def _refusal(engine: Engine, config: RunConfig, folder: Path) -> str:
+    """Says which checkpoint could be continued from; tries old ones that do not say themselves."""
+    everything = checkpoints(Path(config.log.output_dir))
+    older = reversed([other for other in everything if other.name < folder.name])
+    finite = next((other for other in older if _is_finite(other) or _loads_finite(engine, other)), None)
+    cure = "no older one is finite: start anew in another log.output_dir, with a lower train.learning_rate"
+    if finite is not None:
+        cure = f"the newest finite one is {finite}: remove what is newer, and lower train.learning_rate"
+    return f"{folder} holds weights that are NaN or infinite; {cure}"
+
+
+def _numerics(config: RunConfig) -> dict[str, str]:
+    """What the last bits of a run depend on besides its settings."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {"torch": str(torch.__version__), "row_kernel": dispatch.choose(config.distill.row_kernel, kind)}
+    if kind == "cuda":
+        return found | {"device": torch.cuda.get_device_name()}
+    name = torch.cpu.get_capabilities().get("cpu_name", kind)
+    found["device"] = f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    for name, dtype in processor.HALVES.items():
+        found[f"{name} products"] = processor.describe(dtype)
+    return found
+
+
+def _changed_sections(before: dict[str, Any], config: RunConfig) -> dict[str, str]:
+    """Sections that differ, and which of their settings do."""
+    now, changed = config.model_dump(mode="json"), {}
+    for name in _SAME:
+        old, new = before.get(name) or {}, now[name] or {}
+        if before.get(name) != now[name]:
+            changed[name] = ", ".join(key for key in [*new, *(old.keys() - new)] if old.get(key) != new.get(key))
+    return changed
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))

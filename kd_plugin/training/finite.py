@@ -1,0 +1,138 @@
+"""A run whose numbers stopped being numbers: noticed within a few steps, by all ranks in the same one.
+
+Notable decisions:
+- what a step did is remembered on its device and read every `CHECK_EVERY` steps, so that no step waits for it;
+- fp16 leaves out steps whose gradient overflowed, until its loss scale fits: only many in a row are a fault;
+- an infinite loss alone is none, if its gradient is finite: a divergence may be infinite where a teacher is certain.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from kd_plugin.engines.process_group import reduce_numbers
+from kd_plugin.settings.run import RunConfig
+
+__all__ = [
+    "CHECK_EVERY",
+    "BrokenWeightsError",
+    "DivergedError",
+    "FiniteWatch",
+    "check_weights",
+    "has_finite_parameters",
+    "scales_loss",
+]
+
+CHECK_EVERY = 8
+"""Steps."""
+# Steps in a row, of (NaN losses, gradients that are not finite). A NaN loss was not scaled yet: no scale cures it. A
+# scale starts at 2 ** 16 and is halved at each step that is left out: after 40 of them it has nothing to offer.
+_UNSCALED_LIMITS, _SCALED_LIMITS = (1, 1), (CHECK_EVERY, 40)
+
+
+class DivergedError(ValueError):
+    """The student's numbers are no numbers any more."""
+
+
+class BrokenWeightsError(ValueError):
+    """A model was loaded whose weights are no numbers."""
+
+
+class FiniteWatch:
+    """Remembers on the device when losses or gradients stopped being finite.
+
+    Args:
+        scaled: steps whose gradient is not finite are left out (fp16's loss scaling).
+    """
+
+    def __init__(self, *, scaled: bool) -> None:
+        self._limits = _SCALED_LIMITS if scaled else _UNSCALED_LIMITS
+        self._last = 0
+        self._in_a_row: Tensor | None = None  # [2] int64
+        self._first: Tensor | None = None  # int64, 0 for never
+
+    def add(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
+        """One optimizer step, counted from 1: the sum of this rank's losses and the gradient's norm, both 0-d.
+
+        `norm` is None where it is not known.
+        """
+        self._last = step
+        broken = [loss.detach().isnan()]
+        broken.append(torch.zeros_like(broken[0]) if norm is None else ~norm.detach().isfinite().to(loss.device))
+        if self._in_a_row is None:
+            self._in_a_row = torch.zeros(2, dtype=torch.int64, device=loss.device)
+            self._first = torch.zeros((), dtype=torch.int64, device=loss.device)
+        assert self._first is not None
+        self._in_a_row = (self._in_a_row + 1) * torch.stack(broken)
+        for count, limit in zip(self._in_a_row, self._limits, strict=True):
+            found = (self._first == 0) & (count >= limit)
+            self._first = torch.where(found, step + 1 - count, self._first)
+
+    def first_broken_step(self) -> int:
+        """The step with which it began, over all ranks; 0 while all is well. One collective; waits for the device."""
+        first = 0 if self._first is None else int(self._first.item())
+        since = {"steps since the first that is not finite": self._last + 1 - first if first else 0}
+        most = int(max(reduce_numbers(since, op="max").values()))
+        return self._last + 1 - most if most else 0
+
+
+def scales_loss(config: RunConfig) -> bool:
+    """Whether steps with a gradient that is not finite are left out and tried again with a smaller loss scale."""
+    autocast: Any = (config.deepspeed or {}).get("torch_autocast") or {}
+    return config.student.dtype == "float16" or bool(autocast.get("enabled"))
+
+
+def has_finite_parameters(student: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> bool:
+    """Whether no parameter of any rank, and no state of its optimizer, holds NaN or infinity.
+
+    An infinite second moment stops a parameter for good, and no loss shows it. One collective; waits for the device.
+    """
+    states = [] if optimizer is None else [value for state in optimizer.state.values() for value in state.values()]
+    finite: Tensor | None = None
+    for parameter in [*student.parameters(), *(value for value in states if isinstance(value, Tensor))]:
+        values = _values_here(parameter)
+        if values.numel() and values.is_floating_point():
+            here = values.isfinite().all()
+            finite = here if finite is None else finite & here.to(finite.device)
+    broken = finite is not None and not finite.item()
+    return not reduce_numbers({"parameters or states that are not finite": float(broken)}, op="max").popitem()[1]
+
+
+def check_weights(model: nn.Module, side: str, source: str) -> None:
+    """Refuse weights that hold NaN or infinity before they are trained on. One collective; waits for the device.
+
+    Args:
+        model: loaded, sharded or not.
+        side: "student" or "teacher".
+        source: where it comes from, for the message.
+
+    Raises:
+        BrokenWeightsError: on all ranks.
+    """
+    broken = [name for name, parameter in model.named_parameters() if not _is_finite(_values_here(parameter))]
+    anywhere = reduce_numbers({"weights that are not finite": float(len(broken))}, op="max").popitem()[1]
+    if anywhere:
+        listed = f", such as {broken[0]}" if broken else ""
+        raise BrokenWeightsError(
+            f"{int(anywhere)} weight(s) of the {side} ({source}) hold NaN or infinity{listed}: load it again, or take "
+            "an earlier checkpoint of it"
+        )
+
+
+def _is_finite(values: Tensor) -> bool:
+    return values.is_meta or not values.is_floating_point() or bool(values.isfinite().all())
+
+
+def _values_here(parameter: Tensor) -> Tensor:
+    """What this rank holds of it, without padding."""
+    if isinstance(parameter, DTensor):
+        return parameter.detach().to_local()
+    part = getattr(parameter, "ds_tensor", None)  # ZeRO-3's, of which the last rank's ends in memory of any content
+    if part is None or parameter.numel():
+        return parameter.detach()
+    start = parameter.get_partition_rank() * part.ds_numel  # type: ignore[attr-defined]
+    return part.detach().flatten()[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]

@@ -1,0 +1,79 @@
+"""What a run's settings come to: its mode, its accumulation steps, the learning rate of each step, the seeds."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import torch
+
+from kd_plugin.engines.protocol import EngineError
+from kd_plugin.settings.run import RunConfig, TrainConfig
+
+
+def parallel_mode(config: RunConfig, world_size: int) -> str:
+    """Resolve `train.parallel`; raises EngineError when one process is wanted but several were started."""
+    mode = config.train.parallel
+    if mode == "auto":
+        return "fsdp" if world_size > 1 else "single"
+    if mode == "fsdp1" and world_size == 1:
+        return "single"  # FSDP1 has nothing to do there, and says so at length
+    if mode == "single" and world_size > 1:
+        raise EngineError(
+            f"train.parallel is single but {world_size} processes were started: "
+            "launch one process, or set train.parallel to fsdp, fsdp1, ddp or deepspeed"
+        )
+    return mode
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def accumulation_steps(train: TrainConfig, *, seq_len: int, world_size: int) -> int:
+    """Micro-batches per rank and step, from `tokens_per_step` where it is set.
+
+    Raises:
+        EngineError: when the tokens do not divide, or contradict an explicit number of steps.
+    """
+    if train.tokens_per_step is None:
+        return train.gradient_accumulation_steps
+    tokens = train.micro_batch_size * seq_len * world_size
+    steps, rest = divmod(train.tokens_per_step, tokens)
+    sum_up = f"micro_batch_size {train.micro_batch_size} x seq_len {seq_len} x {world_size} ranks = {tokens}"
+    if rest or not steps:
+        raise EngineError(
+            f"train.tokens_per_step {train.tokens_per_step} is no multiple of {sum_up} tokens: "
+            "change tokens_per_step, micro_batch_size or the number of ranks"
+        )
+    # 1 is the default, and what a saved config.yaml spells out.
+    if train.gradient_accumulation_steps not in (1, steps):
+        raise EngineError(
+            f"train.tokens_per_step {train.tokens_per_step} with {sum_up} makes {steps} accumulation steps, "
+            f"but gradient_accumulation_steps is {train.gradient_accumulation_steps}: remove one of the two"
+        )
+    return steps
+
+
+def learning_rate_at(step: int, train: TrainConfig) -> float:
+    """The rate of optimizer step `step` (counted from 1): linear warm-up, then the schedule's descent.
+
+    The peak is reached at step `warmup_steps` (or 1), `min_lr_ratio` of it at `max_steps`.
+    """
+    peak, warmup = train.learning_rate, train.warmup_steps
+    if step < warmup:
+        return peak * step / warmup
+    start = max(warmup, 1)
+    done = min(1.0, max(0.0, (step - start) / max(1, train.max_steps - start)))
+    if train.schedule == "constant":
+        shape = 1.0
+    elif train.schedule == "linear":
+        shape = 1.0 - done
+    else:
+        shape = 0.5 * (1.0 + math.cos(math.pi * done))
+    floor = train.min_lr_ratio if train.schedule != "constant" else 0.0
+    return peak * (floor + (1.0 - floor) * shape)
