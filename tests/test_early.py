@@ -114,7 +114,8 @@ def test_deepspeed_that_is_not_installed_is_told_first(tmp_path: Path, monkeypat
 
 
 def test_no_torch_is_imported(tmp_path: Path) -> None:
-    code = "import sys, kd_plugin.training.preflight; print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    code = "import sys, kd_plugin.training.preflight\n"
+    code += "print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -61,8 +61,8 @@ def stats_bytes(
 ) -> float:
     """Of `exchange: stats` among `ranks`, with `rows` each.
 
-    `numbers` are m and k, as `sharded_numbers.exchanged_numbers` counts them; by default those of a KL at temperature 1 with
-    cross-entropy and metrics.
+    `numbers` are m and k, as `sharded_numbers.exchanged_numbers` counts them; by default those of a KL at temperature
+    1 with cross-entropy and metrics.
     """
     gathered, added = numbers
     per_row = 4 * gathered * ranks + 8 * added + 16  # 16: label, weight, and whether the row is padding
