@@ -1,0 +1,141 @@
+"""How long the exchanges take, and what of a slow network they hide: `exchange_speed_worker.py FILE`, on 2 ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import kd_plugin as kd
+from kd_plugin.distributed.collectives import end_process_groups
+from kd_plugin.distributed.vocab_slice import VocabShard, cut
+from kd_plugin.exchange import row_gather, sharded_teachers
+from kd_plugin.exchange.sharded_teachers import ShardedHeadTeacher
+from kd_plugin.exchange.vocab_parallel import VocabParallelDistill
+from kd_plugin.loss.from_hidden import loss_sums, make_problem
+from kd_plugin.loss.teacher import HeadTeacher
+from tests.ranks.exchange_probes import make_student
+
+ROUNDS, ROWS, VOCAB, WIDTH = 5, 256, 16384, 576  # of the race; the ratio does not depend on V
+CHUNK, CHUNKS, CHUNK_VOCAB, CHUNK_WIDTH = 96, 6, 16384, 128  # of the overlap
+
+
+def race(rank: int) -> dict[str, list[float]]:
+    """Seconds of a forward and backward through a pair of heads, by exchange, in turn."""
+    input_ids = torch.randint(3, 61, (1, ROWS), generator=torch.Generator().manual_seed(rank))
+
+    def step(student: Any) -> None:
+        items = ROWS * dist.get_world_size()
+        student(input_ids, shift_labels=input_ids, num_items_in_batch=items).loss.backward()
+        student.zero_grad()
+
+    seconds: dict[str, list[float]] = {"weight": [], "stats": []}
+    students = {
+        mode: make_student(kd.DistillConfig(exchange=mode), 61, (WIDTH, WIDTH), head_size=VOCAB)[0] for mode in seconds
+    }
+    for student in students.values():  # compiles, cuts the teacher's head
+        step(student)
+    for _ in range(ROUNDS):
+        for mode, student in students.items():
+            dist.barrier()
+            begin = time.perf_counter()
+            step(student)
+            dist.barrier()
+            seconds[mode].append(time.perf_counter() - begin)
+    return seconds
+
+
+class SlowNetwork:
+    """A collective that arrives `delay` seconds after it was asked for; counts what its waits saw of that."""
+
+    def __init__(self, delay: float) -> None:
+        self.delay, self.asked, self.waited = delay, 0, 0.0
+
+    def slow(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = collective(*args, **kwargs)
+            pending = result[1] if isinstance(result, tuple) else result
+            arrives, wait = time.perf_counter() + self.delay, pending.wait
+            self.asked += 1
+
+            def slow_wait() -> None:
+                self.waited += max(arrives - time.perf_counter(), 0.0)  # the rest of the delay; later is no network's
+                wait()
+                time.sleep(max(arrives - time.perf_counter(), 0.0))
+
+            pending.wait = slow_wait
+            return result
+
+        return call
+
+
+class Heads:
+    """A pair of heads cut over the ranks, and rows for `CHUNKS` chunks on this one."""
+
+    def __init__(self, rank: int) -> None:
+        generator = torch.Generator().manual_seed(7)
+        weight, self.teacher_weight = (torch.randn(CHUNK_VOCAB, CHUNK_WIDTH, generator=generator) for _ in range(2))
+        self.weight = weight.requires_grad_(True)
+        own = torch.Generator().manual_seed(rank)
+        self.hidden, self.teacher_hidden = (torch.randn(CHUNK * CHUNKS, CHUNK_WIDTH, generator=own) for _ in range(2))
+        self.targets = torch.randint(CHUNK_VOCAB, (CHUNK * CHUNKS,), generator=own)
+        self.config = kd.DistillConfig(chunk_size=CHUNK, row_kernel="eager")
+        self.shard: VocabShard = cut(CHUNK_VOCAB, CHUNK_VOCAB, dist.group.WORLD)
+
+    def _teacher_rows(self) -> HeadTeacher:
+        return HeadTeacher(self.teacher_hidden, self.teacher_weight).rows(self.shard.start, self.shard.stop)
+
+    def logits(self) -> Tensor:
+        """The loss with the teacher's logits on the wire."""
+        teacher = ShardedHeadTeacher(self._teacher_rows(), self.shard.teacher_bounds, self.shard.group)
+        return loss_sums(self.hidden, self.weight, None, teacher, self.targets, self.config).loss_sum
+
+    def stats(self) -> Tensor:
+        """The loss with statistics on the wire."""
+        problem = make_problem(self.hidden, CHUNK_VOCAB, None, self.targets, self.config)
+        problem.teacher = self._teacher_rows()
+        rows = self.weight[self.shard.start : self.shard.stop]
+        return VocabParallelDistill.apply(self.hidden, rows, None, problem, self.shard, 1.0)[0]
+
+
+def overlap(rank: int) -> dict[str, dict[str, Any]]:
+    """By exchange and collective: its delay, how often it was called, seconds of waiting that were left."""
+    heads, found = Heads(rank), {}
+    slowed = {"logits": (sharded_teachers, ("all_gather", "all_to_all")), "stats": (row_gather, ("all_gather",))}
+    for mode, (module, names) in slowed.items():
+        run = getattr(heads, mode)
+        expected = float(run())
+        begin = time.perf_counter()
+        run()
+        chunk = torch.tensor((time.perf_counter() - begin) / CHUNKS)
+        dist.all_reduce(chunk, op=dist.ReduceOp.MIN)
+        networks = {name: SlowNetwork(float(chunk) / 2) for name in names}
+        calls = {name: network.slow(getattr(module, name)) for name, network in networks.items()}
+        with mock.patch.multiple(module, **calls):
+            assert float(run()) == expected
+        found[mode] = {name: vars(network) for name, network in networks.items()}
+    return found
+
+
+def main(file: Path) -> None:
+    """Both, gathered from the ranks."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, {"race": race(rank), "overlap": overlap(rank)})
+    if rank == 0:
+        file.write_text(json.dumps(results))
+    end_process_groups()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

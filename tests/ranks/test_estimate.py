@@ -1,0 +1,62 @@
+"""Estimated bytes and peaks against those of real steps of FSDP over gloo."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd_plugin.estimate.account import Estimate, estimate
+from tests.ranks import estimate_worker
+from tests.ranks.estimate_cases import BATCH, LENGTH, make_config, write_configurations
+from tests.ranks.launch import launch
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+
+CASES = [(1, "weight"), *((ranks, exchange) for ranks in (2, 4) for exchange in ("weight", "logits", "stats"))]
+CASES += [(4, f"{exchange}:2") for exchange in ("weight", "logits", "stats")]  # two copies of two shards
+CASES += [(2, "weight@fsdp1"), (2, "stats@fsdp1")]
+CASES += [(4, f"{exchange}:2@fsdp1") for exchange in ("weight", "logits", "stats")]
+PARAMS = [case if case[0] < 4 else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("estimate")
+    write_configurations(path)
+    return path
+
+
+@functools.cache
+def measured(folder: Path, ranks: int) -> dict[str, Any]:
+    cases = [case for count, case in CASES if count == ranks]
+    result = launch(Path(estimate_worker.__file__), str(folder), *cases, ranks=ranks, timeout_s=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads((folder / f"measured_{ranks}.json").read_text())
+
+
+def estimated(folder: Path, ranks: int, case: str) -> Estimate:
+    # the last token of a sequence has no label
+    return estimate(make_config(case, folder), world_size=ranks, rows=BATCH * (LENGTH - 1), device="cpu")
+
+
+@pytest.mark.parametrize(("ranks", "case"), PARAMS)
+def test_the_bytes_of_a_step_are_the_estimates(folder: Path, ranks: int, case: str) -> None:
+    found, exchange = estimated(folder, ranks, case), re.split("[:@]", case)[0]
+    received = sum(measured(folder, ranks)[case]["received"].values())
+    others = sum(line.num_bytes for line in found.parameters)
+    assert found.setup.exchange == exchange
+    assert others + found.exchanges[exchange].num_bytes == pytest.approx(received, rel=0.01)
+    if ranks > 1:  # what is left for the heads, the rest being the same in every mode
+        assert found.exchanges[exchange].num_bytes == pytest.approx(received - others, rel=0.05)
+
+
+@pytest.mark.parametrize(("ranks", "case"), PARAMS)
+def test_the_peak_of_a_step_is_the_estimates(folder: Path, ranks: int, case: str) -> None:
+    found = estimated(folder, ranks, case).memory
+    assert found.worst_phase == "loss"
+    assert found.phase_bytes("loss") == pytest.approx(measured(folder, ranks)[case]["peak"], rel=0.15)

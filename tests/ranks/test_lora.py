@@ -1,0 +1,104 @@
+"""LoRA students under every wrapper train like one dense process that sees all the tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ranks import lora_worker
+from tests.ranks.launch import launch_cases
+from tests.ranks.lora_cases import Case, make_models, train_densely
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+TORCH = [
+    Case("ddp", tied=False, exchange="weight"),
+    Case("ddp", tied=True, exchange="logits", adapter="two"),
+    Case("alone", tied=False, exchange="weight"),
+    Case("alone", tied=False, exchange="logits", adapter="two"),
+    Case("alone", tied=False, exchange="weight", adapter="only_head"),
+    Case("alone", tied=False, exchange="weight", adapter="inside"),
+    Case("alone", tied=False, exchange="weight", adapter="saved"),
+    Case("alone", tied=False, exchange="weight", adapter="embedding"),
+    Case("alone", tied=True, exchange="weight"),
+    Case("root", tied=False, exchange="weight"),
+    Case("ddp", tied=True, exchange="stats", adapter="two"),
+    Case("alone", tied=False, exchange="stats"),
+    Case("alone", tied=False, exchange="stats", adapter="two"),
+    Case("alone", tied=False, exchange="stats", adapter="only_head", divergence="reverse_kl"),
+    Case("alone", tied=False, exchange="stats", adapter="saved"),
+    Case("root", tied=True, exchange="stats"),
+    Case("fsdp1", tied=False, exchange="weight"),
+    Case("fsdp1", tied=True, exchange="logits", adapter="two"),
+    Case("fsdp1", tied=False, exchange="stats", adapter="two"),
+]
+DEEPSPEED = [
+    Case("zero1", tied=False, exchange="stats"),
+    Case("zero2", tied=False, exchange="weight"),
+    Case("zero2", tied=True, exchange="weight", adapter="two"),
+    Case("zero3", tied=False, exchange="weight"),
+    Case("zero3", tied=False, exchange="logits", adapter="two"),
+    Case("zero3", tied=False, exchange="stats", adapter="two"),
+    Case("zero3", tied=False, exchange="weight", adapter="only_head"),
+    Case("zero3", tied=False, exchange="weight", adapter="saved"),
+    Case("zero3", tied=True, exchange="weight"),
+]
+FOUR = [
+    Case("hsdp", tied=False, exchange="weight", ranks=4),
+    Case("hsdp", tied=False, exchange="stats", ranks=4, adapter="two"),
+    Case("hsdp", tied=True, exchange="logits", ranks=4),
+]
+LAUNCHES = {"torch": TORCH, "deepspeed": DEEPSPEED, "four": FOUR}
+
+
+@functools.cache
+def truth(case: Case) -> dict[str, Tensor]:
+    """The dense training of `case`, once for all cases that differ only in how they are wrapped."""
+    return train_densely(case)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """Start a launch when its first test asks for it: -> (folder of results, what was printed if it failed)."""
+
+    @functools.cache
+    def start(name: str) -> tuple[Path, str]:
+        folder = tmp_path_factory.mktemp(name)
+        worker, ranks = Path(lora_worker.__file__), LAUNCHES[name][0].ranks
+        return folder, launch_cases(worker, folder, LAUNCHES[name], ranks=ranks, timeout_s=200)
+
+    return start
+
+
+@pytest.mark.parametrize("case", [*TORCH, *DEEPSPEED, *FOUR], ids=lambda case: case.name)
+def test_ranks_train_adapters_like_one_dense_process(launched: Callable[[str], tuple[Path, str]], case: Case) -> None:
+    """Parameters within 1e-5, after having moved a hundred times that far; frozen ones do not move."""
+    if case in DEEPSPEED:
+        pytest.importorskip("deepspeed")
+    folder, failure = launched(next(name for name, cases in LAUNCHES.items() if case in cases))
+    path = folder / f"{case.name}.pt"
+    assert path.exists(), f"the worker ended before this case: {failure}"
+    found, wanted = torch.load(path), truth(replace(case, wrapper="single", exchange="weight"))
+    start = dict(make_models(case)[0].named_parameters())
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name] - value).abs().max() < 1e-5, name
+        assert start[name].requires_grad or torch.equal(found[name], start[name]), name
+    moved = [name for name, value in wanted.items() if (start[name] - value).abs().max() > 1e-3]
+    assert all(any(part in name for name in moved) for part in moving_parts(case))
+
+
+def moving_parts(case: Case) -> list[str]:
+    """Names of layers that this training must have changed."""
+    if case.adapter == "saved":
+        return ["lm_head.modules_to_save.default.weight", "q_proj.lora_A"]
+    if case.adapter == "embedding":
+        return ["embed_tokens.lora_embedding_A", "embed_tokens.lora_embedding_B", "lm_head.lora_B"]
+    layer = "down_proj" if case.adapter == "inside" else "lm_head"
+    return [f"{layer}.lora_A.default", f"{layer}.lora_B.default"]

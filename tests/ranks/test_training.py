@@ -1,0 +1,167 @@
+"""Two ranks over gloo: every parallel layout trains like one process, saves, resumes and exports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import kd_plugin as kd
+from kd_plugin.training.run import TrainResult
+from tests.ranks.runs import curve, launch_runs, results_of
+from tests.tiny import make_folder, run_config
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+
+LAYOUTS = ("fsdp", "fsdp1", "ddp", "zero0", "zero1", "zero2", "zero3")
+
+
+def layout(name: str) -> dict[str, Any]:
+    if name.startswith("zero"):
+        return {"train": {"parallel": "deepspeed"}, "deepspeed": {"zero_optimization": {"stage": int(name[-1])}}}
+    return {"train": {"parallel": name}}
+
+
+def run(name: str, of: str, *, train: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """One entry of the worker's list: `of` is a layout, `train` goes over its train section."""
+    rest = {key: more.pop(key) for key in ("output", "keep") if key in more}
+    sections = layout(of) | more
+    sections["train"] = {**sections["train"], **(train or {})}
+    return {"name": name, "sections": sections, **rest}
+
+
+HALF = [(name, dtype) for name in ("fsdp", "fsdp1") for dtype in ("bfloat16", "float16")]
+HALF += [("zero0", "bfloat16"), ("zero3", "bfloat16")]
+SAVING = ("fsdp", "fsdp1", "ddp", "zero2", "zero3")
+SAVED = {"max_steps": 4, "save_every": 2}
+RUNS = [
+    *(run(name, name) for name in LAYOUTS),
+    run("fsdp_1x4", "fsdp", train={"micro_batch_size": 1, "export": False}),
+    run("zero3_1x4", "zero3", train={"micro_batch_size": 1, "export": False}),
+    run("zero2_4x1", "zero2", train={"micro_batch_size": 4, "export": False}),
+    *(
+        run(f"{name}_replicated", name, train={"export": False}, teacher={"sharding": "replicate"})
+        for name in ("fsdp", "fsdp1", "zero3")
+    ),
+    *(
+        run(f"{name}_recomputed", name, train={"export": False, "activation_checkpointing": True})
+        for name in ("fsdp", "fsdp1", "zero3")
+    ),
+    run("zero3_offloaded", "zero3", train={"export": False}, teacher={"offload": True}),
+    *(
+        entry
+        for name in SAVING
+        for entry in (
+            run(f"{name}_whole", name, train=SAVED, output=f"{name}_saved", keep=2),
+            run(f"{name}_resumed", name, train={**SAVED, "resume": True}, output=f"{name}_saved"),
+        )
+    ),
+    *(run(f"{name}_{dtype}", name, student={"dtype": dtype}) for name, dtype in HALF),
+    *(
+        run(f"{name}_sampled", name, train={"max_steps": 1}, log={"sample_prompt": "the fox", "sample_tokens": 4})
+        for name in ("fsdp1", "zero3")
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("deepspeed")
+    folder = make_folder(tmp_path_factory.mktemp("tiny"))
+    for entry in RUNS:
+        if "log" in entry["sections"]:
+            entry["sections"]["log"]["output_dir"] = str(folder / entry["name"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launched(folder: Path) -> str:
+    return launch_runs(folder, RUNS, ranks=2)
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, launched: str) -> dict[str, Any]:
+    return results_of(folder, rank=0)
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> TrainResult:
+    return kd.train(run_config(folder, "single", train={"parallel": "single"}))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("number", ["loss", "soft_loss", "hard_loss", "grad_norm", "top1_agreement", "valid_tokens"])
+def test_two_ranks_train_like_one_process(results: dict[str, Any], single: TrainResult, name: str, number: str) -> None:
+    assert curve(results[name], number) == pytest.approx(curve(single, number), rel=2e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "fsdp_1x4"])
+def test_the_same_held_out_text_is_evaluated(results: dict[str, Any], single: TrainResult, name: str) -> None:
+    assert results[name]["before"] == pytest.approx(single.before, rel=2e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_ranks_export_what_one_process_exports(results: dict[str, Any], single: TrainResult, name: str) -> None:
+    expected = load_file(single.export_dir / "model.safetensors")
+    found = load_file(Path(results[name]["export"]) / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype
+        assert (found[key] - value).abs().max() < 1e-5, key
+
+
+OTHERWISE = ["fsdp_1x4", "zero3_1x4", "zero2_4x1", "fsdp_replicated", "fsdp1_replicated", "zero3_replicated"]
+OTHERWISE += ["zero3_offloaded", *(f"{name}_recomputed" for name in ("fsdp", "fsdp1", "zero3"))]
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_micro_batches_recomputation_and_the_teachers_layout_change_nothing(
+    results: dict[str, Any], single: TrainResult, name: str
+) -> None:
+    assert curve(results[name]) == pytest.approx(curve(single), rel=2e-5)
+    assert curve(results[name], "grad_norm") == pytest.approx(curve(single, "grad_norm"), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", SAVING)
+def test_resuming_continues_bit_for_bit(results: dict[str, Any], name: str) -> None:
+    whole, resumed = results[f"{name}_whole"], results[f"{name}_resumed"]
+    assert curve(resumed, "step") == [3, 4]
+    assert curve(resumed) == curve(whole)[2:]
+    assert curve(resumed, "grad_norm") == curve(whole, "grad_norm")[2:]
+    assert resumed["after"] == whole["after"]
+
+
+@pytest.mark.parametrize(("name", "dtype"), HALF)
+def test_half_precision_follows_full_precision(
+    results: dict[str, Any], single: TrainResult, name: str, dtype: str
+) -> None:
+    result = results[f"{name}_{dtype}"]
+    assert curve(result) == pytest.approx(curve(single), rel=0.03)
+    assert curve(result) != curve(single)
+    exported = load_file(Path(result["export"]) / "model.safetensors")
+    assert {str(value.dtype) for value in exported.values()} == {f"torch.{dtype}"}
+
+
+def test_all_ranks_hold_the_same_numbers(folder: Path, results: dict[str, Any]) -> None:
+    other = results_of(folder, rank=1)
+    for name, result in results.items():
+        assert curve(other[name]) == curve(result)
+        assert other[name]["after"] == result["after"]
+
+
+def test_only_rank_zero_speaks_and_says_what_was_filled_in(launched: str) -> None:
+    lines = launched.splitlines()
+    finished = [line for line in lines if line.startswith("step 5/5 loss")]
+    assert len(finished) == sum("max_steps" not in entry["sections"]["train"] for entry in RUNS)
+    assert any(
+        "deepspeed.train_batch_size: 8 (micro_batch_size 2 x accumulation 2 x 2 ranks)" in line for line in lines
+    )
+
+
+@pytest.mark.parametrize("name", ["fsdp1", "zero3"])
+def test_sharded_models_continue_a_prompt(folder: Path, launched: str, name: str) -> None:
+    samples = json.loads((folder / f"{name}_sampled" / "summary.json").read_text())["samples"]
+    assert samples["prompt"] == "the fox" and samples["teacher"] and samples["student"] is not None
