@@ -92,3 +92,13 @@ def test_the_table_of_tags_is_complete() -> None:
     written = {tag for tag in TAGS.values() if tag.startswith(("train/", "distill/"))}
     assert written - listed <= {"distill/temperature", "distill/valid_tokens", "distill/chunk_size"}
     assert listed <= written
+
+
+def test_the_package_s_page_names_files_that_exist() -> None:
+    folder = Path(__file__).parents[1] / "kd_plugin"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`([\w/.]+)`", page) if "/" in name}
+    assert len(named) > 30
+    assert [
+        name for name in sorted(named) if not (folder / name).exists() and not (folder.parent / name).exists()
+    ] == []
