@@ -36,7 +36,8 @@ class Record(NamedTuple):
     form: Form
     values: dict[str, Any]
     """`text: str`, or `prompt: str` and `completion: str`, or `messages: list[dict]` with `untrained: set[int]` (turns
-    that are not trained on) and, where given, `tools`, `documents` (lists of dicts) and `chat_template_kwargs`."""
+    that are not trained on), `unread: list[str]` (columns that mean nothing to anybody but perhaps to a template) and,
+    where given, `tools`, `documents` (lists of dicts) and `chat_template_kwargs`."""
 
     where: str
     """Its place, for error messages."""
@@ -131,6 +132,9 @@ def record_of(row: Mapping[str, Any], text_column: str, where: str, *, padded: b
             for column in _wanted(form, text_column)
         }
     _refuse_other_columns(row, form, values, text_column, where)
+    if form == "messages":
+        read = columns_of(form, text_column)
+        values["unread"] = [column for column, value in row.items() if column not in read and value is not None]
     return Record(form, values, where)
 
 
@@ -182,6 +186,8 @@ def _counts(value: Any, form: Form, column: str) -> bool:
         return first in ("[", "{") if isinstance(value, str) else isinstance(first, Mapping) and bool(first)
     if column == "labels":
         return isinstance(value, list) and bool(value)
+    if column == "enable_thinking":  # which templates take for true unless it is false
+        return value is not None
     return bool(value.strip() if isinstance(value, str) else value)
 
 

@@ -10,10 +10,11 @@ Notable decisions:
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,20 @@ _IN_TURNS = {
 _BY_CHANCE = 12  # characters
 _looked_at: set[tuple[str, str]] = set()
 """Templates, and keys of turns of which it has been looked whether they reach the text."""
+
+
+@functools.lru_cache(maxsize=64)
+def _variables(template: str) -> frozenset[str]:
+    """The names that a chat template reads from outside; none of a template that jinja2 cannot read."""
+    import jinja2
+    from jinja2 import meta
+
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of Transformers' own
+    try:
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except jinja2.TemplateError:
+        return frozenset()
+    return frozenset(meta.find_undeclared_variables(tree))
 
 
 def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Spans]:
@@ -72,6 +87,7 @@ class _Conversation:
         with self._one_line():
             self.template = tokenizer.get_chat_template(tools=self.given.get("tools"))
         self._check_settings(settings)
+        self._check_columns(record.values.get("unread", ()))
         self._check_turns()
 
     def rendered(self) -> tuple[str, Spans]:
@@ -204,6 +220,13 @@ class _Conversation:
                     f"{self.where}: the chat template knows no {name!r}, which chat_template_kwargs sets: use a "
                     "tokenizer whose template has it, or remove it"
                 )
+
+    def _check_columns(self, unread: Iterable[str]) -> None:
+        for name in sorted(_variables(self.template).intersection(unread)):
+            raise DataError(
+                f"{self.where}: the chat template reads {name!r}, which the column of that name does not reach: write "
+                "it into 'chat_template_kwargs', or remove the column"
+            )
 
     def _check_turns(self) -> None:
         for number, turn in enumerate(self.messages, 1):

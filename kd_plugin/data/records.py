@@ -143,6 +143,7 @@ def _jsonl_file(path: Path, text_column: str) -> Iterator[Record]:
 
 def _parquet_file(path: Path, text_column: str) -> Iterator[Record]:
     _require("pyarrow", "Parquet files need it")
+    import pyarrow
     import pyarrow.parquet
 
     try:
@@ -151,7 +152,10 @@ def _parquet_file(path: Path, text_column: str) -> Iterator[Record]:
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
     with file:
         names = file.schema_arrow.names
-        wanted = columns_of(form_of(names, text_column, str(path)), text_column)
+        form = form_of(names, text_column, str(path))
+        wanted = columns_of(form, text_column)
+        if form == "messages":  # of which a template may read one
+            wanted |= {field.name for field in file.schema_arrow if not pyarrow.types.is_nested(field.type)}
         batches = file.iter_batches(columns=[name for name in names if name in wanted])
         rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
         for number, row in enumerate(_read_through(rows, f"{path}: not a readable Parquet file"), 1):

@@ -340,3 +340,45 @@ def test_a_key_of_turns_that_does_not_reach_the_text_is_said_once(
     naming = FULL.replace("message.role + ' : '", "message.role + (' ' + message.name if message.name else '') + ' : '")
     assert "<unk>" in rendered(tmp_path, {"messages": named}, naming)
     assert not [record for record in caplog.records if record.name == "kd_plugin.data.conversations"]
+
+
+# Columns that only the template knows
+
+ASKING = (
+    "{% if not enable_thinking is defined or enable_thinking %}{{ 'c ' }}{% endif %}"
+    "{{ date_string | default('d') + ' ' }}" + FULL
+)
+
+
+@pytest.mark.parametrize("value", [False, True, 0])
+def test_enable_thinking_as_a_column_is_refused_whatever_it_says(tmp_path: Path, value: Any) -> None:
+    for template in (FULL, ASKING):
+        said = refusal(tmp_path, {"messages": CHAT_OF_ONE, "enable_thinking": value}, template=template)
+        assert said.startswith(": 'enable_thinking' changes what a row means") and "chat_template_kwargs" in said
+
+
+@pytest.mark.parametrize("value", ["g", "", False, 0])
+def test_a_column_that_the_template_reads_is_refused(tmp_path: Path, value: Any) -> None:
+    row = {"messages": CHAT_OF_ONE, "date_string": value, "content": "other", "id": 7}
+    assert refusal(tmp_path, row, template=ASKING) == (
+        ": the chat template reads 'date_string', which the column of that name does not reach: write it into "
+        "'chat_template_kwargs', or remove the column"
+    )
+    assert rendered(tmp_path, row) == ANSWERED  # of a template that reads no such thing
+    row = {"messages": CHAT_OF_ONE, "date_string": None, "chat_template_kwargs": {"date_string": "g"}}
+    assert rendered(tmp_path, row, ASKING).startswith("c g ")
+
+
+def test_so_is_one_of_a_parquet_file(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.table({"messages": [CHAT_OF_ONE], "date_string": ["g"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"row 1: the chat template reads 'date_string'"):
+        read(tmp_path / "x.parquet", make_tokenizer(ASKING))
+
+
+def test_marked_templates_and_broken_ones_are_looked_at_too() -> None:
+    assert conversations._variables(MARKED_CHAT) == {"messages"}
+    assert conversations._variables("{% for m in messages %}{% break %}{% endfor %}{{ x }}") == {"messages", "x"}
+    assert conversations._variables("{% if %}") == frozenset()
