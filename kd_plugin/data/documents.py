@@ -8,7 +8,7 @@ Notable decisions:
 - each document ends with the tokenizer's end token, once, so that a model learns to stop;
 - held-out documents are chosen by their content, so that copies of one document are never on both sides and
   neither seed nor order matters. A single document is cut in two instead.
-Packing and batches are in `kd_plugin.packing`, whose names are offered here too.
+Packing and batches are in `data.packing`, whose names are offered here too.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ class Plugin:
         """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
         weight = self._student.linear.weight
         if self.config.soft_weight:
-            self._teacher.look_again()
+            self._teacher.look_again(inputs)
         if self.exchange.cuts_teacher(hidden, weight, self.student_vocab_size):
             return self._with_teacher_rows(hidden, call, inputs)
         if not self.config.soft_weight:
@@ -284,6 +284,8 @@ def attach(
         checks.language_model(teacher, "teacher")
         causal_lm.check_apart(model, causal_lm.unwrap(teacher))
     if tokenizers is not None:
+        if not isinstance(tokenizers, tuple | list) or len(tokenizers) != 2:
+            raise ValueError(f"tokenizers is a {type(tokenizers).__name__}; wanted a pair, (student's, teacher's)")
         check_tokenizers(*tokenizers)
     plugin = Plugin(student, teacher, config, group)
     try:

@@ -127,6 +127,13 @@ def _no_rows(hidden_states: Tensor) -> Tensor:
     return hidden_states.new_empty(*hidden_states.shape[:-2], 0, 1)
 
 
+def _without_weights(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"weights of the {type(model).__name__} are still on the meta device: load them before the first step "
+        "(to_empty and load_state_dict, or from_pretrained)"
+    )
+
+
 class Backbone(NamedTuple):
     """What a model's forward gave without its head."""
 
@@ -199,8 +206,14 @@ def run_with_stand_in(
     slot.put(stand_in)
     try:
         output = forward(**inputs)
+    except (RuntimeError, NotImplementedError) as error:
+        if any(parameter.is_meta for parameter in slot.parent.parameters()):
+            raise _without_weights(slot.parent) from error
+        raise
     finally:
         slot.put(head)
+    if stand_in.hidden_states is not None and stand_in.hidden_states.is_meta:
+        raise _without_weights(slot.parent)
     if stand_in.hidden_states is None:
         raise HeadCallsError(f"{type(slot.parent).__name__}.forward never called its head {slot.name!r}: not supported")
     if stand_in.calls > 1:

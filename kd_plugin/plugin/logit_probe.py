@@ -38,37 +38,6 @@ def known_rows(vocab_size: int) -> Tensor:
     return rows
 
 
-class StateWatch:
-    """Notices that what a model may do its logits by is another than before.
-
-    That is a buffer, a frozen parameter of the model itself (not of its layers), or a number among its attributes or
-    in its configuration: written to, as by `load_state_dict`, or replaced. Trainable ones are refused by `after_head`.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._buffers = [(module._buffers, name) for module in model.modules() for name in module._buffers]
-        self._parameters = model._parameters
-        config = getattr(model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self._namespaces = [vars(owner) for owner in (model, config, text) if owner is not None]
-        self._seen = self._state()
-
-    def changed(self) -> bool:
-        """Whether it is another than at the last call; costs as much as there are buffers, few in language models."""
-        before, self._seen = self._seen, self._state()
-        return before != self._seen
-
-    def _state(self) -> tuple[list[tuple[int, int]], list[tuple[str, float]]]:
-        tensors = [buffers.get(name) for buffers, name in self._buffers]
-        tensors += [
-            parameter for parameter in self._parameters.values() if parameter is None or not parameter.requires_grad
-        ]
-        versions = [(id(t), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
-        return versions, [
-            (name, value) for space in self._namespaces for name, value in space.items() if type(value) is float
-        ]
-
-
 def after_head(logits: Tensor, model: nn.Module, side: str) -> AfterHead:
     """What a model does to logits, given those `[NUM_ROWS, V]` that it made of `known_rows(V)`.
 

@@ -279,6 +279,8 @@ def _trainer_frames(frame: FrameType | None) -> Iterator[tuple[FrameType, Any]]:
 
 def _refuse_predictions(frame: FrameType | None) -> None:
     for method, trainer in _trainer_frames(frame):
+        if getattr(trainer.args, "predict_with_generate", False):  # what it predicts is generated
+            return
         if method.f_code.co_name == "prediction_step" and method.f_locals.get("prediction_loss_only") is False:
             raise LogitsWanted(
                 f"{type(trainer).__name__} wants the student's logits (predict, or evaluate with compute_metrics), "

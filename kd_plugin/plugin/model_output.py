@@ -24,6 +24,7 @@ def check_readable(inputs: dict[str, Any]) -> None:
         )
 
 
+@torch.compiler.disable  # counts over the ranks, which a compiled student leaves to eager code
 def per_item(
     loss_sum: Tensor, num_valid: Tensor, num_items: int | Tensor | None, group: Any, group_rows: int | None = None
 ) -> Tensor:

@@ -12,13 +12,14 @@ Notable decisions:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
+
+from kd_plugin.plugin.replaced_forward import home_of
 
 _WRAPPERS = ("torch.distributed.", "deepspeed.", "accelerate.", "kd_plugin.")
 _ROWS = 3
@@ -66,15 +67,8 @@ def _suspects(head: nn.Linear) -> Iterator[str]:
         yield "a replaced forward"
     for hooks in (head._forward_pre_hooks, head._forward_hooks):
         for hook in hooks.values():
-            if not _home(hook).startswith(_WRAPPERS):
-                yield f"a forward hook ({_home(hook)})"
-
-
-def _home(hook: Any) -> str:
-    inner = getattr(hook, "func", hook)  # functools.partial
-    inner = getattr(inner, "__wrapped__", inner)
-    inner = getattr(inner, "__func__", inner)
-    return f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
+            if not home_of(hook).startswith(_WRAPPERS):
+                yield f"a forward hook ({home_of(hook)})"
 
 
 def _is_here(head: nn.Linear) -> bool:
@@ -86,11 +80,14 @@ def _is_here(head: nn.Linear) -> bool:
 def _same_as_linear(head: nn.Linear) -> bool:
     """Judged at several sizes of the hidden states, in training and in evaluation: norms, caps and dropout show."""
     modes = [(module, module.training) for module in head.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in head.buffers()]  # spectral_norm writes to its own in training
     try:
         return all(_is_linear_at(head.train(training), scale) for training in (True, False) for scale in _SCALES)
     finally:
         for module, training in modes:
             module.training = training
+        for buffer, value in buffers:
+            buffer.copy_(value)
 
 
 def _is_linear_at(head: nn.Linear, scale: float) -> bool:

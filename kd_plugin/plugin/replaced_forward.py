@@ -105,6 +105,14 @@ class NamedCall:
         raise ValueError("a model with a teacher attached cannot be pickled: save its state_dict(), or detach() first")
 
 
+def home_of(hook: Any) -> str:
+    """Module and name of a hook, whatever wraps it."""
+    inner = getattr(hook, "func", hook)  # functools.partial
+    inner = getattr(inner, "__wrapped__", inner)
+    inner = getattr(inner, "__func__", inner)
+    return f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
+
+
 def is_replaced(module: nn.Module) -> bool:
     """Whether a plugin stands in this module's forward, also under what others have wrapped around it since."""
     forward = module.__dict__.get("forward")

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _CERTAIN = 3e4  # a logit beyond any scale that follows the head, and finite in fp16
 _CERTAIN_ROWS = 2
 _LABELS = re.compile(r"(^|_)labels?(_|$)|^return_loss$")
+_OF_LABELS = re.compile("label|target|batch_size")
 _FLAG = "output_router_logits"
 
 
@@ -84,7 +85,17 @@ class RouterLoss:
             measure = None if backbone.after_head is None else measure
         probe = _Addition(vocab_size, device)
         labelled = {**inputs, "labels": probe.labels}
-        hidden_states, output = causal_lm.run_with_stand_in(slot, forward, labelled, probe.reply)
+        try:
+            hidden_states, output = causal_lm.run_with_stand_in(slot, forward, labelled, probe.reply)
+        except (ValueError, IndexError) as error:
+            if isinstance(error, causal_lm.HeadCallsError) or not _OF_LABELS.search(str(error)):
+                raise
+            raise ValueError(
+                f"{type(slot.parent).__name__} adds a loss of its own to that of its labels, and what it adds cannot "
+                f"be read off: with labels {tuple(probe.labels.shape)} for as many rows its forward failed "
+                f"({type(error).__name__}: {' '.join(str(error).split())}); take that loss out of its forward, and add "
+                "it to student(...).loss yourself"
+            ) from error
         loss = probe.of(output, slot.parent, shift=shift)
         if asked and torch.is_grad_enabled() and not loss.requires_grad:
             self._say_nothing_trains(slot.parent)

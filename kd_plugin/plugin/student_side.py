@@ -19,11 +19,11 @@ from kd_plugin.plugin import causal_lm, lora
 from kd_plugin.plugin.head import DistillHead
 from kd_plugin.plugin.label_table import CONVENTIONS
 from kd_plugin.plugin.labels import Convention, LabelError, decoder_input_ids, row_targets
-from kd_plugin.plugin.logit_probe import StateWatch
 from kd_plugin.plugin.loss_watch import LossWatch
 from kd_plugin.plugin.probe import Observed, observe
 from kd_plugin.plugin.replaced_forward import ReplacedForward, is_patched
 from kd_plugin.plugin.router_loss import RouterLoss, refuse_z_loss
+from kd_plugin.plugin.state_watch import StateWatch
 from kd_plugin.plugin.token_ids import check_labels
 from kd_plugin.plugin.wrappers import BypassWatch
 from kd_plugin.settings.run import DistillConfig
@@ -64,7 +64,7 @@ class StudentSide:
             observed = observe(self.model, slot, "student")
             self.convention, self._why_unknown = _convention_of(_base(self.model), observed)
             self._after_head = observed.after_head
-            self._state = StateWatch(self.model)
+            self._state = StateWatch(self.model, "student")
             self._router = RouterLoss(always=observed.adds)
             after = observed.after_head or AfterHead()
             make = functools.partial(DistillHead, config=config, transform=after.transform, logits_bias=after.bias)
@@ -158,7 +158,7 @@ class StudentSide:
             )
         self._engine_seen = True
         causal_lm.still_there(self.slot, self._head_module, "student")
-        if self._state.changed():  # a bias or scale of the logits, say, that has been loaded or set since
+        if self._state.changed(inputs):  # a bias or scale of the logits, say, that has been loaded or set since
             self._after_head = None
         result, router_loss = self._router.run_backbone(
             self.slot,
@@ -186,6 +186,11 @@ class StudentSide:
             raise ValueError(
                 "peft has wrapped the student's head after attach(), where its adapter would be added to the loss and "
                 "not to the logits: get_peft_model first, then attach"
+            )
+        if "forward" in linear.__dict__ and not hasattr(linear, "_hf_hook"):
+            raise ValueError(
+                "the forward of the student's head was replaced after attach(), which computes the loss in it: put it "
+                "back, or replace it before attach(), where it is judged by what it does"
             )
         loss_sum = self.slot.module(hidden_states, call)
         if call.sums is None:

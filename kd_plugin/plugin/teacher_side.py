@@ -8,7 +8,7 @@ Notable decisions:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ from kd_plugin.loss import checks
 from kd_plugin.plugin import causal_lm
 from kd_plugin.plugin.head import teacher_head_forward
 from kd_plugin.plugin.labels import Convention
-from kd_plugin.plugin.logit_probe import StateWatch
 from kd_plugin.plugin.metrics import Stopwatch
 from kd_plugin.plugin.plain_head import check_plain
 from kd_plugin.plugin.probe import observe
 from kd_plugin.plugin.replaced_forward import ReplacedForward, innermost, is_replaced
+from kd_plugin.plugin.state_watch import StateWatch
 
 # Inputs of one model's own bookkeeping, of no use to the other.
 _NOT_FOR_TEACHER = {"past_key_values", "use_cache", "cache_position", "inputs_embeds", "output_attentions"}
@@ -73,7 +73,7 @@ class TeacherSide:
         exchange.teacher_size, exchange.teacher_width = self.vocab_size, width
         exchange.teacher_head, exchange.teacher_tied = head, self._tied
         exchange.teacher_after_head = observed.after_head
-        self._state = StateWatch(model)
+        self._state = StateWatch(model, "teacher")
         self._modules = list(model.modules())
         of_model = ReplacedForward(model, self._forward, innermost(model))
         self._model_forward = of_model.original
@@ -87,9 +87,9 @@ class TeacherSide:
         while self._undo:
             self._undo.pop()()
 
-    def look_again(self) -> None:
-        """Before a step: forget what the teacher did to its logits if it may do something else now."""
-        if self._state.changed():  # a bias or scale of the logits, say, that has been loaded or set since
+    def look_again(self, inputs: Mapping[str, Any]) -> None:
+        """Before a step with `inputs`: forget what the teacher did to its logits if it may do something else now."""
+        if self._state.changed(inputs):  # a bias or scale of the logits, say, that has been loaded or set since
             self._exchange.forget_teacher()
 
     def run(self, teacher: Any, inputs: dict[str, Any], consumer: Consumer) -> None:
@@ -131,7 +131,18 @@ class TeacherSide:
         causal_lm.still_there(self._slot, self._head, "teacher")
         if not (consumer.needs_head or self._tied):
             return consumer.use_hidden(hidden_states)
+        self._answer: Tensor | None = None
+        if not is_replaced(self._head):
+            raise ValueError(
+                "the forward of the teacher's head was replaced after attach(): put it back, or replace it before "
+                "attach(), where it is judged by what it does"
+            )
         answer = self._slot.module(hidden_states, consumer)
+        if self._answer is None:
+            raise ValueError(
+                "a forward pre-hook on the teacher's head has dropped its second argument, so the loss was not "
+                "computed: take it off, or put it on before attach(), where it is judged by what it does"
+            )
         if answer.data_ptr() != self._answer.data_ptr():
             raise ValueError(
                 "a forward hook on the teacher's head changes what it returns, which would be lost: take it off, or "

@@ -258,3 +258,78 @@ def test_an_adapter_put_on_the_head_after_attach_is_refused_by_name() -> None:
     adapted = peft.get_peft_model(student, peft.LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="get_peft_model first, then attach"):
         adapted(**make_batch())
+
+
+class TestWhatIsPutOnAfterAttach:
+    """Of a head it is refused where it would change the logits; of a whole model it is said by name."""
+
+    @pytest.mark.parametrize("side", ["student", "teacher"])
+    def test_a_hook_on_the_whole_model(self, side: str, caplog: pytest.LogCaptureFixture) -> None:
+        student, teacher = models()
+        kd.attach(student, teacher, CONFIG)
+        (student if side == "student" else teacher).register_forward_hook(lambda module, args, output: None)
+        for _ in range(2):
+            student(**make_batch())
+        said = [record.getMessage() for record in caplog.records if "was put on after attach()" in record.getMessage()]
+        assert len(said) == 1 and said[0].startswith(f"a forward hook on the whole {side} (tests.plugin.test_misuse.")
+
+    def test_a_hook_of_a_library_is_not_said(self, caplog: pytest.LogCaptureFixture) -> None:
+        student, teacher = models()
+        kd.attach(student, teacher, CONFIG)
+        with torch.profiler.profile():
+            kd.attach(*models(), CONFIG)  # another pair has hooks of its own
+            student(**make_batch())
+        assert "was put on after attach()" not in caplog.text
+
+    @pytest.mark.parametrize("side", ["student", "teacher"])
+    def test_another_forward_of_the_head(self, side: str) -> None:
+        student, teacher = models()
+        kd.attach(student, teacher, CONFIG)
+        head = (student if side == "student" else teacher).get_output_embeddings()
+        head.forward = lambda hidden: hidden @ head.weight.T
+        with pytest.raises(ValueError, match=f"the forward of the {side}'s head was replaced after attach"):
+            student(**make_batch())
+
+    @pytest.mark.parametrize("side", ["student", "teacher"])
+    def test_a_pre_hook_on_the_head_that_drops_what_it_does_not_know(self, side: str) -> None:
+        student, teacher = models()
+        kd.attach(student, teacher, CONFIG)
+        head = (student if side == "student" else teacher).get_output_embeddings()
+        head.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+        with pytest.raises(
+            ValueError, match=f"a forward pre-hook on the {side}'s head has dropped its second argument"
+        ):
+            student(**make_batch())
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_weights_that_never_come_are_named(side: str) -> None:
+    student, teacher = models()
+    (student if side == "student" else teacher).to("meta")
+    kd.attach(student, teacher, CONFIG)
+    with pytest.raises(ValueError, match="weights of the LlamaForCausalLM are still on the meta device: load them"):
+        student(**make_batch())
+
+
+def test_tokenizers_are_a_pair() -> None:
+    with pytest.raises(ValueError, match="tokenizers is a str; wanted a pair"):
+        kd.attach(*models(), CONFIG, tokenizers="a")
+
+
+def test_a_loss_of_its_own_that_reads_labels_otherwise_is_named() -> None:
+    """A second head with labels of its own, as in models that predict several tokens."""
+    student, teacher = models()
+    forward = student.forward
+
+    def with_second_head(input_ids: torch.Tensor, labels: Any = None, **kwargs: Any) -> Any:
+        output = forward(input_ids=input_ids, labels=labels, **kwargs)
+        if labels is not None:
+            second = student.model.embed_tokens(input_ids) @ student.model.embed_tokens.weight.T
+            rows = second[:, :-2].flatten(0, 1)
+            output.loss = output.loss + torch.nn.functional.cross_entropy(rows, labels[:, 2:].flatten())
+        return output
+
+    student.forward = with_second_head
+    kd.attach(student, teacher, CONFIG)
+    with pytest.raises(ValueError, match=r"adds a loss of its own .* cannot be read off: .*batch_size"):
+        student(**make_batch())

@@ -91,11 +91,13 @@ def hooked(register: str, hook: Callable[..., Any], seed: int = 1) -> nn.Module:
 
 
 CHANGED = {
-    "a forward of its own (tests.test_plain_head.TokenScaled)": lambda: with_head(TokenScaled),
-    "a forward of its own (tests.test_plain_head.TwoProjections)": lambda: with_head(TwoProjections),
-    "a forward of its own (tests.test_plain_head.Rounding)": lambda: with_head(Rounding),
-    "a forward hook (tests.test_plain_head.": lambda: hooked("register_forward_hook", lambda m, a, out: out * 2),
-    "a forward hook (tests.test_plain_head": lambda: hooked("register_forward_pre_hook", lambda m, a: (a[0] * 2,)),
+    "a forward of its own (tests.plugin.test_plain_head.TokenScaled)": lambda: with_head(TokenScaled),
+    "a forward of its own (tests.plugin.test_plain_head.TwoProjections)": lambda: with_head(TwoProjections),
+    "a forward of its own (tests.plugin.test_plain_head.Rounding)": lambda: with_head(Rounding),
+    "a forward hook (tests.plugin.test_plain_head.": lambda: hooked("register_forward_hook", lambda m, a, out: out * 2),
+    "a forward hook (tests.plugin.test_plain_head": lambda: hooked(
+        "register_forward_pre_hook", lambda m, a: (a[0] * 2,)
+    ),
 }
 
 

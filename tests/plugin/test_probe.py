@@ -235,21 +235,21 @@ def test_a_model_that_cannot_run_on_a_few_tokens_is_measured_in_its_first_forwar
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("kind", ["attribute", "configuration", "parameter"])
+@pytest.mark.parametrize("kind", ["attribute", "configuration", "whole number", "parameter"])
 def test_a_scale_of_the_logits_that_is_set_after_attach_counts(side: str, kind: str) -> None:
     """As a soft-cap switched off in the configuration, or a frozen temperature that a calibration writes."""
 
     def make(name: str, scale: float) -> nn.Module:
         model = make_model("llama", seed=1 if name == "student" else 2)
-        if kind == "parameter":
-            model.factor = nn.Parameter(torch.tensor(scale, dtype=torch.float64), requires_grad=False)
-        else:
-            (model if kind == "attribute" else model.config).factor = scale
-        return changed(model, lambda logits: logits * (model.config if kind == "configuration" else model).factor)
+        owner = model.config if kind in ("configuration", "whole number") else model
+        tensor = torch.tensor(scale, dtype=torch.float64)
+        owner.factor = nn.Parameter(tensor, requires_grad=False) if kind == "parameter" else scale
+        return changed(model, lambda logits: logits * owner.factor)
 
     batch, names = make_batch(), ("student", "teacher")
-    models = {name: make(name, 0.5) for name in names}
-    expected = expected_loss(*(make(n, 3.0 if n == side else 0.5) for n in names), batch, config_of()).loss.item()
+    before, after = (2, 3) if kind == "whole number" else (0.5, 3.0)
+    models = {name: make(name, before) for name in names}
+    expected = expected_loss(*(make(n, after if n == side else before) for n in names), batch, config_of()).loss.item()
     for model in models.values():  # its own loss is of the logits before
         model.loss_function = lambda **kwargs: None
     kd.attach(*models.values(), config_of())
@@ -260,3 +260,43 @@ def test_a_scale_of_the_logits_that_is_set_after_attach_counts(side: str, kind: 
         (models[side] if kind == "attribute" else models[side].config).factor = 3.0
     for _ in range(2):
         assert models["student"](**batch).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("factor", [3.0, 2])
+def test_a_number_in_the_call_that_changes_the_logits_counts(factor: float) -> None:
+    """A temperature as an argument of the forward, of a model that has one."""
+
+    def tempered(seed: int) -> nn.Module:
+        model = make_model("llama", seed=seed)
+        forward = model.forward
+
+        def with_temperature(*args: Any, temperature: float = 1.0, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            output.logits = output.logits / temperature
+            return output
+
+        model.forward, model.loss_function = with_temperature, lambda **kwargs: None
+        return model
+
+    student, teacher, batch = tempered(1), tempered(2), make_batch()
+    wanted = {
+        value: expected_loss(student, teacher, {**batch, "temperature": value}, config_of()).loss.item()
+        for value in (1.0, factor)
+    }
+    assert abs(wanted[1.0] - wanted[factor]) > 1e-3
+    kd.attach(student, teacher, config_of())
+    for value in (1.0, factor, factor, 1.0):
+        assert student(**batch, temperature=value).loss.item() == pytest.approx(wanted[value], rel=1e-5)
+    assert student(**batch).loss.item() == pytest.approx(wanted[1.0], rel=1e-5)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_head_under_spectral_norm_is_left_as_it_was(side: str) -> None:
+    """Looking at it in training mode moves the vectors that it keeps."""
+    models = {"student": make_model("llama", seed=1), "teacher": make_model("llama", seed=2)}
+    head = torch.nn.utils.spectral_norm(models[side].lm_head)
+    models[side].eval()
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    kd.attach(models["student"], models["teacher"], config_of()).detach()
+    after = models[side].get_output_embeddings().state_dict()
+    assert {name: torch.equal(value, after[name]) for name, value in before.items()} == dict.fromkeys(before, True)

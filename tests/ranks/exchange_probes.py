@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -365,6 +366,37 @@ def agreement(rank: int) -> dict[str, list[Tensor]]:
         loss.backward()
         found[mode] = [loss.detach(), models[0].get_output_embeddings().weight.grad.full_tensor()]
     return found
+
+
+def compiled(rank: int) -> dict[str, tuple[float, float]]:
+    """By what is compiled, and around what: this rank's loss, and that of the same student left as it is."""
+    input_ids = torch.randint(3, VOCAB_SIZE, (2, 11), generator=torch.Generator().manual_seed(rank))
+
+    def loss_of(wrap: Callable[[Any], Any], *, before: bool = False, teacher_too: bool = False) -> float:
+        torch._dynamo.reset()
+        student, teacher = (make_model("llama", width, VOCAB_SIZE, seed=i) for i, width in enumerate((16, 24)))
+        if before:
+            student = torch.compile(student, backend="eager")
+        teacher = torch.compile(teacher, backend="eager") if teacher_too else teacher
+        kd.attach(student, teacher, make_config("weight"))
+        loss = wrap(student)(input_ids, labels=input_ids).loss
+        loss.backward()
+        return loss.item()
+
+    def compile_in_place(student: Any) -> Any:
+        student.compile(backend="eager")
+        return DistributedDataParallel(student)
+
+    plain = loss_of(DistributedDataParallel)
+    found = {
+        "alone": loss_of(lambda student: torch.compile(student, backend="eager")),
+        "in place": loss_of(compile_in_place),
+        "in DDP": loss_of(lambda student: DistributedDataParallel(torch.compile(student, backend="eager"))),
+        "around DDP": loss_of(lambda student: torch.compile(DistributedDataParallel(student), backend="eager")),
+        "before attach": loss_of(DistributedDataParallel, before=True),
+        "the teacher, too": loss_of(DistributedDataParallel, before=True, teacher_too=True),
+    }
+    return {name: (loss, plain) for name, loss in found.items()}
 
 
 def following_teacher(rank: int) -> dict[tuple[str, str], list[tuple[float, float]]]:

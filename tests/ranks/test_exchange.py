@@ -137,7 +137,7 @@ PROBES = {
     "deepspeed": ["automatic_zero3", "outside_zero3"],
     "torch": [
         *("head_collectives", "memory", "counting", "rounds", "hooks", "mismatch", "agreement", "tensor_parallel"),
-        *("larger_student", "following_teacher"),
+        *("larger_student", "following_teacher", "compiled"),
     ],
     "four": ["memory", "counting", "traffic", "groups", "automatic", "mismatch", "agreement", "tensor_parallel"],
 }
@@ -364,6 +364,14 @@ def test_every_exchange_gives_a_larger_student_the_same_numbers(result_of: Calla
             assert loss == pytest.approx(expected_loss, rel=1e-12)
             assert (gradient - expected_gradient).abs().max() <= 1e-9 * expected_gradient.abs().max()
             assert metrics == pytest.approx(expected_metrics, rel=1e-9, abs=1e-12)
+
+
+def test_a_compiled_student_trains_on_several_ranks(result_of: Callable[..., Any]) -> None:
+    """Settling what the ranks agree on is left to eager code."""
+    for found in result_of(probe=("torch", "compiled")):
+        assert len(found) == 6
+        for name, (loss, plain) in found.items():
+            assert loss == pytest.approx(plain, rel=1e-5), name
 
 
 def test_what_is_written_to_a_teacher_between_steps_counts_in_every_exchange(result_of: Callable[..., Any]) -> None:

@@ -129,7 +129,7 @@ def test_deepspeeds_ranks_end_with_one_line_of_rank_zero(folder: Path) -> None:
 # The main thread stays in C, without the lock of the interpreter, as in a collective of gloo that nobody answers.
 STUCK = """
 import ctypes
-from kd_plugin.interrupt import one_line_end
+from kd_plugin.training.interrupt import one_line_end
 with one_line_end(lambda what: f"{what}, that is all", several=False):
     print("stuck", flush=True)
     mutex = ctypes.create_string_buffer(64)
