@@ -48,8 +48,7 @@ class StateWatch:
     def __init__(self, model: nn.Module) -> None:
         self._buffers = [(module._buffers, name) for module in model.modules() for name in module._buffers]
         self._parameters = model._parameters
-        config = getattr(model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        config, text = _configurations(model)
         self._namespaces = [vars(owner) for owner in (model, config, text) if owner is not None]
         self._seen = self._state()
 
@@ -67,6 +66,12 @@ class StateWatch:
         return versions, [
             (name, value) for space in self._namespaces for name, value in space.items() if type(value) is float
         ]
+
+
+def _configurations(model: nn.Module) -> tuple[Any, Any]:
+    """Of the whole model and of its text part, often the same; None where it has none."""
+    config: Any = getattr(model, "config", None)
+    return config, config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def after_head(logits: Tensor, model: nn.Module, side: str) -> AfterHead:
@@ -129,8 +134,7 @@ def changed_by_place(model: nn.Module, side: str) -> LogitsChanged:
 
 def declared(model: nn.Module) -> LogitTransform:
     """The transform by the attributes that several architectures share; to be checked by measuring."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    _, text = _configurations(model)
     softcap = getattr(text, "final_logit_softcapping", None)
     scale = getattr(text, "logit_scale", None)
     return LogitTransform(float(scale) if isinstance(scale, int | float) else 1.0, float(softcap) if softcap else None)

@@ -12,7 +12,6 @@ Notable decisions:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +69,7 @@ def _suspects(head: nn.Linear) -> Iterator[str]:
                 yield f"a forward hook ({_home(hook)})"
 
 
-def _home(hook: Any) -> str:
+def _home(hook: object) -> str:
     inner = getattr(hook, "func", hook)  # functools.partial
     inner = getattr(inner, "__wrapped__", inner)
     inner = getattr(inner, "__func__", inner)

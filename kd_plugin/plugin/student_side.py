@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,12 @@ from kd_plugin.plugin.probe import Observed, observe
 from kd_plugin.plugin.replaced_forward import ReplacedForward, is_patched
 from kd_plugin.plugin.router_loss import RouterLoss, refuse_z_loss
 from kd_plugin.plugin.token_ids import check_labels
+from kd_plugin.plugin.uncompiled import uncompiled
 from kd_plugin.plugin.wrappers import BypassWatch
 from kd_plugin.settings.run import DistillConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +56,8 @@ class StudentSide:
         ValueError: its head, its logits or its own loss cannot be followed.
     """
 
-    def __init__(self, student: Any, forward: Callable[..., Any], config: DistillConfig) -> None:
-        self.model = causal_lm.unwrap(student)
+    def __init__(self, student: nn.Module, forward: Callable[..., Any], config: DistillConfig) -> None:
+        self.model = causal_lm.unwrap_model(student)
         self.config = config
         self.slot = slot = causal_lm.find_head(self.model, "student")
         self._engine_seen = False
@@ -107,7 +111,7 @@ class StudentSide:
         """Of peft's modules_to_save there are two, of which one is at work."""
         return [module for module in self.slot.module.modules() if isinstance(module, DistillHead)]
 
-    @torch.compiler.disable
+    @uncompiled
     def targets(
         self, inputs: dict[str, Any], labels: Tensor | None, shift_labels: Tensor | None, *, looked_at: bool = False
     ) -> Tensor:
@@ -201,12 +205,13 @@ class StudentSide:
         return loss_sum
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _base(model: PreTrainedModel) -> PreTrainedModel:
     """The Transformers model inside peft's."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
 
 
-def _convention_of(model: nn.Module, observed: Observed) -> tuple[Convention | None, str]:
+def _convention_of(model: PreTrainedModel, observed: Observed) -> tuple[Convention | None, str]:
     """How the student reads its labels: as it showed, or by the table for a class of Transformers'; and why not.
 
     Raises:
