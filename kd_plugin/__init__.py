@@ -49,7 +49,26 @@ _HOMES = {
     "train": "training.run",
 }
 
-__all__ = [*sorted(_HOMES), "__version__"]
+__all__ = [
+    "CollectiveError",
+    "ConfigError",
+    "DistillConfig",
+    "DistillHead",
+    "DistillOutput",
+    "HeadTeacher",
+    "Plugin",
+    "RunConfig",
+    "ShardedLogits",
+    "__version__",
+    "attach",
+    "distill_logits",
+    "distill_loss",
+    "distill_loss_per_token",
+    "load_config",
+    "reference",
+    "register_divergence",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

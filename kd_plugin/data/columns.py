@@ -127,7 +127,7 @@ def record_of(row: Mapping[str, Any], text_column: str, where: str, *, padded: b
     if form == "messages":
         values = _conversation(row, where)
     else:
-        values = {
+        values: dict[str, Any] = {
             "text" if form == "text" else column: _text(row[column], column, where)
             for column in _wanted(form, text_column)
         }

@@ -16,7 +16,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kd_plugin.data.columns import DataError, Record
 
@@ -111,12 +111,13 @@ class _Conversation:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         with self._one_line():
-            texts, spans = render_jinja_template(
+            texts, found = render_jinja_template(
                 conversations=[self.messages],
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **self.given},
             )
+        spans = cast("list[Spans]", found)  # the library says pairs of texts
         untrained = [self._turn(index, texts[0]) for index in self._answers() if index in self.untrained]
         return texts[0], [
             (start, stop)
@@ -138,7 +139,9 @@ class _Conversation:
 
     def _render(self, messages: list[dict[str, Any]], **other: Any) -> str:
         with self._one_line():
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **{**self.given, **other})
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **{**self.given, **other})
+        assert isinstance(text, str)  # of one conversation, not tokenized
+        return text
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:
@@ -163,9 +166,10 @@ class _Conversation:
     def _render_without(self, name: str) -> str | None:
         others = {key: value for key, value in self.given.items() if key != name}
         try:
-            return self.tokenizer.apply_chat_template(self.messages, tokenize=False, **others)
+            text = self.tokenizer.apply_chat_template(self.messages, tokenize=False, **others)
         except Exception:  # it cannot do without, so what is given reaches the text
             return None
+        return text if isinstance(text, str) else None
 
     def _check_whole(self, text: str) -> None:
         """No turn is dropped. Rendered without it, too, is one whose content does not follow those before it in `text`.

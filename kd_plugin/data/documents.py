@@ -274,7 +274,7 @@ def _ended(
 ) -> Document:
     """The document, ended once: texts often have the end token already, and templates a line feed behind it."""
     end = tokenizer.eos_token_id
-    if end is not None and ids[-1:] != [end] and not _is_closed(text, ids, tokenizer):
+    if isinstance(end, int) and ids[-1:] != [end] and not _is_closed(text, ids, tokenizer):
         ids, trained = [*ids, end], [*trained, trained_end]
     return Document(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool), where)
 
@@ -282,4 +282,4 @@ def _ended(
 def _is_closed(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the end token is the last thing that `text` says, and is among its last `ids`."""
     end = tokenizer.eos_token
-    return end is not None and text.rstrip().endswith(end) and tokenizer.eos_token_id in ids[-_AFTER_THE_END:]
+    return isinstance(end, str) and text.rstrip().endswith(end) and tokenizer.eos_token_id in ids[-_AFTER_THE_END:]

@@ -23,7 +23,7 @@ def check_ids(
     embedded: Mapping[str, int],
     *,
     where: Callable[[int], str],
-    token: Callable[[int], str],
+    token: Callable[[int], object],
     what: str,
 ) -> None:
     """Refuse ids that a model cannot embed, before any kernel reads beyond its rows.

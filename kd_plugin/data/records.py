@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kd_plugin.data.columns import DataError, Record, columns_of, form_of, record_of
 
@@ -168,13 +168,12 @@ def _hub_dataset(source: str, config: DataConfig, name: str, split: str) -> Iter
 
     try:
         # Streaming downloads no more than the documents asked for.
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
-            source, config.subset, split=split, streaming=config.max_documents is not None
-        )
+        found = datasets.load_dataset(source, config.subset, split=split, streaming=config.max_documents is not None)
     except Exception as error:  # not found, no such split or subset, no connection, or whatever a builder raises
         raise DataError(
             f"{name}: no file {source!r} here, and as a dataset it cannot be loaded: {_first_line(error)}"
         ) from error
+    rows = cast("Iterable[Mapping[str, Any]]", found)  # of one split, and one by one
     for number, row in enumerate(_read_through(rows, f"{name}: {source} ({split}) cannot be read to its end"), 1):
         yield record_of(row, config.text_column, f"{source} ({split}): row {number}", padded=True)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Literal, Protocol, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ _CAUSE = (
     "on with a batch whose labels are all ignore_index. Models that FSDP or ZeRO-3 shards are evaluated on every rank"
 )
 
+
+_Value = TypeVar("_Value")
 
 _UNANSWERED = re.compile(r"Timed out waiting|timeout caused pair closure|by peer|Socket Timeout|NCCL")
 
@@ -75,10 +77,17 @@ def located(where: Callable[[], str]) -> Iterator[None]:
         raise CollectiveError(error.reason, *error.where, where()) from error.__cause__
 
 
+class _Handle(Protocol):
+    """torch's `Work`, which no public module names."""
+
+    def wait(self) -> object: ...
+
+
 class Pending:
     """A collective under way."""
 
-    def __init__(self, handle: Any, what: str) -> None:
+    def __init__(self, handle: _Handle | None, what: str) -> None:
+        assert handle is not None, "this rank is not in the group"
         self._handle, self._what = handle, what
 
     def wait(self) -> None:
@@ -87,7 +96,15 @@ class Pending:
             self._handle.wait()
 
 
-def all_gather(tensor: Tensor, group: Any, what: str, *, wait: bool = True) -> Any:
+@overload
+def all_gather(tensor: Tensor, group: dist.ProcessGroup | None, what: str) -> Tensor: ...
+@overload
+def all_gather(
+    tensor: Tensor, group: dist.ProcessGroup | None, what: str, *, wait: Literal[False]
+) -> tuple[Tensor, Pending]: ...
+def all_gather(
+    tensor: Tensor, group: dist.ProcessGroup | None, what: str, *, wait: bool = True
+) -> Tensor | tuple[Tensor, Pending]:
     """`[n, ...]` of every rank -> `[W * n, ...]`; with `wait=False` also the `Pending` to wait for."""
     out = tensor.new_empty(dist.get_world_size(group) * tensor.shape[0], *tensor.shape[1:])
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
@@ -97,7 +114,15 @@ def all_gather(tensor: Tensor, group: Any, what: str, *, wait: bool = True) -> A
     return out if wait else (out, Pending(handle, what))
 
 
-def reduce_scatter(tensor: Tensor, group: Any, what: str, *, wait: bool = True) -> Any:
+@overload
+def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup | None, what: str) -> Tensor: ...
+@overload
+def reduce_scatter(
+    tensor: Tensor, group: dist.ProcessGroup | None, what: str, *, wait: Literal[False]
+) -> tuple[Tensor, Pending]: ...
+def reduce_scatter(
+    tensor: Tensor, group: dist.ProcessGroup | None, what: str, *, wait: bool = True
+) -> Tensor | tuple[Tensor, Pending]:
     """Sum of `[W * n, ...]` over ranks -> this rank's `[n, ...]`; with `wait=False` also the `Pending`, until which
     `tensor` must stay as it is."""
     out = tensor.new_empty(tensor.shape[0] // dist.get_world_size(group), *tensor.shape[1:])
@@ -108,13 +133,26 @@ def reduce_scatter(tensor: Tensor, group: Any, what: str, *, wait: bool = True) 
     return out if wait else (out, Pending(handle, what))
 
 
-def all_reduce(tensor: Tensor, group: Any, what: str, *, op: Any = dist.ReduceOp.SUM) -> None:
+def all_reduce(
+    tensor: Tensor,
+    group: dist.ProcessGroup | None,
+    what: str,
+    *,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+) -> None:
     """Sum over ranks (or `op`), in place."""
     with named(f"all-reduce of {what}"):
         dist.all_reduce(tensor, op=op, group=group)
 
 
-def all_to_all(out: Tensor, tensor: Tensor, received: Sequence[int], sent: Sequence[int], group: Any, what: str) -> Any:
+def all_to_all(
+    out: Tensor,
+    tensor: Tensor,
+    received: Sequence[int],
+    sent: Sequence[int],
+    group: dist.ProcessGroup | None,
+    what: str,
+) -> Pending:
     """Piece r of flat `tensor` (`sent[r]` elements) to rank r, its pieces into `out` -> the `Pending` to wait for."""
     what = f"all-to-all of {what}"
     with named(what):
@@ -122,15 +160,15 @@ def all_to_all(out: Tensor, tensor: Tensor, received: Sequence[int], sent: Seque
     return Pending(handle, what)
 
 
-def all_gather_object(value: Any, group: Any, what: str) -> list[Any]:
+def all_gather_object(value: _Value, group: dist.ProcessGroup | None, what: str) -> list[_Value]:
     """The picklable `value` of every rank, in rank order; waits for the device."""
-    values: list[Any] = [None] * dist.get_world_size(group)
+    values = [value] * dist.get_world_size(group)
     with named(f"all-gather of {what}"):
         dist.all_gather_object(values, value, group=group)
     return values
 
 
-def host_device(group: Any, device: torch.device) -> torch.device:
+def host_device(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
     """Where numbers of the host are best compared: the CPU if `group` reaches it, else `device`."""
     cpu = torch.device("cpu")
     # What the group itself says: a group split off another may be described as more than it has

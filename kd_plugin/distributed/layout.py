@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +24,8 @@ from kd_plugin.distributed.collectives import all_reduce
 class RowShards:
     """How FSDP2 or HSDP cuts a weight: into blocks of rows over `group`, in its order."""
 
-    group: Any
-    replicas: Any
+    group: dist.ProcessGroup
+    replicas: dist.ProcessGroup | None
     """The ranks that hold the same rows in other groups; None without HSDP."""
     ranks: int
     """Of all groups: FSDP averages gradients over them."""
@@ -44,17 +43,23 @@ def row_shards(weight: Tensor) -> RowShards | None:
 
 
 def held_rows(
-    head: nn.Linear, bounds: Sequence[int], group: Any, device: torch.device
+    head: nn.Linear, bounds: Sequence[int], group: dist.ProcessGroup | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None] | None:
     """Rows `[bounds[r], bounds[r + 1])` of a frozen head's weight `[V, D]` and bias, as FSDP2 holds them on rank r.
 
     None, on all ranks of `group` alike, unless the head is a unit of its own, cut over the same ranks such that every
     rank has its rows, on `device`, and in the precision in which they are multiplied.
     """
-    cut = row_shards(head.weight) if isinstance(head, FSDPModule) else None
-    if cut is None or dist.get_process_group_ranks(cut.group) != dist.get_process_group_ranks(group):
+    if not isinstance(head, FSDPModule):
         return None
-    weight, each = head.weight.to_local(), -(-head.out_features // dist.get_world_size(group))
+    cut, whole, bias = row_shards(head.weight), head.weight, head.bias
+    if (
+        cut is None
+        or not isinstance(whole, DTensor)
+        or dist.get_process_group_ranks(cut.group) != dist.get_process_group_ranks(group)
+    ):
+        return None
+    weight, each = whole.to_local(), -(-head.out_features // dist.get_world_size(group))
     wanted = list(pairwise(bounds))
     if any(start < stop and not r * each <= start <= stop <= (r + 1) * each for r, (start, stop) in enumerate(wanted)):
         return None
@@ -64,7 +69,8 @@ def held_rows(
     rank = dist.get_rank(group)
     start, stop = wanted[rank]
     here = slice(start - rank * each, stop - rank * each) if start < stop else slice(0, 0)
-    return weight[here], None if head.bias is None else head.bias.to_local()[here]
+    assert bias is None or isinstance(bias, DTensor)
+    return weight[here], None if bias is None else bias.to_local()[here]
 
 
 def whole_shape(weight: Tensor, head: nn.Linear) -> tuple[int, int]:
@@ -88,7 +94,7 @@ def sharded_over(weight: Tensor, numel: int) -> int | None:
     return 1 if here and not hasattr(weight, "ds_id") else None
 
 
-def is_gathered(model: Any) -> bool:
+def is_gathered(model: object) -> bool:
     """Whether FSDP or ZeRO-3 gathers parts of `model` in its forward, which all ranks then have to call.
 
     It is the same on all ranks: nothing is asked of the parts that are here.
@@ -103,7 +109,7 @@ def is_gathered(model: Any) -> bool:
     )
 
 
-def rows_here(parameter: Tensor, replicas: Any) -> Tensor:
+def rows_here(parameter: Tensor, replicas: dist.ProcessGroup | None) -> Tensor:
     """This rank's rows of an FSDP2 parameter; their gradient is summed over `replicas`, and not reduced besides."""
     if not isinstance(parameter, DTensor):
         return parameter
@@ -113,7 +119,7 @@ def rows_here(parameter: Tensor, replicas: Any) -> Tensor:
     return rows
 
 
-def _sum_over(replicas: Any, gradient: Tensor) -> Tensor:
+def _sum_over(replicas: dist.ProcessGroup, gradient: Tensor) -> Tensor:
     total = gradient.clone(memory_format=torch.contiguous_format)
     all_reduce(total, replicas, "the gradient of the head's rows")
     return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -31,7 +31,7 @@ class VocabShard:
     """Of the vocabularies, whole."""
     teacher_bounds: list[int]
     """First of the teacher's token ids on each rank, and the end of those that the student has, too."""
-    group: Any
+    group: dist.ProcessGroup | None
     rank: int
     world_size: int
 
@@ -51,7 +51,7 @@ class VocabShard:
         return self.of_teacher.stop - self.of_teacher.start
 
 
-def cut(student_size: int, teacher_size: int | None, group: Any) -> VocabShard:
+def cut(student_size: int, teacher_size: int | None, group: dist.ProcessGroup | None) -> VocabShard:
     """Rows of the student's head as FSDP2 cuts them (`torch.chunk`), and those of them that the teacher has."""
     group = dist.group.WORLD if group is None else group
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)

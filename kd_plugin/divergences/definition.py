@@ -21,7 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, overload
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Log-probabilities are floored here: exp of it is 0 in fp64 too, and 0 * LOG_FLOOR is 0, not NaN, so that
 # -inf logits mean probability zero. Legal log-probabilities of logits up to +-1e4 lie far above it.
@@ -33,17 +36,38 @@ TINY = 1e-30
 class Row(NamedTuple):
     """What a definition may read; every field is `[C, V]`."""
 
-    s: Any
-    t: Any
-    lq: Any
-    lp: Any
-    q: Any
-    p: Any
-    vocab_size: Any
+    s: Tensor
+    t: Tensor
+    lq: Tensor
+    lp: Tensor
+    q: Tensor
+    p: Tensor
+    vocab_size: int
     """Number of columns that the sums run over (all shards together)."""
 
 
-Sums = tuple[Any, ...]
+Sums: TypeAlias = "tuple[Tensor, ...]"
+
+
+class _Functions(Protocol):
+    def abs(self, x: Tensor, /) -> Tensor: ...
+    def clamp(self, x: Tensor, least: float, most: float, /) -> Tensor: ...
+    def clamp_min(self, x: Tensor, least: float, /) -> Tensor: ...
+    def exp(self, x: Tensor, /) -> Tensor: ...
+    def expm1(self, x: Tensor, /) -> Tensor: ...
+    def log(self, x: Tensor, /) -> Tensor: ...
+    def log1p(self, x: Tensor, /) -> Tensor: ...
+    def minimum(self, x: Tensor, y: Tensor, /) -> Tensor: ...
+    def sign(self, x: Tensor, /) -> Tensor: ...
+    def sqrt(self, x: Tensor, /) -> Tensor: ...
+    @overload
+    def where(self, condition: Tensor, x: Tensor, y: float, /) -> Tensor: ...
+    @overload
+    def where(self, condition: Tensor, x: float, y: float, /) -> Tensor: ...
+
+
+class Ops(_Functions, Protocol):
+    """The functions that definitions call, elementwise; torch has them."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +80,11 @@ class Divergence:
     gradient_formula: str
     """Gradient with respect to `z_s / temperature`."""
     source: str
-    elements: Callable[[Any, Row], Sums]
+    elements: Callable[[Ops, Row], Sums]
     """`(op, row)` -> tensors `[C, V]` whose sums over the vocabulary the other two receive."""
-    value: Callable[[Any, Sums], Any]
+    value: Callable[[Ops, Sums], Tensor]
     """`(op, sums)` -> the row's value `[C]`."""
-    gradient: Callable[[Any, Row, Sums], Any]
+    gradient: Callable[[Ops, Row, Sums], Tensor]
     """`(op, row, sums)` -> gradient `[C, V]` with respect to `z_s / temperature`."""
     match_by_rank: bool = False
     """True when `p` is to be paired with `q` by rank instead of by token id."""
@@ -70,18 +94,25 @@ class Divergence:
     """The value of a row cut in parts is that of the parts' masses plus each part's own, weighted by its mass of q."""
 
 
-def first(op: Any, sums: Sums) -> Any:
+def first(op: Ops, sums: Sums) -> Tensor:
     """The value is the first sum."""
     return sums[0]
 
 
-def through_softmax(op: Any, row: Row, sums: Sums, slope: Any) -> Any:
+def through_softmax(op: Ops, row: Row, sums: Sums, slope: Tensor) -> Tensor:
     """Gradient from the elements of `slope`, whose sum is the second one."""
     return slope - row.q * sums[1]
 
 
 def separable(
-    name: str, element: Callable[[Any, Row], Any], slope: Callable[[Any, Row], Any], **about: Any
+    name: str,
+    element: Callable[[Ops, Row], Tensor],
+    slope: Callable[[Ops, Row], Tensor],
+    *,
+    formula: str,
+    gradient_formula: str,
+    source: str,
+    match_by_rank: bool = False,
 ) -> Divergence:
     """A divergence `sum_v element(q, p)` whose `slope` is d element / d log q."""
     return Divergence(
@@ -89,5 +120,8 @@ def separable(
         elements=lambda op, row: (element(op, row), slope(op, row)),
         value=first,
         gradient=lambda op, row, sums: through_softmax(op, row, sums, slope(op, row)),
-        **about,
+        formula=formula,
+        gradient_formula=gradient_formula,
+        source=source,
+        match_by_rank=match_by_rank,
     )

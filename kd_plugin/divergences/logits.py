@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING
 
-from kd_plugin.divergences.definition import LOG_FLOOR, TINY, Divergence, Row, Sums, first
+from kd_plugin.divergences.definition import LOG_FLOOR, TINY, Divergence, Ops, Row, Sums, first
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def _where_both(op: Any, x: Row, value: Any) -> Any:
+def _where_both(op: Ops, x: Row, value: Tensor | float) -> Tensor:
     """`value` where neither model masks the token with -inf, else 0."""
     return op.where(op.minimum(x.s, x.t) > LOG_FLOOR, value, 0.0)
 
@@ -17,7 +20,7 @@ def _where_both(op: Any, x: Row, value: Any) -> Any:
 def logit_mse() -> Divergence:
     """Half the squared distance of the logits; not invariant to a shift of either side."""
 
-    def difference(op: Any, x: Row) -> Any:
+    def difference(op: Ops, x: Row) -> Tensor:
         return _where_both(op, x, x.s - x.t)
 
     return Divergence(
@@ -36,10 +39,10 @@ def logit_mse() -> Divergence:
 def logit_mse_centered() -> Divergence:
     """Half the squared distance of the logits after subtracting each side's mean: V times Hinton's limit."""
 
-    def difference(op: Any, x: Row) -> Any:  # of log-probabilities: the same up to a constant near the mean
+    def difference(op: Ops, x: Row) -> Tensor:  # of log-probabilities: the same up to a constant near the mean
         return _where_both(op, x, x.lq - x.lp)
 
-    def elements(op: Any, x: Row) -> Sums:
+    def elements(op: Ops, x: Row) -> Sums:
         d = difference(op, x)
         return d * d, d, _where_both(op, x, 1.0)
 
@@ -58,10 +61,10 @@ def logit_mse_centered() -> Divergence:
 def cosine() -> Divergence:
     """One minus the cosine of the angle between the logits."""
 
-    def norms(op: Any, sums: Sums) -> Any:
+    def norms(op: Ops, sums: Sums) -> Tensor:
         return op.sqrt(op.clamp_min(sums[1] * sums[2], TINY))
 
-    def gradient(op: Any, x: Row, sums: Sums) -> Any:
+    def gradient(op: Ops, x: Row, sums: Sums) -> Tensor:
         along = x.s * (sums[0] / op.clamp_min(sums[1], TINY))
         return _where_both(op, x, (along - x.t) / norms(op, sums))
 

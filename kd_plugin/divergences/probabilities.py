@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING
 
-from kd_plugin.divergences.definition import TINY, Divergence, Row, Sums, first, separable
+from kd_plugin.divergences.definition import TINY, Divergence, Ops, Row, Sums, first, separable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # |log p - log q| is capped inside mixtures: past e^80 the smaller probability does not change the mixture.
 _RATIO_CAP = 80.0
 
 
-def _log_ratio_to_mixture(op: Any, d: Any, share: float) -> Any:
+def _log_ratio_to_mixture(op: Ops, d: Tensor, share: float) -> Tensor:
     """log(x / m) for m = share * y + (1 - share) * x, with d = log y - log x.
 
     Relative to whichever of the two has the larger share: a share that rounds to 1 would give log1p(-1).
@@ -71,10 +74,10 @@ def reverse_kl() -> Divergence:
 def jsd(beta: float) -> Divergence:
     """Generalised Jensen-Shannon divergence; `beta` is the teacher's share of the mixture."""
 
-    def log_q_over_m(op: Any, x: Row) -> Any:
+    def log_q_over_m(op: Ops, x: Row) -> Tensor:
         return _log_ratio_to_mixture(op, x.lp - x.lq, beta)
 
-    def element(op: Any, x: Row) -> Any:
+    def element(op: Ops, x: Row) -> Tensor:
         r = log_q_over_m(op, x)
         d = op.clamp(x.lp - x.lq, -_RATIO_CAP, _RATIO_CAP)
         return beta * x.p * (d + r) + (1 - beta) * x.q * r
@@ -93,10 +96,10 @@ def jsd(beta: float) -> Divergence:
 def skew_kl(alpha: float) -> Divergence:
     """KL(p||m) with a little of the teacher mixed into the student: bounded where the student has no mass."""
 
-    def log_p_over_m(op: Any, x: Row) -> Any:
+    def log_p_over_m(op: Ops, x: Row) -> Tensor:
         return _log_ratio_to_mixture(op, x.lq - x.lp, 1 - alpha)
 
-    def mixture(x: Row) -> Any:
+    def mixture(x: Row) -> Tensor:
         return alpha * x.p + (1 - alpha) * x.q
 
     return separable(
@@ -113,10 +116,10 @@ def skew_kl(alpha: float) -> Divergence:
 def skew_reverse_kl(alpha: float) -> Divergence:
     """KL(q||m) with a little of the student mixed into the teacher."""
 
-    def log_q_over_m(op: Any, x: Row) -> Any:
+    def log_q_over_m(op: Ops, x: Row) -> Tensor:
         return _log_ratio_to_mixture(op, x.lp - x.lq, 1 - alpha)
 
-    def slope(op: Any, x: Row) -> Any:
+    def slope(op: Ops, x: Row) -> Tensor:
         r = log_q_over_m(op, x)
         return x.q * (r + 1 - alpha * op.exp(r))
 
@@ -147,10 +150,10 @@ def tvd() -> Divergence:
 def acceptance() -> Divergence:
     """Negative logarithm of the probability that speculative decoding accepts the student's token."""
 
-    def slope(op: Any, x: Row) -> Any:  # of min(p, q); where they are equal, half of each side's
+    def slope(op: Ops, x: Row) -> Tensor:  # of min(p, q); where they are equal, half of each side's
         return 0.5 * x.q * (1 - op.sign(x.q - x.p))
 
-    def gradient(op: Any, x: Row, sums: Sums) -> Any:
+    def gradient(op: Ops, x: Row, sums: Sums) -> Tensor:
         return (x.q * sums[1] - slope(op, x)) / op.clamp_min(sums[0], TINY)
 
     return Divergence(

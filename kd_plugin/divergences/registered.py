@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kd_plugin.divergences.definition import Divergence, Row, separable
+from kd_plugin.divergences.definition import Divergence, Ops, Row, separable
 from kd_plugin.settings.distill import BUILT_IN, registered_names
 
 Elementwise = Callable[[Tensor, Tensor], Tensor]
@@ -17,11 +16,11 @@ Elementwise = Callable[[Tensor, Tensor], Tensor]
 def from_function(name: str, function: Elementwise) -> Divergence:
     """The divergence `sum_v function(log q, log p)`; its slope by forward-mode of the same function."""
 
-    def element(op: Any, row: Row) -> Tensor:
+    def element(op: Ops, row: Row) -> Tensor:
         return function(row.lq, row.lp)
 
-    def slope(op: Any, row: Row) -> Tensor:
-        result, pull_back = torch.func.vjp(lambda lq: function(lq, row.lp), row.lq)
+    def slope(op: Ops, row: Row) -> Tensor:
+        result, pull_back = torch.func.vjp(lambda lq: function(lq, row.lp), row.lq)[:2]
         return pull_back(torch.ones_like(result))[0]
 
     return separable(name, element, slope, formula="registered", gradient_formula="by autograd", source="user")

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.checkpoint.state_dict import (
@@ -24,7 +23,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from kd_plugin.engines import fsdp_units
@@ -32,18 +34,27 @@ from kd_plugin.engines.process_group import Placement
 from kd_plugin.engines.protocol import DTYPES, parameter_groups
 from kd_plugin.settings.run import RunConfig, TeacherConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["FsdpEngine"]
 
 
 class FsdpEngine:
     """Student under FSDP2, teacher under FSDP2 or whole on each rank; see `engines.protocol.Engine`."""
 
-    student: Any
+    student: nn.Module
     """FSDP2: `module` itself, now an FSDPModule; FSDP1: the wrapper around it."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, config: RunConfig, place: Placement, mode: str):
+    teacher: nn.Module
+    torch_optimizer: torch.optim.Optimizer | None
+
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, config: RunConfig, place: Placement, mode: str
+    ) -> None:
         train = config.train
-        self.module, self.teacher, self.place = student, teacher, place
+        self.module: nn.Module = student
+        self.place = place
         self.applied_notes: list[str] = []
         self._max_grad_norm = train.max_grad_norm
         self._shard_size = place.world_size if train.shard_size is None or mode == "single" else train.shard_size
@@ -53,18 +64,20 @@ class FsdpEngine:
             copies = place.world_size // self._shard_size
             self.applied_notes.append(f"train.shard_size {self._shard_size}: {copies} copies of the student")
         self.student, groups = self._shard_student(student, mesh, DTYPES[config.student.dtype], train.weight_decay)
-        self._place_teacher(config.teacher)
+        self.teacher = self._place_teacher(teacher, config.teacher)
         fp16 = config.student.dtype == "float16"
         self._scaler = self._make_scaler(place.device.type, enabled=fp16)
         settings = {"lr": train.learning_rate, "betas": train.adam_betas, "eps": train.adam_eps}
         self.optimizer = self.torch_optimizer = torch.optim.AdamW(groups, **settings, fused=self._fused(fp16))
 
-    def _shard_student(self, student: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float) -> Any:
+    def _shard_student(
+        self, student: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float
+    ) -> tuple[nn.Module, list[dict[str, Any]]]:
         """-> (what to call, parameter groups)."""
         fsdp_units.shard_student(student, mesh, dtype=dtype)
         return student, parameter_groups(student, weight_decay)
 
-    def _shard_teacher(self, teacher: nn.Module, mesh: DeviceMesh, *, offload: bool) -> nn.Module:
+    def _shard_teacher(self, teacher: PreTrainedModel, mesh: DeviceMesh, *, offload: bool) -> nn.Module:
         """-> what to call."""
         fsdp_units.shard_teacher(teacher, mesh, offload=offload)
         return teacher
@@ -80,14 +93,17 @@ class FsdpEngine:
         replicate = shard_size == 1 and world_size > 1
         return fsdp_units.make_mesh(self.place.device.type, world_size, replicate=replicate, shard_size=shard_size)
 
-    def _place_teacher(self, config: TeacherConfig) -> None:
+    def _place_teacher(self, teacher: PreTrainedModel, config: TeacherConfig) -> nn.Module:
+        """-> what to call."""
+        placed: nn.Module = teacher
         shard_size = self._shard_size if config.sharding == "shard" else 1
         if shard_size > 1 or config.offload:
-            self.teacher = self._shard_teacher(self.teacher, self._mesh(shard_size), offload=config.offload)
+            placed = self._shard_teacher(teacher, self._mesh(shard_size), offload=config.offload)
         else:
-            self.teacher.requires_grad_(False).eval().to(self.place.device)
+            placed.requires_grad_(False).eval().to(self.place.device)  # pyright: ignore[reportArgumentType]  (its decorator loses `self`)
         if config.offload and self.place.device.type == "cpu":
             self.applied_notes.append("teacher.offload has no effect: there is no GPU, host memory holds everything")
+        return placed
 
     def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> Tensor:
         """See `Engine`; times world_size, because FSDP averages the gradients over the ranks."""
@@ -98,6 +114,7 @@ class FsdpEngine:
         return loss.detach()
 
     def _reduce_over_copies(self, now: bool) -> None:
+        assert isinstance(self.student, FSDPModule)
         self.student.set_requires_all_reduce(now)
 
     def step(self, learning_rate: float) -> Tensor:
@@ -113,7 +130,7 @@ class FsdpEngine:
 
     def _clip(self) -> Tensor:
         parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if self._max_grad_norm is not None:
@@ -128,19 +145,19 @@ class FsdpEngine:
     def full_state_dict(self) -> dict[str, Tensor]:
         """See `Engine`."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(self.student, options=options)
+        return cast("dict[str, Tensor]", get_model_state_dict(self.student, options=options))
 
     def save(self, folder: Path) -> None:
         """See `Engine`; torch.distributed.checkpoint, readable at any number of ranks."""
         model, optimizer = get_state_dict(self.student, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "scaler": self._scaler.state_dict()}
-        dcp.save(state, checkpoint_id=folder)
+        save(state, checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""
         model, optimizer = get_state_dict(self.student, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "scaler": self._scaler.state_dict()}
-        dcp.load(state, checkpoint_id=folder)
+        load(state, checkpoint_id=folder)
         set_state_dict(
             self.student, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from kd_plugin.engines import fsdp1_units
 from kd_plugin.engines.fsdp import FsdpEngine
 from kd_plugin.engines.protocol import parameter_groups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Fsdp1Engine"]
 
@@ -21,11 +25,13 @@ __all__ = ["Fsdp1Engine"]
 class Fsdp1Engine(FsdpEngine):
     """Student in FSDP1, teacher in FSDP1 or whole on each rank; see `engines.protocol.Engine`."""
 
-    def _shard_student(self, student: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float) -> Any:
+    def _shard_student(
+        self, student: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float
+    ) -> tuple[nn.Module, list[dict[str, Any]]]:
         groups = parameter_groups(student, weight_decay)  # before they are flat
         return fsdp1_units.wrap_student(student, mesh, self.place.device, dtype=dtype), groups
 
-    def _shard_teacher(self, teacher: nn.Module, mesh: DeviceMesh, *, offload: bool) -> nn.Module:
+    def _shard_teacher(self, teacher: PreTrainedModel, mesh: DeviceMesh, *, offload: bool) -> nn.Module:
         return fsdp1_units.wrap_teacher(teacher, mesh, self.place.device, offload=offload)
 
     def _make_scaler(self, device_type: str, *, enabled: bool) -> GradScaler:
@@ -41,9 +47,10 @@ class Fsdp1Engine(FsdpEngine):
         """See `Engine`. On a CPU, FSDP1 would hand out views of what it frees (`cpu_offload`)."""
         on_cpu = self.place.device.type == "cpu"
         options = StateDictOptions(full_state_dict=True, cpu_offload=not on_cpu)
-        state = get_model_state_dict(self.student, options=options)
+        state = cast("dict[str, Tensor]", get_model_state_dict(self.student, options=options))
         return {} if on_cpu and self.place.rank else state
 
     def _clip(self) -> Tensor:
         limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
+        assert isinstance(self.student, FullyShardedDataParallel)
         return self.student.clip_grad_norm_(limit)

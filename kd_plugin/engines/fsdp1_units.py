@@ -11,21 +11,23 @@ Notable decisions:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import CustomPolicy
 
-from kd_plugin.engines.fsdp_units import decoder_layers
+from kd_plugin.engines.fsdp_units import decoder_layers, embedding_and_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["wrap_student", "wrap_teacher"]
 
 
 def wrap_student(
-    model: nn.Module, mesh: DeviceMesh, device: torch.device, *, dtype: torch.dtype
+    model: PreTrainedModel, mesh: DeviceMesh, device: torch.device, *, dtype: torch.dtype
 ) -> FullyShardedDataParallel:
     """Wrap a trainable model with fp32 parameters; it computes in `dtype` and reduces in fp32.
 
@@ -36,7 +38,7 @@ def wrap_student(
 
 
 def wrap_teacher(
-    model: nn.Module, mesh: DeviceMesh, device: torch.device, *, offload: bool = False
+    model: PreTrainedModel, mesh: DeviceMesh, device: torch.device, *, offload: bool = False
 ) -> FullyShardedDataParallel:
     """Wrap a frozen model, which computes in the dtype that it has; with `offload` its shards wait in host memory."""
     model.requires_grad_(False).eval()
@@ -45,8 +47,15 @@ def wrap_teacher(
     return FullyShardedDataParallel(inner, **_group(mesh), device_id=device, use_orig_params=True)
 
 
-def _wrap(model: nn.Module, mesh: DeviceMesh, device: torch.device, **options: object) -> FullyShardedDataParallel:
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+def _wrap(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    mixed_precision: MixedPrecision | None = None,
+    cpu_offload: CPUOffload | None = None,
+) -> FullyShardedDataParallel:
+    embedding, head = embedding_and_head(model)
     units = set(decoder_layers(model)) | (set() if embedding.weight is head.weight else {embedding, head})
     return FullyShardedDataParallel(
         model,
@@ -54,10 +63,16 @@ def _wrap(model: nn.Module, mesh: DeviceMesh, device: torch.device, **options: o
         auto_wrap_policy=CustomPolicy(units.__contains__),
         device_id=device,
         use_orig_params=True,
-        **options,
+        mixed_precision=mixed_precision,
+        cpu_offload=cpu_offload,
     )
 
 
-def _group(mesh: DeviceMesh) -> dict[str, Any]:
+class _Group(TypedDict):
+    device_mesh: DeviceMesh
+    sharding_strategy: ShardingStrategy
+
+
+def _group(mesh: DeviceMesh) -> _Group:
     strategy = ShardingStrategy.FULL_SHARD if mesh.ndim == 1 else ShardingStrategy.HYBRID_SHARD
     return {"device_mesh": mesh, "sharding_strategy": strategy}

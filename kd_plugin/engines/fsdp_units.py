@@ -12,18 +12,22 @@ Notable decisions:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
 )
 
-__all__ = ["ShardingError", "decoder_layers", "make_mesh", "shard_student", "shard_teacher"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["ShardingError", "decoder_layers", "embedding_and_head", "make_mesh", "shard_student", "shard_teacher"]
 
 
 class ShardingError(ValueError):
@@ -62,32 +66,47 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def shard_student(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype) -> None:
+def embedding_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """Of a model that has both, as each that is trained here has."""
+    head = model.get_output_embeddings()
+    assert head is not None
+    return model.get_input_embeddings(), head
+
+
+class _Options(TypedDict, total=False):
+    mesh: DeviceMesh
+    mp_policy: MixedPrecisionPolicy
+    offload_policy: CPUOffloadPolicy
+
+
+def shard_student(model: PreTrainedModel, mesh: DeviceMesh, *, dtype: torch.dtype) -> None:
     """Shard a trainable model with fp32 parameters in place; it computes in `dtype` and reduces in fp32."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     _shard(model, {"mesh": mesh, "mp_policy": policy}, frozen=False)
 
 
-def shard_teacher(model: nn.Module, mesh: DeviceMesh, *, offload: bool = False) -> None:
+def shard_teacher(model: PreTrainedModel, mesh: DeviceMesh, *, offload: bool = False) -> None:
     """Shard a frozen model in place; it computes in the dtype that it has.
 
     With `offload` the shards stay in host memory (pinned, if there is a GPU), and each unit is copied to the
     device when it is gathered.
     """
     model.requires_grad_(False).eval()
-    options: dict[str, Any] = {"mesh": mesh}
+    options: _Options = {"mesh": mesh}
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     _shard(model, options, frozen=True)
 
 
-def _shard(model: nn.Module, options: dict[str, Any], *, frozen: bool) -> None:
+def _shard(model: PreTrainedModel, options: _Options, *, frozen: bool) -> None:
     for layer in decoder_layers(model):
         fully_shard(layer, reshard_after_forward=True, **options)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = embedding_and_head(model)
     for unit in ([embedding, head],) if embedding.weight is head.weight else ([embedding], [head]):
         fully_shard(unit, reshard_after_forward=True, **options)
         if not frozen and (embedding not in unit or isinstance(embedding, nn.Embedding)):  # else a peft adapter on it
-            unit[0].set_unshard_in_backward(False)
+            first = unit[0]
+            assert isinstance(first, FSDPModule)
+            first.set_unshard_in_backward(False)
     # A trainable root keeps its few parameters from forward to backward (None is FSDP2's rule for roots).
     fully_shard(model, reshard_after_forward=True if frozen else None, **options)

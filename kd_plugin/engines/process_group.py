@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,10 +42,12 @@ def start_process_group(timeout_s: int) -> Placement:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     owns_group = not dist.is_initialized()
     if owns_group:
-        options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
-        if "RANK" not in os.environ:
-            options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
+        backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  (documented, but missing in __all__)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     return Placement(device, dist.get_rank(), dist.get_world_size(), owns_group)
 
 

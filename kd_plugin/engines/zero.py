@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from kd_plugin.engines.process_group import Placement
 from kd_plugin.engines.protocol import EngineError, parameter_groups
 from kd_plugin.settings.run import RunConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["DeepSpeedEngine", "deepspeed_settings"]
 
 _TAG = "state"
@@ -34,11 +37,17 @@ _TAG = "state"
 class DeepSpeedEngine:
     """Student and teacher under DeepSpeed, inside `deepspeed_settings()`; see `engines.protocol.Engine`."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, config: RunConfig, place: Placement, accumulation: int):
+    torch_optimizer: torch.optim.Optimizer | None
+    teacher: nn.Module
+
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, config: RunConfig, place: Placement, accumulation: int
+    ) -> None:
         if config.student.dtype == "float16" and place.device.type == "cpu":
             raise EngineError("student.dtype float16 under DeepSpeed needs a GPU: use bfloat16 or float32 on CPU")
         deepspeed = _import_deepspeed()
-        self.module, self.place, self.torch_optimizer = student, place, None
+        self.module: nn.Module = student
+        self.place, self.torch_optimizer = place, None
         self.config, self.applied_notes = zero_block.student_config(
             config,
             world_size=place.world_size,

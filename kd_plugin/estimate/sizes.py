@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kd_plugin.engines.fsdp_units import decoder_layers
+from kd_plugin.engines.fsdp_units import decoder_layers, embedding_and_head
 from kd_plugin.models.loading import read_config
 from kd_plugin.models.students import config_with, freeze, student_from_layers
 from kd_plugin.settings.run import ModelSource, RunConfig
@@ -112,7 +112,8 @@ def load_sizes(config: RunConfig) -> tuple[ModelSizes, ModelSizes]:
     student = _student(config, teacher)
     batch = (config.train.micro_batch_size, config.data.seq_len)
     dtypes = (getattr(torch, source.dtype) for source in (config.student, config.teacher))
-    return tuple(_sizes(model, dtype, batch) for model, dtype in zip((student, teacher), dtypes, strict=True))
+    of_student, of_teacher = (_sizes(m, dtype, batch) for m, dtype in zip((student, teacher), dtypes, strict=True))
+    return of_student, of_teacher
 
 
 def _student(config: RunConfig, teacher: PreTrainedModel) -> PreTrainedModel:
@@ -145,7 +146,7 @@ def _on_meta(source: ModelSource, config: PreTrainedConfig, like: PreTrainedMode
 
 
 def _sizes(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int]) -> ModelSizes:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    embedding, head = embedding_and_head(model)
     tied = embedding.weight is head.weight
     parts: list[tuple[str, nn.Module]] = [("layer", layer) for layer in decoder_layers(model)]
     parts += [("embedding and head", head)] if tied else [("embedding", embedding), ("head", head)]
@@ -155,8 +156,10 @@ def _sizes(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int]) -
         own = [parameter for parameter in module.parameters() if parameter not in seen]
         seen.update(own)
         units.append(Unit(name, tuple(_weight(parameter) for parameter in own)))
-    vocab_size, width = head.weight.shape
-    trainable = head.weight.requires_grad
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    vocab_size, width = weight.shape
+    trainable = weight.requires_grad
     kind, frozen = type(model).__name__, [p for p in model.parameters() if not p.requires_grad]
     activations, why = _activations(model, dtype, batch)
     for parameter in frozen:
@@ -172,7 +175,8 @@ def _weight(parameter: Tensor) -> Weight:
 def _activations(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int]) -> tuple[Activations | None, str]:
     """Run the backbone in `dtype`. Returns None and the reason where its code does not run without values."""
     try:
-        return _count_activations(model.to(dtype), dtype, batch), ""
+        cast_model = model.to(dtype)  # pyright: ignore[reportArgumentType]  (its decorator loses `self`)
+        return _count_activations(cast_model, dtype, batch), ""
     except Exception as error:  # any code may come with a model, and the rest of the estimate stands without this
         return None, f"{type(model).__name__} does not run on the meta device: {' '.join(str(error).split())[:120]}"
 
@@ -181,10 +185,10 @@ def _count_activations(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[
     kept = _Kept(model)
     spans: list[int] = []
 
-    def enter(*_: Any) -> None:
+    def enter(*_: object) -> None:
         spans.append(-kept.num_bytes)
 
-    def leave(*_: Any) -> None:
+    def leave(*_: object) -> None:
         spans[-1] += kept.num_bytes
 
     with ExitStack() as stack:

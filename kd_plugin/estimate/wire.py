@@ -50,6 +50,7 @@ def settled(setup: Setup) -> str:
         return "weight"
     if configured != "auto":
         return configured
+    assert teacher is not None
     item = setup.student_item  # of both heads: the plugin's rule knows the hidden states' only
     own, other = _student_head(setup), _teacher_head(setup, teacher)._replace(item_bytes=item)
     own = own if setup.student_head_in_rows else own._replace(ranks=1)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from torch.nn import Linear
 
 from kd_plugin.distributed.collectives import all_gather_object, num_ranks
 from kd_plugin.distributed.layout import RowShards, held_rows, is_gathered, row_shards, sharded_over
+from kd_plugin.distributed.uncompiled import uncompiled
 from kd_plugin.distributed.vocab_slice import VocabShard, cut
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.exchange.cost import Head, volumes
@@ -49,7 +49,7 @@ class ExchangeMismatch(ValueError):
 class Exchange:
     """The mode of one plugin, and in modes `logits` and `stats` this rank's rows of the teacher's head."""
 
-    def __init__(self, config: DistillConfig, group: Any) -> None:
+    def __init__(self, config: DistillConfig, group: dist.ProcessGroup | None) -> None:
         self.config, self.group = config, group
         self.mode: str | None = None
         """`weight`, `logits` or `stats`, settled by the first forward; `auto` by the first that trains."""
@@ -69,8 +69,8 @@ class Exchange:
         self._version: int | None = None
         """Of the whole weight that these rows are copied from."""
 
-    @torch.compiler.disable
-    def check(self, head: Linear, teacher: Any = None) -> None:
+    @uncompiled
+    def check(self, head: Linear, teacher: object = None) -> None:
         """Before anything of the step: all ranks must be about to compute the same. Collective in the first call.
 
         Without gradients a rank may be alone, and none is waited for, unless the student's head or `teacher` (as it
@@ -92,7 +92,7 @@ class Exchange:
         if self._agreed & {True, training} or num_ranks(group) == 1:
             return
         settings = self.config.model_dump(exclude={"row_kernel"})  # of which any gives the same numbers
-        found: dict[str, Any] = {f"distill.{name}": value for name, value in settings.items()}
+        found: dict[str, object] = {f"distill.{name}": value for name, value in settings.items()}
         for side, module in (("student", head), ("teacher", self.teacher_head)):
             found[f"the {side}'s vocabulary"] = module and module.out_features
             found[f"the {side}'s width"] = module and module.in_features
@@ -111,7 +111,7 @@ class Exchange:
             self._rows, self.mode, self._shard, self._teacher_rows = rows, None, None, None
 
     @property
-    def _shard_group(self) -> Any:
+    def _shard_group(self) -> dist.ProcessGroup | None:
         """The ranks that exchange."""
         return self.group if self._rows is None else self._rows.group
 
@@ -268,7 +268,7 @@ class Exchange:
         return num_ranks(self.group) if found is None else found
 
 
-def _agree(group: Any, found: dict[str, Any], *, settle: bool) -> None:
+def _agree(group: dist.ProcessGroup | None, found: dict[str, object], *, settle: bool) -> None:
     """All ranks must say the same, else every rank raises. One collective of objects.
 
     With `settle`, what processors differ in is settled by it too: products are then as wide as the oldest one needs.

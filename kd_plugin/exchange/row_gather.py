@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from kd_plugin.distributed.collectives import all_gather
+from kd_plugin.distributed.collectives import Pending, all_gather
 from kd_plugin.loss.chunk_plan import ChunkPlan
 
 _ALIGNMENT = 16  # bytes; cuBLAS wants rows of matrices aligned so for its fast kernels
@@ -36,7 +37,9 @@ class RowGather:
         what: a word for them all, for the message of a failed collective.
     """
 
-    def __init__(self, plan: ChunkPlan, group: Any, tensors: Mapping[str, Tensor], what: str) -> None:
+    def __init__(
+        self, plan: ChunkPlan, group: dist.ProcessGroup | None, tensors: Mapping[str, Tensor], what: str
+    ) -> None:
         self._plan, self._group, self._what = plan, group, what
         self._fields: dict[str, _Field] = {}
         end = 0
@@ -52,13 +55,14 @@ class RowGather:
     def take(self, index: int) -> dict[str, Tensor]:
         """Chunk `index` of every rank, in rank order: `[W * C, d]` each, rows apart by `row_bytes`; short ranks have
         zeros at their end. Chunks are taken in order. Returns with the next one under way."""
+        assert self._ahead is not None
         received, pending = self._ahead
         with self._plan.at(index):
             pending.wait()
         self._ahead = self._ask(index + 1)
         return {name: field.of(received) for name, field in self._fields.items()}
 
-    def _ask(self, index: int) -> Any:
+    def _ask(self, index: int) -> tuple[Tensor, Pending] | None:
         if index >= self._plan.num_chunks:
             return None
         rows, count = self._plan.of(index)

@@ -11,13 +11,12 @@ chunk's logits are already travelling, and the hidden states of the one after.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kd_plugin.distributed.collectives import all_gather, all_gather_object, all_to_all
+from kd_plugin.distributed.collectives import Pending, all_gather, all_gather_object, all_to_all
 from kd_plugin.loss.chunk_plan import ChunkPlan
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.row_kernels.dispatch import LogitTransform
@@ -32,7 +31,7 @@ class ShardedHeadTeacher:
         group: the ranks, in the order of `bounds`.
     """
 
-    def __init__(self, head: HeadTeacher, bounds: list[int], group: Any) -> None:
+    def __init__(self, head: HeadTeacher, bounds: list[int], group: dist.ProcessGroup | None) -> None:
         self.head, self.bounds, self.group = head, bounds, group
         self.vocab_size = bounds[-1]
         self.transform = head.transform
@@ -46,13 +45,14 @@ class ShardedHeadTeacher:
             for start, stop in zip(self.bounds, self.bounds[1:], strict=False)
         ]
         self.head.prepare(None, self._columns[self._rank], dtype, rounded=rounded)
-        self._arriving: Any = None
-        self._gathering: Any = None
+        self._arriving: tuple[list[Tensor], Tensor, Pending] | None = None
+        self._gathering: tuple[Tensor, Pending] | None = None
         self._gather(0)
         self._send(0)
 
     def logits_into(self, out: Tensor, index: int) -> None:
         """See `TeacherSource`. Returns with the next chunk under way."""
+        assert self._arriving is not None
         received, sent, handle = self._arriving
         with self._plan.at(index):
             handle.wait()
@@ -81,6 +81,7 @@ class ShardedHeadTeacher:
         self._arriving = None
         if index >= self._plan.num_chunks:
             return
+        assert self._gathering is not None
         hidden, handle = self._gathering
         with self._plan.at(index):
             handle.wait()
@@ -114,7 +115,7 @@ class ShardedLogits:
     def __init__(
         self,
         local_slice: Tensor,
-        group: Any = None,
+        group: dist.ProcessGroup | None = None,
         *,
         widths: Sequence[int] | None = None,
         transform: LogitTransform | None = None,
@@ -138,7 +139,7 @@ class ShardedLogits:
         if plan.rows is None and plan.num_rows != self.local.shape[0]:
             raise ValueError(f"ShardedLogits has {self.local.shape[0]} rows, the student {plan.num_rows}")
         self._plan, self._vocab_size = plan, vocab_size
-        self._arriving: Any = None
+        self._arriving: tuple[Tensor, Pending] | None = None
         self._gather(0)
 
     @property
@@ -149,6 +150,7 @@ class ShardedLogits:
 
     def logits_into(self, out: Tensor, index: int) -> None:
         """See `TeacherSource`. Returns with the next chunk under way."""
+        assert self._arriving is not None
         gathered, handle = self._arriving
         with self._plan.at(index):
             handle.wait()

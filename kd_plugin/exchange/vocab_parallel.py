@@ -15,15 +15,15 @@ weight zero. Method: the loss-parallel cross-entropy of Megatron-LM (arXiv:1909.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kd_plugin.distributed.collectives import all_gather, all_reduce, reduce_scatter
 from kd_plugin.distributed.vocab_slice import VocabShard
 from kd_plugin.exchange.row_gather import RowGather
+from kd_plugin.loss.autograd import Context, once_differentiable
 from kd_plugin.loss.buffers import buffer
 from kd_plugin.loss.chunk_loop import Problem, dense_bytes, foreign_labels, wide_dtype
 from kd_plugin.loss.chunk_plan import agreed_plan
@@ -84,7 +84,8 @@ class _Loop:
         counted = labels if self.problem.rows is None else labels[self.problem.rows]
         foreign = (counted < 0) | (counted >= size)
         if labels.is_cuda:  # asserted by the device, for which the host does not wait
-            torch._assert_async(~foreign.any(), foreign_labels(size, "on this rank"))
+            message = foreign_labels(size, "on this rank")
+            torch._assert_async(~foreign.any(), message)  # pyright: ignore[reportPrivateImportUsage]  (no other way)
         elif foreign.any():
             raise ValueError(foreign_labels(size, f"such as {int(counted[foreign][0])}"))
         return labels
@@ -118,9 +119,9 @@ class _Loop:
         weights, valid = given["weights"].split(1, dim=-1)
         args = (kernel, spec, shard.sizes, student, teacher)
         moments = sharded_dispatch.moments(*args)
-        if "targets" in given:
-            columns, here, label_logits = self.labels(given["targets"], student)
-            moments = torch.cat([moments, label_logits], -1)
+        labels = self.labels(given["targets"], student) if "targets" in given else None
+        if labels is not None:
+            moments = torch.cat([moments, labels[2]], -1)
         merged = sharded_dispatch.merge(
             spec, shard.sizes, all_gather(moments[None], shard.group, "the softmaxes' statistics")
         )
@@ -128,7 +129,8 @@ class _Loop:
         if sums.shape[1]:
             all_reduce(sums, shard.group, "the divergence's sums")
         statistics = sharded_dispatch.finish(*args, weights, merged, sums)
-        if "targets" in given and spec.with_gradient and shard.size:
+        if labels is not None and spec.with_gradient and shard.size:
+            columns, here, label_logits = labels
             dispatch.subtract_labels(spec, student, columns, label_logits, weights * here)
         self._add(statistics, weights, valid)
         return given, student
@@ -165,6 +167,11 @@ class _Loop:
         return held + rows * columns * self.dtype.itemsize
 
 
+class _Context(Context, Protocol):
+    dtypes: list[torch.dtype | None]
+    weight_scale: float
+
+
 class VocabParallelDistill(torch.autograd.Function):
     """(hidden [N, D], weight rows [V_r, D], bias [V_r], problem, shard, weight_scale) -> (loss sum, statistics).
 
@@ -177,7 +184,7 @@ class VocabParallelDistill(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def forward(
-        ctx: Any,
+        ctx: _Context,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -207,8 +214,9 @@ class VocabParallelDistill(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        """The waiting gradients times `grad_loss`."""
+    def backward(ctx: _Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The waiting gradients times that of the loss."""
+        grad_loss, _ = grad_outputs
         scales = (1.0, ctx.weight_scale, ctx.weight_scale, 1.0, ctx.weight_scale)
         triples = zip(ctx.saved_tensors, scales, ctx.dtypes, strict=False)  # without a low-rank term there are three
         hidden, weight, bias, *low_rank = (scaled(grad, grad_loss * scale, dtype) for grad, scale, dtype in triples)
@@ -241,7 +249,7 @@ def _run(
             grad_bias += gradient.sum(0)
         if loop.low_rank is not None:
             loop.take_low_rank_gradient(index, gradient, given["factor"])
-        if arriving is not None:
+        if grad_hidden is not None and arriving is not None:
             own_rows, pending = arriving
             with loop.plan.at(index):
                 pending.wait()

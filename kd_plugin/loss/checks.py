@@ -66,7 +66,7 @@ def _replicated_by_hand(weight: Tensor) -> bool:
     """Whether autograd will cut up, without a reduction, what each rank computes for this copy of a DTensor."""
     made_by = weight.grad_fn
     spec = getattr(made_by, "dtensor_spec", None)
-    if spec is None or made_by.grad_placements is not None or spec.mesh.size() == 1:
+    if spec is None or getattr(made_by, "grad_placements", None) is not None or spec.mesh.size() == 1:
         return False
     return all(placement.is_replicate() for placement in spec.placements)
 
@@ -232,8 +232,8 @@ def logits_inputs(
     loss_targets(targets, student_logits.shape[:-1], config)
 
 
-def linear_head(name: str, head: object, *, may_be_sharded: bool = False) -> None:
-    """A head that the loss can take over: a float `nn.Linear`; a student's must not be sharded yet."""
+def linear_head(name: str, head: object, *, may_be_sharded: bool = False) -> torch.nn.Linear:
+    """The head if the loss can take it over: a float `nn.Linear`; a student's must not be sharded yet."""
     kind = f"{type(head).__module__}.{type(head).__qualname__}"
     if not isinstance(head, torch.nn.Linear):
         raise ValueError(
@@ -244,12 +244,13 @@ def linear_head(name: str, head: object, *, may_be_sharded: bool = False) -> Non
     if (quantised := _quantised(weight)) is not None or _packed(head):
         raise ValueError(f"{name} is a {kind} with {quantised or 'packed'} weights: {_KEEP_OUT}")
     if may_be_sharded:
-        return
+        return head
     # zero.Init partitions the weights of a model that is loaded; DeepSpeed's engine then numbers the modules too.
     if isinstance(weight, DTensor) or (hasattr(weight, "ds_id") and weight.numel() == 0 and hasattr(head, "ds_id")):
         raise ValueError(
             f"{name} is sharded already: call attach() before fully_shard or deepspeed.initialize; {_TENSOR_PARALLEL}"
         )
+    return head
 
 
 def _packed(head: torch.nn.Linear) -> bool:

@@ -191,7 +191,7 @@ class _Loop:
         if problem.token_weights is not None:
             weights = problem.token_weights[rows, None].to(self.dtype)
         statistics = dispatch.run(problem.row_kernel, spec, n, self.student, self.teacher, target_logits, weights)
-        if spec.with_gradient and targets is not None:
+        if spec.with_gradient and targets is not None and target_logits is not None:
             dispatch.subtract_labels(spec, logits, targets, target_logits, weights)
         if weights is not None:
             statistics[:, :NUM_LOSSES] *= weights

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kd_plugin.distributed.collectives import all_gather, host_device, located
@@ -56,7 +56,9 @@ def local_plan(rows: Tensor | None, num_rows: int, chunk_size: int) -> ChunkPlan
     return ChunkPlan(rows, num_rows, chunk, -(-num_rows // chunk))
 
 
-def agreed_plan(rows: Tensor | None, num_rows: int, chunk_size: int, group: Any, device: torch.device) -> ChunkPlan:
+def agreed_plan(
+    rows: Tensor | None, num_rows: int, chunk_size: int, group: dist.ProcessGroup | None, device: torch.device
+) -> ChunkPlan:
     """The same number of chunks, of the same length, on every rank of `group`. One all-gather."""
     own = torch.tensor([num_rows], device=host_device(group, device))
     with located(lambda: f"{num_rows} valid rows here"):

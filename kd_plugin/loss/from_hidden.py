@@ -9,20 +9,24 @@ Notable decisions:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.loss import checks, chunk_loop
+from kd_plugin.loss.autograd import Context, once_differentiable
 from kd_plugin.loss.low_rank import LowRank, low_rank_product
 from kd_plugin.loss.output import DistillOutput, LossSums, normalised, packed, scaled
 from kd_plugin.loss.teacher import HeadTeacher, TeacherSource
 from kd_plugin.row_kernels import dispatch
 from kd_plugin.row_kernels.dispatch import LogitTransform
 from kd_plugin.settings.run import DistillConfig
+
+
+class _Context(Context, Protocol):
+    dtypes: list[torch.dtype | None]
 
 
 class FusedDistill(torch.autograd.Function):
@@ -33,7 +37,7 @@ class FusedDistill(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -67,8 +71,9 @@ class FusedDistill(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        """The waiting gradients times `grad_loss`."""
+    def backward(ctx: _Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The waiting gradients times that of the loss."""
+        grad_loss, _ = grad_outputs
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=False)  # without a low-rank term there are three gradients
         hidden, weight, bias, *low_rank = (scaled(gradient, grad_loss, dtype) for gradient, dtype in pairs)
         return hidden, weight, bias, None, *low_rank

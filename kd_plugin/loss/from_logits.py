@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.loss import checks, reference
+from kd_plugin.loss.autograd import Context, once_differentiable
 from kd_plugin.loss.chunk_loop import chunk_rows, teacher_columns, wide_dtype
 from kd_plugin.loss.output import DistillOutput, LossSums, normalised, scaled
 from kd_plugin.row_kernels import dispatch
@@ -22,7 +20,7 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         student: Tensor,
         teacher: Tensor | None,
         targets: Tensor | None,
@@ -41,7 +39,7 @@ class _LogitsLoss(torch.autograd.Function):
         for piece in rows.split(chunk) if rows.numel() else ():
             logits, others = _taken(student, piece, vocab_size, wide), None
             if teacher is not None:
-                others = _taken(teacher, piece, teacher_columns(objective, vocab_size, teacher_size), wide)
+                others = _taken(teacher, piece, teacher_columns(objective, vocab_size, teacher.shape[1]), wide)
             labels = target_logits = None
             if objective.hard_weight and targets is not None:
                 labels = targets[piece, None]
@@ -50,7 +48,7 @@ class _LogitsLoss(torch.autograd.Function):
             logits = logits[: piece.numel()]
             if gradient is None:
                 continue
-            if labels is not None:
+            if labels is not None and target_logits is not None:
                 dispatch.subtract_labels(spec, logits, labels, target_logits, None)
             gradient[piece] = logits.to(gradient.dtype)
         ctx.save_for_backward(gradient)
@@ -59,7 +57,8 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_loss, _ = grad_outputs
         (gradient,) = ctx.saved_tensors
         return scaled(gradient, grad_loss, gradient.dtype), None, None, None, None, None
 

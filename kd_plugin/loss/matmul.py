@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +33,17 @@ def _onednn_is_exact_and_faster() -> bool:
     return bool(cpu.get("avx512_f") and "AMD" in cpu.get("cpu_name", "") and not cpu.get("amx_tile"))
 
 
+class _Precision(Protocol):
+    """What torch may round fp32 operands to in one library's products."""
+
+    fp32_precision: str
+
+
+def _onednn_products() -> _Precision:
+    # `torch.backends.mkldnn` is an object in a module's place, of which a type checker sees the module
+    return torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @contextmanager
 def fastest_fp32() -> Iterator[None]:
     """fp32 products of the body by the faster of torch's two CPU libraries, in full fp32 either way.
@@ -39,15 +51,16 @@ def fastest_fp32() -> Iterator[None]:
     torch calls oneDNN for fp32 only when it may round operands to bf16; a processor for which oneDNN has no such
     kernel gets its fp32 kernel. A precision that the user chose stays.
     """
-    chosen = torch.backends.mkldnn.matmul.fp32_precision
+    products = _onednn_products()
+    chosen = products.fp32_precision
     if chosen not in ("none", "ieee") or not _onednn_is_exact_and_faster():
         yield
         return
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    products.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = chosen
+        products.fp32_precision = chosen
 
 
 class Operand:
@@ -77,7 +90,8 @@ class Operand:
         self.native = weight.is_cuda and half and alike and dtype == torch.float32 and not self.rounded
         self.wide = weight
         if weight.dtype != dtype and not (self.native or self.rounded):
-            self.wide = buffer(f"{name} weight", *weight.shape, dtype, weight.device).copy_(weight)
+            rows, width = weight.shape
+            self.wide = buffer(f"{name} weight", rows, width, dtype, weight.device).copy_(weight)
 
     @property
     def held_bytes(self) -> int:
@@ -98,7 +112,8 @@ def mm_into(out: Tensor, hidden: Tensor, operand: Operand) -> None:
     if operand.native:
         torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=out.dtype, out=out)
     elif operand.rounded:
-        narrow = buffer("rounded", *out.shape, weight.dtype, weight.device)
+        rows, columns = out.shape
+        narrow = buffer("rounded", rows, columns, weight.dtype, weight.device)
         out.copy_(torch.mm(hidden.to(weight.dtype), weight.t(), out=narrow))
     else:
         with fastest_fp32():

@@ -28,17 +28,20 @@ class DistillOutput(NamedTuple):
 
 def _graph_is_kept() -> bool:
     """Whether backward may run again (`retain_graph=True`)."""
-    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    query = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
     return True if query is None else query()
 
 
-def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     """`gradient * scale` in fp32, then cast; in blocks, so that a half-precision gradient is never held wide.
+
+    `dtype` is None where there is no gradient either.
 
     In place when autograd is about to free the saved tensors anyway, never when it keeps them.
     """
     if gradient is None:
         return None
+    assert dtype is not None
     if gradient.dtype == scale.dtype == dtype:
         return gradient * scale if _graph_is_kept() else gradient.mul_(scale)
     result = torch.empty_like(gradient, dtype=dtype)
@@ -76,7 +79,7 @@ def normalised(sums: LossSums, num_items: int | float | Tensor | None) -> Distil
     items = divisor(num_items, num_valid)
     per_row = sums.statistics / num_valid.clamp_min(1)
     means = sums.statistics / items
-    by_name = dict(zip(dispatch.STATISTICS, per_row.unbind(), strict=True))
+    by_name: dict[str, Tensor] = dict(zip(dispatch.STATISTICS, per_row.unbind(), strict=True))
     metrics = {name: by_name[name] for name in sums.measured}
     return DistillOutput(sums.loss_sum / items, means[0], means[1], num_valid, metrics)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kd_plugin.loss import chunk_loop
+from kd_plugin.loss.autograd import Context, once_differentiable
 from kd_plugin.loss.from_hidden import checked_teacher, make_problem
 from kd_plugin.loss.output import scaled
 from kd_plugin.settings.run import DistillConfig
@@ -22,6 +22,10 @@ class TokenLosses(NamedTuple):
     hard_loss: Tensor
 
 
+class _Context(Context, Protocol):
+    problem: chunk_loop.Problem
+
+
 class _TokenLosses(torch.autograd.Function):
     """Losses without gradients in forward; backward runs the chunks again, each row weighted by its gradient.
 
@@ -30,7 +34,7 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: chunk_loop.Problem
+        ctx: _Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: chunk_loop.Problem
     ) -> tuple[Tensor, Tensor, Tensor]:
         result = chunk_loop.run(
             problem, hidden, weight, bias, need_hidden=False, need_weight=False, need_bias=False, keep_rows=True
@@ -47,7 +51,8 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _soft: Tensor, _hard: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_loss, _, _ = grad_outputs
         hidden, weight, bias = ctx.saved_tensors
         need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
         # Factors such as 1 / tokens come back at the end, in fp32: in fp16 they would leave nothing of a gradient.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kd_plugin.loss.chunk_plan import ChunkPlan
@@ -19,7 +20,7 @@ class TeacherSource(Protocol):
     vocab_size: int
     transform: LogitTransform
 
-    group: Any
+    group: dist.ProcessGroup | None
     """Ranks that must ask for the same chunks, because a chunk takes collectives; None: no others."""
 
     def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
@@ -60,7 +61,7 @@ class HeadTeacher:
         self.weight, self.bias = weight.detach(), bias
         self.transform = transform or LogitTransform()
         self.vocab_size = weight.shape[0]
-        self.group = None
+        self.group: dist.ProcessGroup | None = None
         self._operand: Operand | None = None
 
     def prepare(self, plan: ChunkPlan | None, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:

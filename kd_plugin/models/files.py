@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kd_plugin.settings.run import ModelSource, StudentConfig, TeacherConfig
 
@@ -108,7 +108,7 @@ def _broken_files(folder: Path) -> Iterator[str]:
             yield f"{file.name} is cut short or no weights: {_AGAIN}"
 
 
-def _failing(files: Iterator[Path], what: str, read: Callable[[Path], Any]) -> Iterator[str]:
+def _failing(files: Iterator[Path], what: str, read: Callable[[Path], object]) -> Iterator[str]:
     for file in sorted(files):
         try:
             read(file)
@@ -205,5 +205,5 @@ def _package_folder(name: str, where: str) -> Path:
     return folder
 
 
-def _names(paths: Any) -> str:
+def _names(paths: Iterable[Path]) -> str:
     return ", ".join(sorted(path.name for path in paths)) or "none"

@@ -132,15 +132,15 @@ def _without_gguf_bar() -> Iterator[None]:
     try:
         from transformers import modeling_gguf_pytorch_utils as gguf_files
 
-        tqdm = gguf_files.tqdm
+        tqdm = gguf_files.tqdm  # pyright: ignore[reportPrivateImportUsage]  (it is replaced there)
     except (ImportError, AttributeError):
         yield
         return
-    gguf_files.tqdm = partial(tqdm, disable=True)
+    gguf_files.tqdm = partial(tqdm, disable=True)  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield
     finally:
-        gguf_files.tqdm = tqdm
+        gguf_files.tqdm = tqdm  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _load_model(config: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
@@ -169,7 +169,9 @@ def _load_gguf(config: ModelSource, source: ResolvedSource, dtype: torch.dtype) 
     return fresh.eval()
 
 
-def _unpacked(source: ResolvedSource, name: str, build: Callable[[], Any]) -> ResolvedSource:
+def _unpacked(
+    source: ResolvedSource, name: str, build: Callable[[], PreTrainedModel | PreTrainedTokenizerBase]
+) -> ResolvedSource:
     """The GGUF file as an ordinary folder `name` in the cache, made by `build` the first time.
 
     Reading a GGUF file takes half a minute where the same weights as safetensors take a second. The folder is
@@ -179,6 +181,7 @@ def _unpacked(source: ResolvedSource, name: str, build: Callable[[], Any]) -> Re
     from filelock import FileLock
     from huggingface_hub import constants
 
+    assert source.gguf_file is not None
     digest = hashlib.sha256()
     with (Path(source.path_or_id) / source.gguf_file).open("rb") as file:
         while block := file.read(2**24):

@@ -199,7 +199,9 @@ def _copy_state(student: nn.Module, teacher: nn.Module, path: str, kept: list[in
 
 def _check_same_meaning(student: nn.Module, teacher: nn.Module, path: str, kept: list[int]) -> None:
     """Refuse a cut in which a layer's plain settings (window, scale, ...) come out unlike its original's."""
-    pairs = zip(student.get_submodule(path), [teacher.get_submodule(path)[i] for i in kept], strict=True)
+    new_layers, old_layers = student.get_submodule(path), teacher.get_submodule(path)
+    assert isinstance(new_layers, nn.ModuleList) and isinstance(old_layers, nn.ModuleList)
+    pairs = zip(new_layers, [old_layers[i] for i in kept], strict=True)
     for position, (new_layer, old_layer) in enumerate(pairs):
         old_modules = dict(old_layer.named_modules())
         for name, module in new_layer.named_modules():

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from kd_plugin.distributed.collectives import located, num_ranks, of_others
+from kd_plugin.distributed.uncompiled import uncompiled
 from kd_plugin.exchange.mode import Consumer, Exchange
 from kd_plugin.loss import checks
 from kd_plugin.loss.chunk_loop import chunk_rows
@@ -34,7 +36,7 @@ from kd_plugin.plugin.router_loss import with_router_loss
 from kd_plugin.plugin.student_side import StudentSide
 from kd_plugin.plugin.teacher_side import TeacherSide
 from kd_plugin.plugin.token_ids import check_inputs, embedded_ids
-from kd_plugin.plugin.tokenizers import check_tokenizers
+from kd_plugin.plugin.tokenizers import TokenizerPair, check_tokenizers
 from kd_plugin.plugin.wrappers import before_first_step
 from kd_plugin.settings.run import DistillConfig
 
@@ -42,7 +44,9 @@ from kd_plugin.settings.run import DistillConfig
 class Plugin:
     """A student bound to its teacher; made by `attach`."""
 
-    def __init__(self, student: nn.Module, teacher: Any, config: DistillConfig, group: Any = None) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, config: DistillConfig, group: ProcessGroup | None = None
+    ) -> None:
         self.config, self.group = config, group
         self.student = student
         self.teacher = teacher
@@ -57,16 +61,13 @@ class Plugin:
         Where there was no token, that is said, as nothing was distilled then.
 
         Keys: loss, soft_loss, hard_loss, router_loss (of a mixture of experts that adds one; a part of loss),
-        teacher_entropy, student_entropy (nats), top1_agreement,
-        acceptance_rate, kl_t1, valid_tokens, temperature, chunk_size, logits_avoided_gib and loss_peak_gib (of the
-        largest forward on any rank), and this rank's wall time in student_ms (backbone), teacher_ms (backbone),
-        loss_ms, summed over forwards.
+        teacher_entropy, student_entropy (nats), top1_agreement, acceptance_rate, kl_t1, valid_tokens, temperature,
+        chunk_size, logits_avoided_gib and loss_peak_gib (of the largest forward on any rank), and this rank's wall
+        time in student_ms (backbone), teacher_ms (backbone), loss_ms, summed over forwards.
         """
         values = self._measures.take(self.config, self._student.linear.weight.device, self.group, self.chunk_size)
-        if not values["valid_tokens"]:
-            self._student.watch.nothing_measured()
-        else:
-            self._student.watch.measured()
+        watch = self._student.watch
+        (watch.measured if values["valid_tokens"] else watch.nothing_measured)()
         return values
 
     @contextmanager
@@ -115,8 +116,8 @@ class Plugin:
         """Before a wrapper gathers the head, which would fail in its own words where the ranks' heads differ."""
         self.exchange.compare(self._student.linear)
 
-    def _attach_teacher(self) -> None:
-        self._teacher = side = TeacherSide(self.teacher, self.exchange, self._measures.watch)
+    def _attach_teacher(self, teacher: nn.Module) -> None:
+        self._teacher = side = TeacherSide(teacher, self.exchange, self._measures.watch)
         self._undo.append(side.restore)
         student = self._student
         check_same_rows(student.convention, side.convention)
@@ -154,9 +155,9 @@ class Plugin:
         student.watch.loss_ran()
         return output
 
-    @torch.compiler.disable
+    @uncompiled
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
-        models = {"student": self._student.model}
+        models: dict[str, nn.Module] = {"student": self._student.model}
         if self.config.soft_weight:
             models["teacher"] = causal_lm.unwrap(self.teacher)
         check_inputs(inputs, {role: (model, embedded_ids(model)) for role, model in models.items()})
@@ -189,7 +190,7 @@ class Plugin:
         loss = per_item(loss_sum, call.sums.num_valid, num_items, self.group, counted)
         return model_output(loss, backbone.output, self._student.model.config)
 
-    @torch.compiler.disable
+    @uncompiled
     def _through_heads(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
         """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
         weight = self._student.linear.weight
@@ -225,16 +226,17 @@ class Plugin:
             return self._student.head(hidden, call)
 
     def _run_teacher(self, inputs: dict[str, Any], consumer: Consumer) -> None:
+        assert self.teacher is not None
         self._teacher.run(self.teacher, inputs, consumer)
 
 
 def attach(
     student: nn.Module,
-    teacher: Any,
+    teacher: nn.Module | None,
     config: DistillConfig | None = None,
     *,
-    group: Any = None,
-    tokenizers: Any = None,
+    group: ProcessGroup | None = None,
+    tokenizers: TokenizerPair | None = None,
 ) -> Plugin:
     """Make `student(input_ids, labels=...).loss` the distillation loss; call it before wrapping the student.
 
@@ -277,12 +279,11 @@ def attach(
         raise ValueError("the teacher is missing: attach(student, teacher, config)")
     checks.distill_config(config)
     checks.language_model(student, "student")
-    model = causal_lm.unwrap(student)
     if config.soft_weight and teacher is None:
         raise ValueError(f"soft_weight is {config.soft_weight:g} but teacher is None: pass one, or set soft_weight=0")
     if teacher is not None:
         checks.language_model(teacher, "teacher")
-        causal_lm.check_apart(model, causal_lm.unwrap(teacher))
+        causal_lm.check_apart(causal_lm.unwrap_model(student), causal_lm.unwrap_model(teacher))
     if tokenizers is not None:
         if not isinstance(tokenizers, tuple | list) or len(tokenizers) != 2:
             raise ValueError(f"tokenizers is a {type(tokenizers).__name__}; wanted a pair, (student's, teacher's)")
@@ -290,8 +291,8 @@ def attach(
     plugin = Plugin(student, teacher, config, group)
     try:
         plugin._attach_student()
-        if config.soft_weight:
-            plugin._attach_teacher()
+        if config.soft_weight and teacher is not None:
+            plugin._attach_teacher(teacher)
     except Exception:
         plugin.detach()
         raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from kd_plugin.loss.teacher import AfterHead
 from kd_plugin.plugin.logit_probe import NUM_ROWS, LogitsChanged, after_head, changed_by_place, known_rows, other_size
 from kd_plugin.plugin.token_ids import input_embeddings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class HeadCallsError(ValueError):
@@ -35,6 +38,11 @@ def unwrap(model: Any) -> nn.Module:
             return model
 
 
+def unwrap_model(model: nn.Module) -> PreTrainedModel:
+    """The same, of what has to be a model as Transformers has them; what it lacks shows where that is used."""
+    return cast("PreTrainedModel", unwrap(model))
+
+
 class HeadSlot(NamedTuple):
     """Where the head sits: `parent.<name>`."""
 
@@ -44,14 +52,23 @@ class HeadSlot(NamedTuple):
     @property
     def module(self) -> nn.Module:
         """The head that sits there now."""
-        return self.parent._modules[self.name]
+        module = self.parent._modules[self.name]
+        assert module is not None
+        return module
+
+    @property
+    def rows(self) -> int:
+        """Token ids of the head that sits there now."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[0]
 
     def put(self, module: nn.Module) -> None:
         """Put another module in the head's place; its parameters are not touched."""
         self.parent._modules[self.name] = module
 
 
-def find_head(model: nn.Module, side: str) -> HeadSlot:
+def find_head(model: PreTrainedModel, side: str) -> HeadSlot:
     """The output head, whatever wraps it. Raises `ValueError` for a model without one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or not hasattr(model, "config"):
@@ -75,7 +92,7 @@ def still_there(slot: HeadSlot, head: nn.Module, side: str) -> None:
         )
 
 
-def check_apart(student: nn.Module, teacher: nn.Module) -> None:
+def check_apart(student: PreTrainedModel, teacher: nn.Module) -> None:
     """Refuse a teacher that would train with the student, or a student that would be frozen with the teacher."""
     if teacher is student:
         raise ValueError("student and teacher are one model: pass copy.deepcopy(student) as the teacher")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kd_plugin.distributed.layout import row_shards, rows_here, whole_shape
+from kd_plugin.distributed.vocab_slice import VocabShard
 from kd_plugin.exchange.vocab_parallel import VocabParallelDistill
 from kd_plugin.loss import checks
 from kd_plugin.loss.from_hidden import loss_sums, make_problem
@@ -58,10 +59,10 @@ class DistillHead(nn.Linear):
         self.out_features, self.in_features = whole_shape(lm_head.weight, lm_head)
         self.distill_config = config
         own = type(lm_head).forward is not nn.Linear.forward and not isinstance(lm_head, DistillHead)
-        self._taken_from = (lm_head,) if own else ()  # a tuple: not registered as a submodule
+        self._taken_from: tuple[nn.Linear, ...] = (lm_head,) if own else ()  # a tuple: not registered as a submodule
         self.set_after_head(transform or LogitTransform(), logits_bias)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (it is called as a head is, and for more)
         self,
         hidden_states: Tensor,
         targets: Tensor | HeadCall | None = None,
@@ -83,8 +84,8 @@ class DistillHead(nn.Linear):
         if isinstance(targets, HeadCall):
             return self._call(hidden_states, targets)
         if targets is None and teacher is None:
-            if self._taken_from:  # a subclass with a forward of its own, on the same parameters
-                return type(self._taken_from[0]).forward(self._taken_from[0], hidden_states)
+            for original in self._taken_from:  # a subclass with a forward of its own, on the same parameters
+                return type(original).forward(original, hidden_states)
             return super().forward(hidden_states)
         if isinstance(teacher, (tuple, list)):
             teacher = _from_tuple(teacher, hidden_states)
@@ -108,12 +109,13 @@ class DistillHead(nn.Linear):
         assert call.shard is not None
         cut = row_shards(self.weight)
         assert cut is not None
-        weight, bias = (None if p is None else rows_here(p, cut.replicas) for p in (self.weight, self.bias))
+        weight = rows_here(self.weight, cut.replicas)
+        bias = None if self.bias is None else rows_here(self.bias, cut.replicas)
         if self._logits_bias is not None:
             extra = self._logits_bias[0][call.shard.start : call.shard.stop].to(weight)
             bias = extra if bias is None else bias + extra
         # FSDP averages every other gradient over the ranks; this one already is the sum over all their rows
-        return self._vocab_parallel(hidden_states, weight, bias, call.low_rank, call, 1 / cut.ranks)
+        return self._vocab_parallel(hidden_states, weight, bias, call.low_rank, call, call.shard, 1 / cut.ranks)
 
     def _vocab_parallel(
         self,
@@ -122,35 +124,36 @@ class DistillHead(nn.Linear):
         bias: Tensor | None,
         low_rank: LowRank | None,
         call: HeadCall,
+        shard: VocabShard,
         weight_scale: float,
     ) -> Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         problem = make_problem(
             flat,
-            call.shard.sizes.student,
+            shard.sizes.student,
             call.teacher,
             call.targets,
             self.distill_config,
             transform=self.transform,
             token_weights=call.token_weights,
             rows=call.rows,
-            teacher_size=call.shard.sizes.shared,
+            teacher_size=shard.sizes.shared,
         )
-        extra = ()
+        extra: tuple[Tensor, ...] = ()
         if low_rank is not None:
             bias, extra = low_rank.plus(bias), (low_rank.factor, low_rank.up)
-        loss_sum, sums = VocabParallelDistill.apply(flat, weight, bias, problem, call.shard, weight_scale, *extra)
+        loss_sum, sums = VocabParallelDistill.apply(flat, weight, bias, problem, shard, weight_scale, *extra)
         call.sums = packed(loss_sum, sums, problem)
         return loss_sum
 
     def _call(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
-        if call.shard is not None:
-            rows = slice(call.shard.start, call.shard.stop)
+        if (shard := call.shard) is not None:
+            rows = slice(shard.start, shard.stop)
             checks.whole_weight("lm_head.weight", self.weight)
             bias = self._whole_bias()
             bias = None if bias is None else bias[rows]
             low_rank = None if call.low_rank is None else call.low_rank.rows(rows.start, rows.stop)
-            return self._vocab_parallel(hidden_states, self.weight[rows], bias, low_rank, call, 1.0)
+            return self._vocab_parallel(hidden_states, self.weight[rows], bias, low_rank, call, shard, 1.0)
         call.sums = self._sums(hidden_states, call.targets, call.teacher, call.token_weights, call.rows, call.low_rank)
         return call.sums.loss_sum
 
@@ -187,7 +190,7 @@ class DistillHead(nn.Linear):
 def _from_tuple(teacher: Sequence[Tensor], hidden_states: Tensor) -> HeadTeacher:
     if len(teacher) not in (2, 3):
         raise ValueError(f"teacher has {len(teacher)} parts; wanted (teacher_hidden, teacher_weight[, teacher_bias])")
-    hidden, weight, bias = (*teacher, None)[:3]
+    hidden, weight, bias = teacher[0], teacher[1], teacher[2] if len(teacher) == 3 else None
     checks.teacher_pair(hidden, weight, bias, hidden_states)
     return HeadTeacher(hidden, weight, bias)
 

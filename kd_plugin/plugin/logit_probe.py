@@ -38,6 +38,12 @@ def known_rows(vocab_size: int) -> Tensor:
     return rows
 
 
+def configurations(model: nn.Module) -> tuple[Any, Any]:
+    """Of the whole model and of its text part, often the same; None where it has none."""
+    config: Any = getattr(model, "config", None)
+    return config, config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def after_head(logits: Tensor, model: nn.Module, side: str) -> AfterHead:
     """What a model does to logits, given those `[NUM_ROWS, V]` that it made of `known_rows(V)`.
 
@@ -98,8 +104,7 @@ def changed_by_place(model: nn.Module, side: str) -> LogitsChanged:
 
 def declared(model: nn.Module) -> LogitTransform:
     """The transform by the attributes that several architectures share; to be checked by measuring."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    _, text = configurations(model)
     softcap = getattr(text, "final_logit_softcapping", None)
     scale = getattr(text, "logit_scale", None)
     return LogitTransform(float(scale) if isinstance(scale, int | float) else 1.0, float(softcap) if softcap else None)

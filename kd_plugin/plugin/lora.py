@@ -29,14 +29,14 @@ from kd_plugin.plugin.replaced_forward import ReplacedForward, is_replaced
 __all__ = ["check_student", "on_shards", "replace_head"]
 
 
-def check_student(model: Any, slot: HeadSlot) -> None:
+def check_student(model: nn.Module, slot: HeadSlot) -> None:
     """Refuse a student that the loss cannot take over.
 
     Raises:
         ValueError: prompt tuning; a head that is not linear, quantised, sharded already, attached already, or
             adapted in another way than by LoRA.
     """
-    config = getattr(model, "active_peft_config", None)
+    config: Any = getattr(model, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
         raise ValueError(
             f"the student is adapted by {config.peft_type.value}, whose virtual tokens have no labels and are unknown "
@@ -59,7 +59,7 @@ def replace_head(slot: HeadSlot, distilling: Callable[[nn.Linear], DistillHead])
         What undoes it, to be called from last to first.
     """
     layers, adapted = _linear_layers(slot)
-    undo = [_put(layer, distilling(layer.module)) for layer in layers]
+    undo = [_put(layer, distilling(checks.linear_head("the student's head", layer.module))) for layer in layers]
     if adapted:
         undo += _take_over_adapter(slot.module)
     return undo
@@ -195,8 +195,8 @@ def on_shards(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
     for name in _active_adapters(head):
         down, up = _whole(head.lora_A[name].weight), head.lora_B[name]
         factor = F.linear(head.lora_dropout[name](hidden.to(down.dtype)), down)
-        rows = [None if p is None else rows_here(p, cut.replicas) for p in (up.weight, up.bias)]
-        terms.append(_term(factor, *rows, head.scaling[name]))
+        bias = None if up.bias is None else rows_here(up.bias, cut.replicas)
+        terms.append(_term(factor, rows_here(up.weight, cut.replicas), bias, head.scaling[name]))
     call.low_rank = _side_by_side(terms)
     return head.base_layer.on_shards(hidden, call)
 

@@ -20,10 +20,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kd_plugin.distributed.uncompiled import uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ class LossWatch:
         self._calls_measured = 0
         self._said: set[str] = set()
         self._expected_backbone = False
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         models = _models_around(model, head_parent)
         for watched in models:
             hook = _Hook(self, inspect.signature(type(watched).forward))
@@ -119,7 +122,7 @@ class LossWatch:
         self.calls += 1
         return self.losses
 
-    def left(self, losses_before: int, model: nn.Module, labelled: bool, output: Any) -> None:
+    def left(self, losses_before: int, model: nn.Module, labelled: bool, output: object) -> None:
         """A call of the student has ended."""
         self._expected_backbone = False
         if self._inside or self.losses != losses_before:
@@ -130,13 +133,12 @@ class LossWatch:
                 f"{_describe(model)}. Nothing would be distilled: {_CURE}"
             )
         if labelled:
-            self._say(
-                "labels", f"a call of {type(model).__name__} with labels went past the distillation loss: {_CURE}"
-            )
+            what = f"a call of {type(model).__name__} with labels went past the distillation loss"
+            self._say("labels", f"{what}: {_CURE}")
         elif _requires_grad(output):  # whatever the mode: from_pretrained hands models out in eval()
             self._without_labels(f"{type(model).__name__} is trained on a forward without labels")
 
-    def backbone_called(self, backbone: nn.Module, output: Any) -> None:
+    def backbone_called(self, backbone: nn.Module, output: object) -> None:
         """The backbone has run, perhaps past the student's forward."""
         expected, self._expected_backbone = self._expected_backbone, False
         if not (expected or self._inside) and _requires_grad(output):
@@ -166,13 +168,13 @@ class _Hook:
         self._losses = 0
         self._said = False
 
-    @torch.compiler.disable
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @uncompiled
+    def before(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if self._watch is not None:
             self._losses = self._watch.entered()
 
-    @torch.compiler.disable
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    @uncompiled
+    def after(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         labelled = self._labelled(module, args, kwargs)
         if self._watch is not None:
             self._watch.left(self._losses, module, labelled, output)
@@ -184,18 +186,16 @@ class _Hook:
                 type(module).__name__,
             )
 
-    def _labelled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _labelled(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         if any(kwargs.get(name) is not None for name in _LABELS):
             return True
-        if not args:
-            return False
-        named = self._signature.bind_partial(module, *args).arguments
+        named = self._signature.bind_partial(module, *args).arguments if args else {}
         return any(named.get(name) is not None for name in _LABELS)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+    def __deepcopy__(self, memo: dict[int, object]) -> _Hook:
         return _Hook(None, self._signature)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise ValueError("a model with a teacher attached cannot be pickled: save its state_dict(), or detach() first")
 
 
@@ -205,15 +205,15 @@ class _BackboneHook:
     def __init__(self, watch: LossWatch | None) -> None:
         self._watch = watch
 
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    @uncompiled
+    def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         if self._watch is not None:
             self._watch.backbone_called(module, output)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _BackboneHook:
+    def __deepcopy__(self, memo: dict[int, object]) -> _BackboneHook:
         return _BackboneHook(None)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise ValueError("a model with a teacher attached cannot be pickled: save its state_dict(), or detach() first")
 
 
@@ -227,7 +227,7 @@ def _models_around(model: nn.Module, head_parent: nn.Module) -> list[nn.Module]:
     return around
 
 
-def _requires_grad(output: Any) -> bool:
+def _requires_grad(output: object) -> bool:
     """Whether gradients can come back from any tensor of an output."""
     if isinstance(output, Tensor):
         return output.requires_grad
@@ -263,7 +263,7 @@ def _trainer_causes(frame: FrameType | None) -> _Causes:
     return _Causes("", likely)
 
 
-def _trainer_frames(frame: FrameType | None) -> Iterator[tuple[FrameType, Any]]:
+def _trainer_frames(frame: FrameType | None) -> Iterator[tuple[FrameType, object]]:
     """The methods of Hugging Face Trainers that call a model and are running, innermost first, each with its trainer.
 
     No other frame's variables are read: Python keeps what it shows of them, large tensors too, while the frame lives.
@@ -279,7 +279,7 @@ def _trainer_frames(frame: FrameType | None) -> Iterator[tuple[FrameType, Any]]:
 
 def _refuse_predictions(frame: FrameType | None) -> None:
     for method, trainer in _trainer_frames(frame):
-        if getattr(trainer.args, "predict_with_generate", False):  # what it predicts is generated
+        if getattr(getattr(trainer, "args", None), "predict_with_generate", False):  # what it predicts is generated
             return
         if method.f_code.co_name == "prediction_step" and method.f_locals.get("prediction_loss_only") is False:
             raise LogitsWanted(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -148,7 +147,9 @@ class Measures:
         finally:
             self._peak_loss_bytes, self._dense_bytes = peaks
 
-    def take(self, config: DistillConfig, device: torch.device, group: Any, chunk_size: int) -> dict[str, float]:
+    def take(
+        self, config: DistillConfig, device: torch.device, group: dist.ProcessGroup | None, chunk_size: int
+    ) -> dict[str, float]:
         """See `Plugin.metrics`, for the objective of `config`. One collective."""
         peaks = {"loss_peak_gib": self._peak_loss_bytes / GIB, "logits_avoided_gib": self._dense_bytes / GIB}
         self._peak_loss_bytes = self._dense_bytes = 0

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kd_plugin.distributed.collectives import all_reduce, num_ranks
+from kd_plugin.distributed.uncompiled import uncompiled
 from kd_plugin.loss.output import divisor
+
+if TYPE_CHECKING:
+    from transformers.utils.generic import ModelOutput
 
 # What one model has computed, and the other would take for its own or go without.
 _OF_ONE_MODEL = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "past_key_values")
 
 
-def check_readable(inputs: dict[str, Any]) -> None:
+def check_readable(inputs: Mapping[str, object]) -> None:
     """Raise `ValueError` for inputs of the student from which the teacher would compute something else."""
     found = [name for name in _OF_ONE_MODEL if inputs.get(name) is not None]
     if found:
@@ -24,9 +30,13 @@ def check_readable(inputs: dict[str, Any]) -> None:
         )
 
 
-@torch.compiler.disable  # counts over the ranks, which a compiled student leaves to eager code
+@uncompiled  # counts over the ranks, which a compiled student leaves to eager code
 def per_item(
-    loss_sum: Tensor, num_valid: Tensor, num_items: int | Tensor | None, group: Any, group_rows: int | None = None
+    loss_sum: Tensor,
+    num_valid: Tensor,
+    num_items: int | Tensor | None,
+    group: dist.ProcessGroup | None,
+    group_rows: int | None = None,
 ) -> Tensor:
     """Divide by `num_items`; without it, count over all ranks and undo the wrapper's averaging over them.
 
@@ -47,10 +57,10 @@ def per_item(
     return loss_sum * ranks / valid.clamp_min(1)
 
 
-def model_output(loss: Tensor, own_output: Any, model_config: Any) -> Any:
+def model_output(loss: Tensor, own_output: Any, model_config: object) -> ModelOutput:
     """The loss in the class of the model's own output, or in the usual one where that has no loss."""
     from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
     kind = type(own_output)
     if isinstance(own_output, ModelOutput) and "loss" in kind.__dataclass_fields__:

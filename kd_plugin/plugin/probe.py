@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ from kd_plugin.plugin.probe_batch import (
 )
 from kd_plugin.plugin.second_look import second_look
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Observed(NamedTuple):
     """What a model showed; None where it could not."""
@@ -51,7 +54,7 @@ class Observed(NamedTuple):
     """Whether it adds something to the cross-entropy of its labels, such as a router loss."""
 
 
-def observe(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
+def observe(model: PreTrainedModel, slot: HeadSlot, side: str) -> Observed:
     """Run `model` on a few tokens with a stand-in for its head; it is left as it was.
 
     Raises:
@@ -72,8 +75,8 @@ def observe(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
         return observed._replace(convention=second.convention, adds=observed.adds or second.adds)
 
 
-def _look(model: nn.Module, slot: HeadSlot, side: str) -> Observed:
-    vocab_size = slot.module.weight.shape[0]
+def _look(model: PreTrainedModel, slot: HeadSlot, side: str) -> Observed:
+    vocab_size = slot.rows
     known, tokens = KnownLogits(vocab_size), plain_tokens(model, vocab_size)
     labels = labels_of(tokens)
     inputs = {"input_ids": tokens}
@@ -132,10 +135,10 @@ def _cannot_run(model: nn.Module) -> str | None:
 
 
 def _decoder_inputs(
-    model: nn.Module, slot: HeadSlot, inputs: dict[str, Tensor], labels: Tensor, hidden: Tensor
+    model: PreTrainedModel, slot: HeadSlot, inputs: dict[str, Tensor], labels: Tensor, hidden: Tensor
 ) -> str | None:
     """The way to make decoder inputs of labels that gives the decoder's `hidden` states `[2, 8, D]`, if any does."""
-    known = KnownLogits(slot.module.weight.shape[0])
+    known = KnownLogits(slot.rows)
     for name, make in DECODER_INPUTS.items():
         try:
             ids = make(model, labels.clone())
@@ -176,5 +179,5 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+def _plain_attributes(module: nn.Module) -> dict[str, bool | int | float | str | None]:
     return {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN)}

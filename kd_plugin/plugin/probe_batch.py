@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from kd_plugin.plugin.causal_lm import accepts
 from kd_plugin.plugin.labels import OWN_IGNORE_INDEX, OwnLoss
 from kd_plugin.plugin.logit_probe import NUM_ROWS, after_head, changed_by_place, known_rows, other_size
 from kd_plugin.plugin.token_ids import embedded_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BATCH, LENGTH = 2, 2 * NUM_ROWS
 _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -44,7 +47,7 @@ def _usable(model: nn.Module, vocab_size: int) -> int:
     return min(vocab_size, embedded_ids(model) or vocab_size)
 
 
-def plain_tokens(model: nn.Module, vocab_size: int) -> Tensor:
+def plain_tokens(model: PreTrainedModel, vocab_size: int) -> Tensor:
     """Token ids `[2, 8]`, none of them special where there are enough others."""
     rows = _usable(model, vocab_size)
     special: set[int] = set()
@@ -66,7 +69,7 @@ def labels_of(tokens: Tensor) -> Tensor:
     return labels
 
 
-def special_tokens(model: nn.Module, vocab_size: int) -> tuple[dict[str, Tensor], Tensor]:
+def special_tokens(model: PreTrainedModel, vocab_size: int) -> tuple[dict[str, Tensor], Tensor]:
     """The batch with start, end and padding tokens in it, the last ones masked, and labels likewise `[2, 8]`."""
     tokens = plain_tokens(model, vocab_size)
     labels = labels_of(tokens)
@@ -86,7 +89,7 @@ def special_tokens(model: nn.Module, vocab_size: int) -> tuple[dict[str, Tensor]
     return inputs, labels
 
 
-def _special_id(model: nn.Module, name: str, usable: int) -> int | None:
+def _special_id(model: PreTrainedModel, name: str, usable: int) -> int | None:
     """The id by this name, if the model has one below `usable`."""
     for config in (model.config.get_text_config(), model.config):
         found = getattr(config, name, None)

@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -65,13 +65,13 @@ class ReplacedForward:
         else:
             setattr(self._module, self._attribute, self._own)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
         copied = memo.get(id(self._module))
         if copied is None or self._own is not None:
             raise ValueError("a model with a teacher attached cannot be copied as it is: call plugin.detach() first")
         return MethodType(type(copied).forward, copied)  # the copy is a plain model, e.g. for weight averaging
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise ValueError("a model with a teacher attached cannot be pickled: save its state_dict(), or detach() first")
 
 
@@ -97,11 +97,11 @@ class NamedCall:
         if self._module.__dict__.get("_call_impl") is self:
             del self._module.__dict__["_call_impl"]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
         copied = memo[id(self._module)]  # the module, whose attributes these are
         return MethodType(type(copied)._call_impl, copied)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise ValueError("a model with a teacher attached cannot be pickled: save its state_dict(), or detach() first")
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_plugin.loss.output import LossSums
 from kd_plugin.loss.teacher import AfterHead
@@ -53,7 +53,7 @@ class RouterLoss:
         forward: Callable[..., Any],
         inputs: dict[str, Any],
         *,
-        config: Any,
+        config: object,
         vocab_size: int,
         shift: bool,
         device: torch.device,
@@ -102,7 +102,7 @@ class RouterLoss:
         after = None if measure is None else probe.after_head(output, slot.parent, measure)
         return causal_lm.Backbone(hidden_states, output, after), loss
 
-    def _say_nothing_trains(self, model: Any) -> None:
+    def _say_nothing_trains(self, model: nn.Module) -> None:
         if not self._warned:
             self._warned = True
             logger.warning(
@@ -134,7 +134,7 @@ class _Addition:
         certain[:, 0] = _CERTAIN
         return torch.cat([certain, known_rows(self._vocab_size)])[None].to(hidden_states.device)
 
-    def of(self, output: Any, model: Any, *, shift: bool) -> Tensor:
+    def of(self, output: object, model: nn.Module, *, shift: bool) -> Tensor:
         """What was added (0-d), of the output that the model made of `reply` and `labels`."""
         loss = _loss_of(output, model)
         logits = getattr(output, "logits", None)
@@ -145,7 +145,7 @@ class _Addition:
         logits = logits.detach().reshape(1, -1, self._vocab_size)
         return loss - own_loss(logits, self.labels.to(logits.device), shift=shift).to(loss)
 
-    def after_head(self, output: Any, model: Any, side: str) -> AfterHead:
+    def after_head(self, output: object, model: nn.Module, side: str) -> AfterHead:
         """What the model did to the known rows."""
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
@@ -164,19 +164,19 @@ def with_router_loss(loss_sum: Tensor, router_loss: Tensor | None, sums: LossSum
     return loss_sum + router_loss.to(loss_sum) * sums.num_rows
 
 
-def _asked_for(inputs: Mapping[str, Any], config: Any) -> bool:
+def _asked_for(inputs: Mapping[str, object], config: object) -> bool:
     """Whether the forward is to compute router losses: its argument says so, or else a configuration."""
     given = inputs.get(_FLAG)
     return bool(given) if given is not None else any(getattr(part, _FLAG, False) for part in _configurations(config))
 
 
-def _configurations(config: Any) -> list[Any]:
+def _configurations(config: object) -> list[object]:
     """The model's configuration and those inside it (`text_config`, ...)."""
     inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()]
     return [config, *(found for part in inner if part is not None for found in _configurations(part))]
 
 
-def _refuse_other_losses(inputs: Mapping[str, Any], config: Any) -> None:
+def _refuse_other_losses(inputs: Mapping[str, object], config: object) -> None:
     extra = sorted(name for name, value in inputs.items() if value is not None and _LABELS.search(name))
     if extra:
         raise ValueError(
@@ -186,7 +186,7 @@ def _refuse_other_losses(inputs: Mapping[str, Any], config: Any) -> None:
     refuse_z_loss(config)
 
 
-def refuse_z_loss(config: Any) -> None:
+def refuse_z_loss(config: object) -> None:
     """Refuse a student whose configuration adds a loss of all its logits.
 
     Raises:
@@ -200,14 +200,14 @@ def refuse_z_loss(config: Any) -> None:
         )
 
 
-def _has_a_loss(output: Any) -> bool:
+def _has_a_loss(output: object) -> bool:
     """Whether the output of a forward without labels names a loss, as a router loss would be."""
     if not isinstance(output, Mapping):
         return False
     return any("loss" in name and isinstance(value, Tensor) for name, value in output.items())
 
 
-def _loss_of(output: Any, model: Any) -> Tensor:
+def _loss_of(output: object, model: nn.Module) -> Tensor:
     """The model's own loss (0-d); first in a tuple, as Transformers has it."""
     loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -7,16 +7,19 @@ would otherwise be lost for a whole training without a word.
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_plugin.loss.teacher import AfterHead
 from kd_plugin.plugin.causal_lm import HeadCallsError, HeadSlot, run_with_stand_in
 from kd_plugin.plugin.labels import Convention, LabelError, shift_of
 from kd_plugin.plugin.logit_probe import LogitsChanged
 from kd_plugin.plugin.probe_batch import KnownLogits, consistent, own_loss_of, reason_of, special_tokens, whole_call
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ class Found(NamedTuple):
 
 
 def second_look(
-    model: nn.Module, slot: HeadSlot, side: str, after_head: AfterHead | None, convention: Convention | None
+    model: PreTrainedModel, slot: HeadSlot, side: str, after_head: AfterHead | None, convention: Convention | None
 ) -> Found:
     """See whether a model does at special tokens, and a student in training mode, what it did in the first look.
 
@@ -68,7 +71,7 @@ def second_look(
 class _Look(NamedTuple):
     """The arguments of `second_look`."""
 
-    model: nn.Module
+    model: PreTrainedModel
     slot: HeadSlot
     side: str
     after_head: AfterHead | None
@@ -76,14 +79,14 @@ class _Look(NamedTuple):
 
     def __call__(self, training: bool, when: str) -> Found:
         self.model.train(training)
-        inputs, labels = special_tokens(self.model, self.slot.module.weight.shape[0])
+        inputs, labels = special_tokens(self.model, self.slot.rows)
         with_labels = self.convention is not None and self.side == "student"
         if with_labels:
             inputs["labels"] = labels
         elif getattr(self.model.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = inputs["input_ids"]
         output = self._run(inputs, seed=0)
-        after = consistent(output.logits, self.slot.module.weight.shape[0], self.model, self.side)
+        after = consistent(output.logits, self.slot.rows, self.model, self.side)
         if self.after_head is not None and not after.close_to(self.after_head):
             raise LogitsChanged(
                 f"the {self.side} ({type(self.model).__name__}) changes its logits after the head in another way "
@@ -103,7 +106,9 @@ class _Look(NamedTuple):
             for masked in (False, True):
                 if first is None or (masked and hidden is None):
                     continue
-                losses = [loss.without(hidden) if masked else loss for loss in (first, again) if loss is not None]
+                losses = [loss for loss in (first, again) if loss is not None]
+                if masked and hidden is not None:
+                    losses = [loss.without(hidden) for loss in losses]
                 if shift_of(*losses) == self.convention.shift:
                     return Found(self.convention._replace(masked=masked), adds)
         raise LabelError(
@@ -113,5 +118,5 @@ class _Look(NamedTuple):
 
     def _run(self, inputs: dict[str, Tensor], seed: int) -> Any:
         torch.manual_seed(0)  # dropout and jitter the same in each run; the caller's state comes back
-        known = KnownLogits(self.slot.module.weight.shape[0], seed)
+        known = KnownLogits(self.slot.rows, seed)
         return run_with_stand_in(self.slot, whole_call(self.model), inputs, known.reply)[1]

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from kd_plugin.plugin.logit_probe import configurations
 from kd_plugin.plugin.replaced_forward import home_of
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,7 @@ class StateWatch:
     def __init__(self, model: nn.Module, side: str) -> None:
         self._model, self._side = model, side
         self._buffers = [(module._buffers, name) for module in model.modules() for name in module._buffers]
-        config = getattr(model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        config, text = configurations(model)
         owners = {id(owner): owner for owner in (model, config, text) if owner is not None}
         self._namespaces = [vars(owner) for owner in owners.values()]
         self._hooks = set(model._forward_hooks)

@@ -6,12 +6,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugin.distributed.layout import row_shards, waits_for_engine
+from kd_plugin.distributed.uncompiled import uncompiled
 from kd_plugin.loss import checks
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import AfterHead
@@ -27,6 +28,9 @@ from kd_plugin.plugin.state_watch import StateWatch
 from kd_plugin.plugin.token_ids import check_labels
 from kd_plugin.plugin.wrappers import BypassWatch
 from kd_plugin.settings.run import DistillConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +56,8 @@ class StudentSide:
         ValueError: its head, its logits or its own loss cannot be followed.
     """
 
-    def __init__(self, student: Any, forward: Callable[..., Any], config: DistillConfig) -> None:
-        self.model = causal_lm.unwrap(student)
+    def __init__(self, student: nn.Module, forward: Callable[..., Any], config: DistillConfig) -> None:
+        self.model = causal_lm.unwrap_model(student)
         self.config = config
         self.slot = slot = causal_lm.find_head(self.model, "student")
         self._engine_seen = False
@@ -107,7 +111,7 @@ class StudentSide:
         """Of peft's modules_to_save there are two, of which one is at work."""
         return [module for module in self.slot.module.modules() if isinstance(module, DistillHead)]
 
-    @torch.compiler.disable
+    @uncompiled
     def targets(
         self, inputs: dict[str, Any], labels: Tensor | None, shift_labels: Tensor | None, *, looked_at: bool = False
     ) -> Tensor:
@@ -187,7 +191,8 @@ class StudentSide:
                 "peft has wrapped the student's head after attach(), where its adapter would be added to the loss and "
                 "not to the logits: get_peft_model first, then attach"
             )
-        if "forward" in linear.__dict__ and not hasattr(linear, "_hf_hook"):
+        forward = linear.__dict__.get("forward")
+        if not (forward is None or isinstance(forward, ReplacedForward) or hasattr(linear, "_hf_hook")):
             raise ValueError(
                 "the forward of the student's head was replaced after attach(), which computes the loss in it: put it "
                 "back, or replace it before attach(), where it is judged by what it does"
@@ -206,12 +211,13 @@ class StudentSide:
         return loss_sum
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _base(model: PreTrainedModel) -> PreTrainedModel:
     """The Transformers model inside peft's."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
 
 
-def _convention_of(model: nn.Module, observed: Observed) -> tuple[Convention | None, str]:
+def _convention_of(model: PreTrainedModel, observed: Observed) -> tuple[Convention | None, str]:
     """How the student reads its labels: as it showed, or by the table for a class of Transformers'; and why not.
 
     Raises:

@@ -9,12 +9,13 @@ Notable decisions:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugin.distributed.layout import waits_for_engine, whole_shape
+from kd_plugin.distributed.uncompiled import uncompiled
 from kd_plugin.exchange.mode import Consumer, Exchange
 from kd_plugin.loss import checks
 from kd_plugin.plugin import causal_lm
@@ -25,6 +26,9 @@ from kd_plugin.plugin.plain_head import check_plain
 from kd_plugin.plugin.probe import observe
 from kd_plugin.plugin.replaced_forward import ReplacedForward, innermost, is_replaced
 from kd_plugin.plugin.state_watch import StateWatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Inputs of one model's own bookkeeping, of no use to the other.
 _NOT_FOR_TEACHER = {"past_key_values", "use_cache", "cache_position", "inputs_embeds", "output_attentions"}
@@ -43,8 +47,8 @@ class TeacherSide:
         ValueError: it serves another student, or has a head that cannot be distilled from.
     """
 
-    def __init__(self, teacher: Any, exchange: Exchange, watch: Stopwatch) -> None:
-        if is_replaced(model := causal_lm.unwrap(teacher)):
+    def __init__(self, teacher: nn.Module, exchange: Exchange, watch: Stopwatch) -> None:
+        if is_replaced(model := causal_lm.unwrap_model(teacher)):
             raise ValueError(
                 "this teacher serves another student already: detach that plugin, or load the teacher twice"
             )
@@ -57,11 +61,11 @@ class TeacherSide:
             self.restore()
             raise
 
-    def _take_over(self, model: nn.Module) -> None:
+    def _take_over(self, model: PreTrainedModel) -> None:
         self._freeze(model)
         self._slot = causal_lm.find_head(model, "teacher")
-        self._head = head = causal_lm.unwrap(self._slot.module)
-        checks.linear_head("the teacher's head", head, may_be_sharded=True)
+        inner = causal_lm.unwrap(self._slot.module)
+        self._head = head = checks.linear_head("the teacher's head", inner, may_be_sharded=True)
         checks.not_tensor_parallel("the teacher's head", head, model)
         check_plain("the teacher's head", head)
         observed = observe(model, self._slot, "teacher")
@@ -92,7 +96,7 @@ class TeacherSide:
         if self._state.changed(inputs):  # a bias or scale of the logits, say, that has been loaded or set since
             self._exchange.forget_teacher()
 
-    def run(self, teacher: Any, inputs: dict[str, Any], consumer: Consumer) -> None:
+    def run(self, teacher: nn.Module, inputs: dict[str, Any], consumer: Consumer) -> None:
         """Call `teacher`, what now wraps the model, with the student's inputs; `consumer` gets what comes of it."""
         model = causal_lm.unwrap(teacher)
         if any(module.training for module in self._modules):  # set by the train() of a module around it, or inside
@@ -126,8 +130,8 @@ class TeacherSide:
             exchange.teacher_after_head = backbone.after_head
         return self._give(backbone.hidden_states, kd_consumer)
 
-    @torch.compiler.disable
-    def _give(self, hidden_states: Tensor, consumer: Consumer) -> Any:
+    @uncompiled
+    def _give(self, hidden_states: Tensor, consumer: Consumer) -> Tensor | None:
         causal_lm.still_there(self._slot, self._head, "teacher")
         if not (consumer.needs_head or self._tied):
             return consumer.use_hidden(hidden_states)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugin.loss import checks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["UnknownTokenError", "check_inputs", "check_labels", "embedded_ids", "input_embeddings"]
 
@@ -17,20 +20,20 @@ class UnknownTokenError(ValueError):
     """A token id that one of the models does not know."""
 
 
-def input_embeddings(model: Any) -> nn.Module | None:
+def input_embeddings(model: nn.Module) -> nn.Module | None:
     """The module that embeds the token ids of `model`; None if it does not say."""
     try:
-        return model.get_input_embeddings()
+        return cast("PreTrainedModel", model).get_input_embeddings()
     except (AttributeError, NotImplementedError):  # as some models with encoders of images answer
         return None
 
 
-def embedded_ids(model: Any) -> int | None:
+def embedded_ids(model: nn.Module) -> int | None:
     """How many token ids `model` can read; None if it does not say."""
     return getattr(input_embeddings(model), "num_embeddings", None)
 
 
-def _replaced_ids(model: Any) -> list[int]:
+def _replaced_ids(model: nn.Module) -> list[int]:
     """Ids that stand for images or sounds, which a model replaces before it embeds them."""
     config = getattr(model, "config", None)
     values = vars(config).items() if config is not None else ()
@@ -38,7 +41,7 @@ def _replaced_ids(model: Any) -> list[int]:
     return [value for name, value in values if isinstance(value, int) and name.startswith(kinds) and "token" in name]
 
 
-def check_inputs(inputs: Mapping[str, Any], models: Mapping[str, tuple[nn.Module, int | None]]) -> None:
+def check_inputs(inputs: Mapping[str, object], models: Mapping[str, tuple[nn.Module, int | None]]) -> None:
     """Refuse ids in `input_ids` and `decoder_input_ids` that one of the models cannot embed.
 
     On a CPU always; on a GPU, where looking waits for the device, only if the models embed different numbers of ids:
@@ -63,13 +66,15 @@ def check_inputs(inputs: Mapping[str, Any], models: Mapping[str, tuple[nn.Module
         if int(ids.max()) < min(sizes) and int(ids.min()) >= 0:
             continue
         for role, (model, size) in models.items():
-            unknown = (ids >= (size if size is not None else int(ids.max()) + 1)) | (ids < 0)
+            if size is None:  # what is wrong is so for the other
+                continue
+            unknown = (ids >= size) | (ids < 0)
             for known in _replaced_ids(model):
                 unknown &= ids != known
             if unknown.any():
                 place = unknown.nonzero()[0].tolist()
                 raise UnknownTokenError(
-                    f"{name}{place} is {int(ids[tuple(place)])}, but the {role} embeds ids 0 to {size - 1} only: "  # type: ignore[operator]
+                    f"{name}{place} is {int(ids[tuple(place)])}, but the {role} embeds ids 0 to {size - 1} only: "
                     f"leave such tokens out of the text, or resize the {role}'s embeddings before attach()"
                 )
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TokenizerMismatch", "check_tokenizers", "check_vocabulary"]
+__all__ = ["TokenizerMismatch", "TokenizerPair", "check_tokenizers", "check_vocabulary"]
+
+TokenizerPair: TypeAlias = "tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]"
+"""The student's and the teacher's."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +62,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """The number of ids that `model` embeds, all from 0. Fewer than the tokenizer has is a warning here, since the
     rest may never occur: `check_ids` looks at the ids that do. More rows are padding.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast("Tensor", model.get_input_embeddings().weight).shape[0]
     lacking = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
     if lacking:
         index, token = lacking[0]

@@ -13,13 +13,15 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from kd_plugin.distributed.uncompiled import uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ class BypassWatch:
         outermost: what the user has, perhaps a wrapper already.
     """
 
-    def __init__(self, model: nn.Module, outermost: Any) -> None:
+    def __init__(self, model: nn.Module, outermost: object) -> None:
         self._model = weakref.ref(model)
         self._wrapper: weakref.ref[DistributedDataParallel] | None = None
         self._warned = False
@@ -68,7 +70,7 @@ class BypassWatch:
 
 
 _watches: weakref.WeakSet[BypassWatch] = weakref.WeakSet()
-_handles: list[Any] = []
+_handles: list[RemovableHandle] = []
 """Of torch's one hook for all watches: a plugin that is dropped without detach() leaves nothing more behind, and the
 hook goes with the next one that is detached."""
 
@@ -101,8 +103,8 @@ def before_first_step(inner: nn.Module, act: Callable[[], None]) -> Callable[[],
     """
     found, action = weakref.ref(inner), weakref.WeakMethod(act)
 
-    @torch.compiler.disable
-    def hook(module: nn.Module, _args: Any) -> None:
+    @uncompiled
+    def hook(module: nn.Module, _args: object) -> None:
         part, do = found(), action()
         if part is None or do is None:
             handle.remove()

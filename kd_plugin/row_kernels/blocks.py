@@ -23,8 +23,13 @@ def compiled(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     On a GPU torch would otherwise time several shapes of a kernel's blocks, on which the last bits of sums depend.
     """
-    untimed = {"deterministic": True}
-    return torch.compile(body, fullgraph=True, isolate_recompiles=True, recompile_limit=_MAX_GRAPHS, options=untimed)
+    return torch.compile(  # pyright: ignore[reportCallIssue]  (torch 2.13's overloads lack two of its own parameters)
+        body,
+        fullgraph=True,
+        isolate_recompiles=True,
+        recompile_limit=_MAX_GRAPHS,
+        options={"deterministic": True},
+    )
 
 
 def block_rows(vocab_size: int, device_type: str) -> int:

@@ -82,8 +82,8 @@ def run(
     meaningless one from the buffer along.
     """
     if kernel == "triton":
-        tensors = (t if t is None else t[:num_rows] for t in (student_logits, teacher_logits))
-        return triton_kernel.row_pass(spec, *tensors, target_logits, row_weights)
+        teacher = None if teacher_logits is None else teacher_logits[:num_rows]
+        return triton_kernel.row_pass(spec, student_logits[:num_rows], teacher, target_logits, row_weights)
     body = functools.partial(row_pass, spec) if kernel == "eager" else _compiled(spec)
     tensors = (student_logits, teacher_logits, target_logits, row_weights)
     return in_blocks(body, num_rows, student_logits.shape[1], student_logits.device.type, tensors)

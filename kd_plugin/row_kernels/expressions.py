@@ -12,10 +12,12 @@ rules save sweeps:
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch.fx.node import Argument
 
 from kd_plugin.row_kernels.row_pass import RowSpec, row_pass
 
@@ -89,7 +91,7 @@ class _Graph:
     """Nodes in the order of their making; equal expressions are one node."""
 
     def __init__(self) -> None:
-        self.nodes: dict[tuple[Any, ...], Node] = {}
+        self.nodes: dict[tuple[str, tuple[Node, ...], Columns | None], Node] = {}
 
     def _keep(self, node: Node) -> Node:
         return self.nodes.setdefault((node.template, node.operands, node.columns), node)
@@ -142,6 +144,18 @@ class Unsupported(ValueError):
     """An operation that the generated kernel has no expression for."""
 
 
+def _operand(node: torch.fx.Node, index: int) -> torch.fx.Node:
+    """The argument of `node` that is a node itself."""
+    operand = node.args[index]
+    assert isinstance(operand, torch.fx.Node)
+    return operand
+
+
+def _width(node: torch.fx.Node) -> int:
+    """Columns of the value of `node`, as traced."""
+    return node.meta["val"].shape[1]
+
+
 class _Converter:
     """aten graph of `row_pass` -> nodes; only what the results need is visited."""
 
@@ -150,9 +164,10 @@ class _Converter:
         self._inputs = inputs
         self._done: dict[torch.fx.Node, Node] = {}
 
-    def convert(self, value: Any) -> Node:
+    def convert(self, value: Argument) -> Node:
         if isinstance(value, (bool, int, float)):
             return self.graph.constant(value)
+        assert isinstance(value, torch.fx.Node)
         if value not in self._done:
             self._done[value] = self._node(value)
         return self._done[value]
@@ -161,11 +176,12 @@ class _Converter:
         """Name and columns of an input, or of a slice of its columns; None for any other node."""
         source, start = node, 0
         if node.target is torch.ops.aten.slice.Tensor and node.args[1] == 1:
-            source, start = node.args[0], node.args[2]
+            source, start = _operand(node, 0), node.args[2]
+        assert isinstance(start, int)
         name = self._inputs.get(source)
         if name is None:
             return None
-        return name, (start, start + node.meta["val"].shape[1]) if name in INPUTS[:2] else None
+        return name, (start, start + _width(node)) if name in INPUTS[:2] else None
 
     def _node(self, node: torch.fx.Node) -> Node:
         if (found := self.input_of(node)) is not None:
@@ -177,18 +193,20 @@ class _Converter:
         if name in _CONSTANTS:
             return self.graph.constant(_CONSTANTS[name])
         if name in ("scalar_tensor", "full", "full_like"):
-            return self.graph.constant(args[0 if name == "scalar_tensor" else 1])
+            value = args[0 if name == "scalar_tensor" else 1]
+            assert isinstance(value, (bool, int, float))
+            return self.graph.constant(value)
         if name == "_to_copy" and kwargs.get("dtype") == torch.float32:
             x = self.convert(args[0])
             return x if x.constant is not None else self.graph.apply("{0}.to(tl.float32)", x)
         if name in ("amax", "any", "mean", "sum") and args[1] in (-1, 1, [-1], [1]) and args[2:] == (True,):
-            x, count = self.convert(args[0]), args[0].meta["val"].shape[1]
+            x, count = self.convert(args[0]), _width(_operand(node, 0))
             if name in ("mean", "sum"):
                 return (self.graph.mean if name == "mean" else self.graph.sum)(x, count)
             return (self.graph.max if name == "amax" else self.graph.any)(x)
-        if name == "pow" and args[1] in (1, 2, 3):
+        if name == "pow" and isinstance(exponent := args[1], (int, float)) and exponent in (1, 2, 3):
             x = self.convert(args[0])
-            return functools.reduce(lambda power, _: self.graph.apply(_MUL, power, x), range(1, int(args[1])), x)
+            return functools.reduce(lambda power, _: self.graph.apply(_MUL, power, x), range(1, int(exponent)), x)
         if name == "clamp":
             low, high = (*args[1:], None)[:2]
             x = self.convert(args[0])
@@ -204,10 +222,11 @@ def _aten_graph(spec: RowSpec, widths: tuple[int, int], given: tuple[str, ...]) 
 
     def body(*tensors: torch.Tensor) -> torch.Tensor:
         by_name = dict(zip(given, tensors, strict=True))
-        return row_pass(spec, *(by_name.get(name) for name in INPUTS))
+        others = (by_name.get(name) for name in INPUTS[1:])
+        return row_pass(spec, by_name[INPUTS[0]], *others)
 
-    by_name = dict(zip(INPUTS, widths, strict=False))
-    sizes = [by_name.get(name, 1) for name in given]
+    width_of: dict[str, int] = dict(zip(INPUTS, widths, strict=False))
+    sizes = [width_of.get(name, 1) for name in given]
     with torch.no_grad():  # two rows, so that a user's function cannot mistake a row for a number
         return make_fx(body)(*(torch.empty(2, size, dtype=torch.float32, device="meta") for size in sizes)).graph
 
@@ -232,13 +251,15 @@ def trace(spec: RowSpec, vocab_size: int, given: tuple[str, ...], teacher_size: 
     traced = _aten_graph(spec, (vocab_size, teacher_size or vocab_size), given)
     placeholders = traced.find_nodes(op="placeholder")
     converter = _Converter(dict(zip(placeholders, given, strict=True)))
-    gradients = {}
+    gradients: dict[Columns, Node] = {}
     for node in traced.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
-        written = converter.input_of(node.args[0])
-        assert written is not None and written[0] == "student"
+        written = converter.input_of(_operand(node, 0))
+        assert written is not None and written[0] == "student" and written[1] is not None
         gradients[written[1]] = converter.convert(node.args[1])
     assert bool(gradients) == spec.with_gradient
-    (result,) = traced.find_nodes(op="output")[0].args
+    result = _operand(traced.find_nodes(op="output")[0], 0)
     assert result.target is torch.ops.aten.cat.default
-    statistics = [converter.convert(column) for column in result.args[0]]
+    columns = result.args[0]
+    assert isinstance(columns, Sequence)
+    statistics = [converter.convert(column) for column in columns]
     return Expressions(list(converter.graph.nodes.values()), statistics, gradients)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def expm1(x):  # type: ignore[no-untyped-def]
+def expm1(x):
     """exp(x) - 1 to about 3e-7 relative, also near 0; fp32."""
     # Taylor up to x**9: the first term left out is 0.5**9 / 10! = 5e-10 of the value
     series = 1.0 + x * (1 / 8) * (1.0 + x * (1 / 9))
@@ -22,7 +22,7 @@ def expm1(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def log1p(x):  # type: ignore[no-untyped-def]
+def log1p(x):
     """log(1 + x) to about 3e-7 relative, also near 0; fp32, x >= -1."""
     # 2 artanh(z), abs(z) <= 1/3 where it is used: the first term left out is z**16 / 17 = 1e-9 of the value
     z = x / (2.0 + x)
@@ -33,13 +33,13 @@ def log1p(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def tanh(x):  # type: ignore[no-untyped-def]
+def tanh(x):
     """Hyperbolic tangent; fp32."""
     t = expm1(-2.0 * tl.abs(x))
     return tl.where(x < 0, t, -t) / (2.0 + t)
 
 
 @triton.jit
-def sign(x):  # type: ignore[no-untyped-def]
+def sign(x):
     """-1, 0 or 1; fp32."""
     return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)

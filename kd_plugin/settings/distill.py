@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, dataclass_transform
 
 from pydantic import (
     AfterValidator,
@@ -45,7 +45,8 @@ def _known(name: str) -> str:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise PydanticCustomError("unknown_divergence", "no such divergence; " + hint + "known: " + ", ".join(names))
+        message = "no such divergence; " + hint + "known: " + ", ".join(names)
+        raise PydanticCustomError("unknown_divergence", "{message}", {"message": message})
     return name
 
 
@@ -55,14 +56,18 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
+# As pydantic's own metaclass says it, which one derived from it does not inherit
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
 class _OneLine(type(BaseModel)):
     """Settings given in Python are refused in one line, as those of a file are."""
 
-    def __call__(cls, *arguments: Any, **settings: Any) -> Any:
-        try:
-            return super().__call__(*arguments, **settings)
-        except ValidationError as error:
-            raise SettingsError(f"{cls.__name__}: {'; '.join(_faults(cls, error))}") from None
+    if not TYPE_CHECKING:  # a type checker goes by the fields
+
+        def __call__(cls, *arguments: object, **settings: object) -> BaseModel:
+            try:
+                return super().__call__(*arguments, **settings)
+            except ValidationError as error:
+                raise SettingsError(f"{cls.__name__}: {'; '.join(_faults(cls, error))}") from None
 
 
 def _faults(section: type[BaseModel], error: ValidationError) -> list[str]:

@@ -70,7 +70,7 @@ class ModelSource(Section):
 class TeacherConfig(ModelSource):
     """The frozen model that is learnt from."""
 
-    model: Annotated[str, Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1)]  # pyright: ignore[reportGeneralTypeIssues]  (this one is required)
     """Hub id, local directory, or `package:NAME` for the folder of an installed Python package."""
 
     sharding: Literal["shard", "replicate"] = "shard"

@@ -58,11 +58,12 @@ def load_config(path: str | Path, overrides: Sequence[str] | str = ()) -> RunCon
         keys = tuple((error.full_key or "").split("."))
         message = str(error).splitlines()[0]
         raise ConfigError("\n".join([*faults, f"{where(keys)}: {'.'.join(keys)}: {message}"])) from None
+    config: RunConfig | None = None
     try:
         config = RunConfig.model_validate(_without_empty_sections(values))
     except ValidationError as error:
         faults += _fault_lines(error, values, where)
-    if faults:
+    if faults or config is None:
         raise ConfigError("\n".join(faults))
     return config
 

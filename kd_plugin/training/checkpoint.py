@@ -208,7 +208,9 @@ def _changed_sections(before: dict[str, Any], config: RunConfig) -> dict[str, st
 
 
 def _random_state() -> dict[str, Any]:
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    legacy = np.random.get_state()
+    assert isinstance(legacy, tuple)
+    kind, keys, position, has_gauss, cached = legacy
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),

@@ -50,7 +50,7 @@ def export_student(
         example = f", the first is {broken[0]}" if broken else ""
         raise ExportError(f"{count:.0f} of the student's tensors hold NaN or infinity{example}: not exported")
     if dist.get_rank() == 0:
-        model = build().to(dtype)
+        model = build().to(dtype)  # pyright: ignore[reportArgumentType]  (its decorator loses `self`)
         model.load_state_dict(state)
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)

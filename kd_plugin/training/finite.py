@@ -8,7 +8,7 @@ Notable decisions:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,12 +65,12 @@ class FiniteWatch:
         broken.append(torch.zeros_like(broken[0]) if norm is None else ~norm.detach().isfinite().to(loss.device))
         if self._in_a_row is None:
             self._in_a_row = torch.zeros(2, dtype=torch.int64, device=loss.device)
-            self._first = torch.zeros((), dtype=torch.int64, device=loss.device)
-        assert self._first is not None
+        first = torch.zeros((), dtype=torch.int64, device=loss.device) if self._first is None else self._first
         self._in_a_row = (self._in_a_row + 1) * torch.stack(broken)
         for count, limit in zip(self._in_a_row, self._limits, strict=True):
-            found = (self._first == 0) & (count >= limit)
-            self._first = torch.where(found, step + 1 - count, self._first)
+            found = (first == 0) & (count >= limit)
+            first = torch.where(found, step + 1 - count, first)
+        self._first = first
 
     def first_broken_step(self) -> int:
         """The step with which it began, over all ranks; 0 while all is well. One collective; waits for the device."""
@@ -127,12 +127,29 @@ def _is_finite(values: Tensor) -> bool:
     return values.is_meta or not values.is_floating_point() or bool(values.isfinite().all())
 
 
+class _Part(Protocol):
+    ds_numel: int
+
+    def detach(self) -> Tensor: ...
+
+
+class _Partitioned(Protocol):
+    """A parameter of ZeRO-3, as far as it is read here."""
+
+    ds_tensor: _Part
+    ds_numel: int
+
+    def get_partition_rank(self) -> int: ...
+
+
 def _values_here(parameter: Tensor) -> Tensor:
     """What this rank holds of it, without padding."""
-    if isinstance(parameter, DTensor):
-        return parameter.detach().to_local()
-    part = getattr(parameter, "ds_tensor", None)  # ZeRO-3's, of which the last rank's ends in memory of any content
-    if part is None or parameter.numel():
-        return parameter.detach()
-    start = parameter.get_partition_rank() * part.ds_numel  # type: ignore[attr-defined]
-    return part.detach().flatten()[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]
+    detached = parameter.detach()
+    if isinstance(detached, DTensor):
+        return detached.to_local()
+    if not hasattr(parameter, "ds_tensor") or parameter.numel():
+        return detached
+    # ZeRO-3's, of which the last rank's ends in memory of any content
+    whole = cast("_Partitioned", parameter)
+    start = whole.get_partition_rank() * whole.ds_tensor.ds_numel
+    return whole.ds_tensor.detach().flatten()[: max(0, whole.ds_numel - start)]

@@ -13,7 +13,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVarTuple
 
 from pydantic import BaseModel
 
@@ -58,7 +58,10 @@ def idle_settings(config: RunConfig, mode: str | None = None) -> list[str]:
     return [f"{name} has no effect: {why}" for name, why in found]
 
 
-def _faults_of(check: Callable[..., Any], *arguments: Any) -> list[str]:
+_Arguments = TypeVarTuple("_Arguments")
+
+
+def _faults_of(check: Callable[[*_Arguments], object], *arguments: *_Arguments) -> list[str]:
     try:
         check(*arguments)
     except ValueError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -44,7 +44,9 @@ def _continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: 
         if following.item() == tokenizer.eos_token_id:
             break
         ids = torch.cat([ids, following], dim=1)
-    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+    text = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
 
 
 def diverged(history: Sequence[Mapping[str, float]], after: Mapping[str, float]) -> str:
@@ -87,7 +89,7 @@ def report(
     return "\n".join(lines)
 
 
-def _quality_line(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def _quality_line(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
     label, form = _QUALITY[name]
     if name == "top1_agreement":
         change = f"{(after[name] - before[name]) * 100:+.1f} pp"
