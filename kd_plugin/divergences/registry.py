@@ -1,3 +1,4 @@
+# pyright: strict
 """Every divergence by its name."""
 
 from __future__ import annotations

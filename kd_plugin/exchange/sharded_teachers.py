@@ -1,3 +1,4 @@
+# pyright: strict
 """Teachers whose logits are spread over ranks by token id; each chunk is gathered, none is kept.
 
 `ShardedHeadTeacher` serves data-parallel ranks: every rank holds some rows of the teacher's head and has tokens
@@ -93,7 +94,7 @@ class ShardedHeadTeacher:
         flat = logits.new_empty(sum(sizes))
         own = [chunk * columns] * len(sizes)
         handle = all_to_all(flat, logits.view(-1), sizes, own, self.group, "the teacher's logits")
-        pieces = [part.view(chunk, count) for part, count in zip(flat.split(sizes), self._columns, strict=True)]
+        pieces = [part.view(chunk, count) for part, count in zip(torch.split(flat, sizes), self._columns, strict=True)]
         self._arriving = (pieces, logits, handle)
 
 

@@ -1,3 +1,4 @@
+# pyright: strict
 """Ground truth: dense, unchunked, plain autograd, written from the textbook formulas.
 
 Same signatures as the fused functions, one difference: `[tokens, vocab]` logits exist. Nothing of the loss
@@ -80,7 +81,8 @@ def divergence(name: str, student_logits: Tensor, teacher_logits: Tensor, *, bet
             return -torch.minimum(p.exp(), q.exp()).sum(-1).log()
         case "uld":
             return _sorted_distance(q, p)
-    return registered.value(name, q, p).sum(-1)
+        case _:
+            return registered.value(name, q, p).sum(-1)
 
 
 def _soft(student_logits: Tensor, teacher_logits: Tensor, config: DistillConfig) -> Tensor:

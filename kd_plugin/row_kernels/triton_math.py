@@ -1,3 +1,5 @@
+# Kernels are written without types:
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
 """Functions that Triton's language lacks. Import this late: it imports triton.
 
 Polynomials instead of CUDA's libdevice: they also run under Triton's interpreter and on other vendors' GPUs, so

@@ -1,3 +1,4 @@
+# pyright: strict
 """Settings of the objective; nothing here imports torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: strict
 """Every setting and its default, as frozen pydantic models; nothing here imports torch.
 
 Notable decisions:
