@@ -12,7 +12,8 @@ from typing import NamedTuple
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.estimate.setup import Line, Setup
 from kd_plugin.estimate.sizes import ModelSizes
-from kd_plugin.exchange.cost import Head, stats_bytes, teacher_logits_bytes, volumes
+from kd_plugin.exchange import cost
+from kd_plugin.exchange.cost import Head, stats_bytes, teacher_logits_bytes
 from kd_plugin.row_kernels import sharded_dispatch
 
 _FLOAT = 4
@@ -43,21 +44,15 @@ def recommended(setup: Setup) -> str:
 
 def settled(setup: Setup) -> str:
     """The exchange that the run will take: as configured, or by the plugin's own rule for `auto`."""
-    configured, teacher = setup.distill.exchange, setup.teacher
-    if setup.world_size == 1:
-        return "weight"
-    if (teacher is None and configured != "stats") or setup.by_rank:
-        return "weight"
-    if configured != "auto":
-        return configured
-    assert teacher is not None
+    settled_by, teacher = cost.by_settings(setup.distill, ranks=setup.world_size), setup.teacher
+    if settled_by is not None:
+        return settled_by
+    assert teacher is not None  # else no soft loss, which the settings settle
     item = setup.student_item  # of both heads: the plugin's rule knows the hidden states' only
     own, other = _student_head(setup), _teacher_head(setup, teacher)._replace(item_bytes=item)
     own = own if setup.student_head_in_rows else own._replace(ranks=1)
     other = other._replace(ranks=1) if teacher.tied else other
-    numbers = sharded_dispatch.exchanged_numbers(make_objective(setup.distill), setup.unequal)
-    found = volumes(own, other, setup.tokens, ranks=setup.exchange_ranks, numbers=numbers)
-    return min(found, key=lambda name: found[name])
+    return cost.cheapest(setup.distill, own, other, setup.tokens, ranks=setup.exchange_ranks)[0]
 
 
 def _student_head(setup: Setup) -> Head:

@@ -15,7 +15,12 @@ teacher is much wider than its share of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
+
+from kd_plugin.divergences.objective import make_objective
+from kd_plugin.row_kernels.sharded_numbers import exchanged_numbers
+from kd_plugin.settings.distill import DistillConfig
 
 _FP32 = 4
 _KL_NUMBERS = (6, 0)  # of a KL at temperature 1 with cross-entropy and metrics
@@ -81,3 +86,34 @@ def volumes(
         "logits": logits_bytes(student, teacher, rows, ranks=ranks),
         "stats": stats_bytes(student, teacher, rows, ranks=ranks, numbers=numbers),
     }
+
+
+def by_settings(config: DistillConfig, *, ranks: int) -> str | None:
+    """The exchange that `config` settles for so many ranks in all; None where `auto` has to compare volumes.
+
+    Between less than two ranks nothing crosses a wire, and an objective that sorts whole rows has no other choice.
+    """
+    if ranks == 1 or make_objective(config).by_rank:
+        return "weight"
+    if not config.soft_weight:
+        return "stats" if config.exchange == "stats" else "weight"
+    return None if config.exchange == "auto" else config.exchange
+
+
+def cheapest(
+    config: DistillConfig, student: Head, teacher: Head, rows: float, *, ranks: int, without: Collection[str] = ()
+) -> tuple[str, dict[str, float]]:
+    """The rule behind `auto`: the mode with the fewest bytes (`weight`, then `logits`, if equal), and those of each.
+
+    Args:
+        config: the objective.
+        student: its head, `ranks` 1 in it where its own traffic is the same in every mode.
+        teacher: likewise.
+        rows: of each rank.
+        ranks: that exchange.
+        without: modes that are not possible.
+    """
+    numbers = exchanged_numbers(make_objective(config), teacher.vocab_size < student.vocab_size)
+    found = volumes(student, teacher, rows, ranks=ranks, numbers=numbers)
+    found = {mode: size for mode, size in found.items() if mode not in without}
+    return min(found, key=lambda mode: found[mode]), found

@@ -17,13 +17,12 @@ from kd_plugin.distributed.collectives import all_gather_object, num_ranks
 from kd_plugin.distributed.layout import RowShards, held_rows, is_gathered, row_shards, sharded_over
 from kd_plugin.distributed.uncompiled import uncompiled
 from kd_plugin.distributed.vocab_slice import VocabShard, cut
-from kd_plugin.divergences.objective import make_objective
-from kd_plugin.exchange.cost import Head, volumes
+from kd_plugin.exchange import cost
+from kd_plugin.exchange.cost import Head
 from kd_plugin.exchange.sharded_teachers import ShardedHeadTeacher
 from kd_plugin.loss import processor
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import AfterHead, HeadTeacher
-from kd_plugin.row_kernels import sharded_dispatch
 from kd_plugin.settings.run import DistillConfig
 
 logger = logging.getLogger(__name__)
@@ -202,8 +201,11 @@ class Exchange:
 
     def _settle(self, hidden: Tensor, weight: Tensor, student_size: int) -> str:
         wanted = self.config.exchange
-        if wanted in ("logits", "stats") and (why := self._idle(wanted)):
+        settled = cost.by_settings(self.config, ranks=num_ranks(self.group))
+        if wanted in ("logits", "stats") and settled != wanted:
+            why = "one process exchanges nothing" if num_ranks(self.group) == 1 else "soft_weight is 0: no teacher"
             logger.info("distill.exchange: %s has no effect: %s", wanted, why)
+        if settled == "weight" or (settled is None and self.teacher_width is None):
             return "weight"
         elsewhere = row_shards(weight) is not None and weight.device != hidden.device
         if wanted == "stats" and elsewhere:
@@ -212,29 +214,19 @@ class Exchange:
                 f"keeps them on {weight.device} and the hidden states are on {hidden.device}: possible are weight and "
                 "logits, and stats without CPU offload of the student"
             )
-        if wanted != "auto":
-            return wanted
-        if num_ranks(self.group) == 1 or self.teacher_width is None or make_objective(self.config).by_rank:
-            return "weight"
-        found, text = self._volumes(hidden, weight, student_size)
-        if elsewhere:
-            del found["stats"]
-        mode = min(found, key=lambda name: found[name])
+        if settled is not None:
+            return settled
+        heads, rows, text = self._heads(hidden, weight, student_size)
+        impossible = ["stats"] if elsewhere else []
+        ranks = num_ranks(self._shard_group)
+        mode, found = cost.cheapest(self.config, *heads, rows, ranks=ranks, without=impossible)
         if dist.get_rank(self.group) == 0:
             listed = ", ".join(f"{name} {volume / 1e6:.4g} MB" for name, volume in found.items())
             logger.info("distill.exchange: auto -> %s (per rank and micro-batch: %s; %s)", mode, listed, text)
         return mode
 
-    def _idle(self, mode: str) -> str | None:
-        """Why `mode` would do no more than `weight` does."""
-        if num_ranks(self.group) == 1:
-            return "one process exchanges nothing"
-        if mode == "logits" and not self.config.soft_weight:
-            return "soft_weight is 0, and there is no teacher"
-        return None
-
-    def _volumes(self, hidden: Tensor, weight: Tensor, vocab_size: int) -> tuple[dict[str, float], str]:
-        """Bytes of each mode, and what they follow from. Collective.
+    def _heads(self, hidden: Tensor, weight: Tensor, vocab_size: int) -> tuple[tuple[Head, Head], int, str]:
+        """Student's and teacher's head and the rows of a rank, of which the volumes follow; the same told. Collective.
 
         Of a student's head that its wrapper does not leave in rows (ZeRO, FSDP1, DDP, tied to an embedding that has
         been gathered) only the teacher's share is counted: its own traffic is the same in every mode.
@@ -248,13 +240,12 @@ class Exchange:
         reduced = _REDUCE_BYTES if weight.requires_grad else 0
         student = Head(vocab_size, width, ranks if in_rows else 1, item, reduced)
         teacher = Head(self.teacher_size, self.teacher_width, teacher_ranks, item)
-        numbers = sharded_dispatch.exchanged_numbers(make_objective(self.config), self.teacher_size < vocab_size)
         text = f"W {ranks}, rows {rows}, V {vocab_size}, D {width}, E {self.teacher_width}"
         text += "" if self.teacher_size == vocab_size else f", V' {self.teacher_size}"
         text += "" if in_rows else ", the student's head is whole in each"
         text += "" if weight.requires_grad else ", the student's head is frozen"
         text += "" if teacher.ranks > 1 else ", the teacher's head is there anyway"
-        return volumes(student, teacher, rows, ranks=ranks, numbers=numbers), text
+        return (student, teacher), rows, text
 
     def _teacher_ranks(self) -> int:
         """Ranks that cut the teacher's head, where `weight` would have it gathered.
