@@ -11,20 +11,19 @@ from kd_plugin.settings.distill import BUILT_IN
 
 __all__ = ["DIVERGENCES", "LOG_FLOOR", "Divergence", "Row", "Sums", "formula_table", "get", "register_divergence"]
 
-DIVERGENCES: dict[str, Callable[[float, float], Divergence]] = {
-    "forward_kl": lambda beta, alpha: probabilities.forward_kl(),
-    "soft_ce": lambda beta, alpha: probabilities.soft_ce(),
-    "reverse_kl": lambda beta, alpha: probabilities.reverse_kl(),
-    "jsd": lambda beta, alpha: probabilities.jsd(beta),
-    "skew_kl": lambda beta, alpha: probabilities.skew_kl(alpha),
-    "skew_reverse_kl": lambda beta, alpha: probabilities.skew_reverse_kl(alpha),
-    "tvd": lambda beta, alpha: probabilities.tvd(),
-    "acceptance": lambda beta, alpha: probabilities.acceptance(),
-    "logit_mse": lambda beta, alpha: logits.logit_mse(),
-    "logit_mse_centered": lambda beta, alpha: logits.logit_mse_centered(),
-    "cosine": lambda beta, alpha: logits.cosine(),
-    "uld": lambda beta, alpha: probabilities.uld(),
-}
+
+def _built_in(name: str) -> Callable[[float, float], Divergence]:
+    """The function of this name, with the settings that it takes."""
+    make = getattr(probabilities, name, None) or getattr(logits, name)
+
+    def with_settings(beta: float, alpha: float) -> Divergence:
+        given = {"beta": beta, "alpha": alpha}
+        return make(**{option: given[option] for option in BUILT_IN[name].options})
+
+    return with_settings
+
+
+DIVERGENCES: dict[str, Callable[[float, float], Divergence]] = {name: _built_in(name) for name in BUILT_IN}
 """Name -> definition for the given `beta` (jsd) and `alpha` (skewed divergences)."""
 
 

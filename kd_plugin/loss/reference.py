@@ -17,6 +17,7 @@ from torch import Tensor
 from kd_plugin.divergences import registered
 from kd_plugin.loss import checks
 from kd_plugin.loss.output import DistillOutput, divisor
+from kd_plugin.settings.distill import sorts
 from kd_plugin.settings.run import DistillConfig, TermConfig
 
 _FLOOR = -1e5  # log-probability that stands for zero: 0 * _FLOOR is 0 where 0 * -inf is NaN
@@ -106,7 +107,7 @@ def _hard(student_logits: Tensor, targets: Tensor, config: DistillConfig) -> Ten
 
 
 def _by_rank(config: DistillConfig) -> bool:
-    return "uld" in [config.divergence, *(term.name for term in config.terms or ())]
+    return any(map(sorts, [config.divergence, *(term.name for term in config.terms or ())]))
 
 
 def _output(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Annotated, Any, Literal, dataclass_transform
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, dataclass_transform
 
 from pydantic import (
     AfterValidator,
@@ -19,26 +19,41 @@ from pydantic import (
 from pydantic.functional_validators import field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-__all__ = ["BUILT_IN", "DistillConfig", "Section", "SettingsError", "TermConfig", "registered_names"]
+__all__ = ["BUILT_IN", "DistillConfig", "Section", "SettingsError", "TermConfig", "registered_names", "sorts"]
 
-BUILT_IN = (
-    "forward_kl",
-    "soft_ce",
-    "reverse_kl",
-    "jsd",
-    "skew_kl",
-    "skew_reverse_kl",
-    "tvd",
-    "acceptance",
-    "logit_mse",
-    "logit_mse_centered",
-    "cosine",
-    "uld",
-)
-"""Divergences that come with the package."""
+
+class BuiltIn(NamedTuple):
+    """What the settings have to know of a divergence, without torch."""
+
+    options: tuple[str, ...] = ()
+    """Settings that it takes."""
+    sorts: bool = False
+    """Whether it pairs the tokens of student and teacher by their rank in a row, not by their id."""
+
+
+BUILT_IN = {
+    "forward_kl": BuiltIn(),
+    "soft_ce": BuiltIn(),
+    "reverse_kl": BuiltIn(),
+    "jsd": BuiltIn(options=("beta",)),
+    "skew_kl": BuiltIn(options=("alpha",)),
+    "skew_reverse_kl": BuiltIn(options=("alpha",)),
+    "tvd": BuiltIn(),
+    "acceptance": BuiltIn(),
+    "logit_mse": BuiltIn(),
+    "logit_mse_centered": BuiltIn(),
+    "cosine": BuiltIn(),
+    "uld": BuiltIn(sorts=True),
+}
+"""Divergences that come with the package; each is a function of this name in `divergences/`."""
 
 registered_names: set[str] = set()
 """Divergences added by `kd_plugin.register_divergence`."""
+
+
+def sorts(name: str) -> bool:
+    """Whether the divergence of this name pairs tokens by rank; those that were registered do not."""
+    return name in BUILT_IN and BUILT_IN[name].sorts
 
 
 def _known(name: str) -> str:
@@ -201,11 +216,11 @@ class DistillConfig(Section):
 
     @model_validator(mode="after")
     def _possible_exchange(self) -> DistillConfig:
-        if self.exchange in ("logits", "stats") and "uld" in (
-            self.divergence,
-            *(term.name for term in self.terms or ()),
-        ):
-            raise ValueError(f"exchange {self.exchange} cuts the vocabulary, which uld must sort: use exchange weight")
+        names = [self.divergence, *(term.name for term in self.terms or ())]
+        if self.exchange in ("logits", "stats") and (sorting := [name for name in names if sorts(name)]):
+            raise ValueError(
+                f"exchange {self.exchange} cuts the vocabulary, which {sorting[0]} must sort: use exchange weight"
+            )
         return self
 
     @model_validator(mode="after")
@@ -218,6 +233,7 @@ class DistillConfig(Section):
             raise ValueError("terms is an empty list: name a divergence as in [{name: forward_kl}], or leave it out")
         if not any(term.weight for term in self.terms):
             raise ValueError("terms has no term with a weight > 0: give one, or set soft_weight to 0")
-        if any(term.name == "uld" for term in self.terms) and any(term.name != "uld" for term in self.terms):
-            raise ValueError("uld pairs tokens by rank, the other terms by id: use it alone")
+        sorting = [term.name for term in self.terms if sorts(term.name)]
+        if sorting and len(sorting) < len(self.terms):
+            raise ValueError(f"{sorting[0]} pairs tokens by rank, the other terms by id: use it alone")
         return self

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from kd_plugin.data.records import check_source, is_hub_dataset, refuse_unused
 from kd_plugin.engines import zero_block
 from kd_plugin.models.files import check_weights, is_local, resolve_source, resolve_tokenizer, section_name
+from kd_plugin.settings.distill import BUILT_IN
 from kd_plugin.settings.run import DataConfig, DistillConfig, RunConfig, StudentConfig
 
 __all__ = ["SetupError", "early_problems", "idle_settings", "layout_problems"]
@@ -208,7 +209,7 @@ def _idle_objective(distill: DistillConfig) -> Idle:
         yield from _each_changed(distill, ["temperature_power"], "the temperature is 1")
 
 
-_USERS = {"beta": ("jsd",), "alpha": ("skew_kl", "skew_reverse_kl")}
+_USERS = {option: [name for name, about in BUILT_IN.items() if option in about.options] for option in ("beta", "alpha")}
 
 
 def _idle_run(config: RunConfig) -> Idle:
