@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -81,8 +82,8 @@ def whole_shape(weight: Tensor, head: nn.Linear) -> tuple[int, int]:
 
 def waits_for_engine(model: nn.Module) -> bool:
     """Whether zero.Init has partitioned weights of `model` and no DeepSpeed engine is there to gather them."""
-    partitioned = any(hasattr(p, "ds_id") and p.numel() == 0 for p in model.parameters())
-    return partitioned and not hasattr(model, "ds_id")  # the engine numbers the modules, too
+    partitioned = any(is_zero3(p) and p.numel() == 0 for p in model.parameters())
+    return partitioned and not is_in_engine(model)
 
 
 def sharded_over(weight: Tensor, numel: int) -> int | None:
@@ -91,7 +92,7 @@ def sharded_over(weight: Tensor, numel: int) -> int | None:
         sizes = [weight.device_mesh.size(i) for i, cut in enumerate(weight.placements) if isinstance(cut, Shard)]
         return math.prod(sizes)
     here = weight.numel() == numel and weight.untyped_storage().size() > 0  # FSDP1 may leave a view of what it freed
-    return 1 if here and not hasattr(weight, "ds_id") else None
+    return 1 if here and not is_zero3(weight) else None
 
 
 def is_gathered(model: object) -> bool:
@@ -104,7 +105,7 @@ def is_gathered(model: object) -> bool:
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return True
     return any(
-        hasattr(parameter, "ds_id") or (isinstance(parameter, DTensor) and sharded_over(parameter, 0) != 1)
+        is_zero3(parameter) or (isinstance(parameter, DTensor) and sharded_over(parameter, 0) != 1)
         for parameter in model.parameters()
     )
 
@@ -123,3 +124,41 @@ def _sum_over(replicas: dist.ProcessGroup, gradient: Tensor) -> Tensor:
     total = gradient.clone(memory_format=torch.contiguous_format)
     all_reduce(total, replicas, "the gradient of the head's rows")
     return total
+
+
+def is_zero3(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 looks after this parameter, whole or partitioned at the moment."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_in_engine(module: nn.Module) -> bool:
+    """Whether a DeepSpeed engine of ZeRO-3 looks after this module; it numbers them."""
+    return hasattr(module, "ds_id")
+
+
+class _Part(Protocol):
+    ds_numel: int
+
+    def detach(self) -> Tensor: ...
+
+
+class _Partitioned(Protocol):
+    """A parameter of ZeRO-3, as far as it is read here."""
+
+    ds_tensor: _Part
+    ds_numel: int
+
+    def get_partition_rank(self) -> int: ...
+
+
+def values_here(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter, without padding, and without its gradient."""
+    detached = parameter.detach()
+    if isinstance(detached, DTensor):
+        return detached.to_local()
+    if not hasattr(parameter, "ds_tensor") or parameter.numel():
+        return detached
+    # ZeRO-3's, of which the last rank's ends in memory of any content
+    whole = cast("_Partitioned", parameter)
+    start = whole.get_partition_rank() * whole.ds_tensor.ds_numel
+    return whole.ds_tensor.detach().flatten()[: max(0, whole.ds_numel - start)]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kd_plugin.distributed.layout import is_zero3
 from kd_plugin.engines import zero_block
 from kd_plugin.engines.process_group import Placement
 from kd_plugin.engines.protocol import EngineError, parameter_groups
@@ -117,7 +118,7 @@ class DeepSpeedEngine:
 
         full: dict[str, Tensor] = {}
         for name, value in self.module.state_dict(keep_vars=True).items():
-            parts = [value] if hasattr(value, "ds_id") else []
+            parts = [value] if is_zero3(value) else []
             with deepspeed.zero.GatheredParameters(parts):
                 if self.place.rank == 0:
                     full[name] = value.detach().cpu().clone()

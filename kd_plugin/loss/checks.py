@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from kd_plugin.distributed.layout import is_in_engine, is_zero3
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.settings.run import DistillConfig
 
@@ -47,7 +48,7 @@ def whole_weight(name: str, weight: Tensor) -> None:
             f"{name} is on the meta device, its values are elsewhere (accelerate offload, or never loaded): load the "
             "model without device_map, or call accelerate.hooks.remove_hook_from_module(model, recurse=True)"
         )
-    if weight.numel() == 0 or (hasattr(weight, "ds_id") and weight.dim() != 2):
+    if weight.numel() == 0 or (is_zero3(weight) and weight.dim() != 2):
         raise ValueError(
             f"{name} has shape {tuple(weight.shape)}: ZeRO-3 or FSDP1 has partitioned it away. Call the loss inside "
             "its forward: kd_plugin.attach(student, teacher, config) before deepspeed.initialize or FSDP1"
@@ -246,7 +247,7 @@ def linear_head(name: str, head: object, *, may_be_sharded: bool = False) -> tor
     if may_be_sharded:
         return head
     # zero.Init partitions the weights of a model that is loaded; DeepSpeed's engine then numbers the modules too.
-    if isinstance(weight, DTensor) or (hasattr(weight, "ds_id") and weight.numel() == 0 and hasattr(head, "ds_id")):
+    if isinstance(weight, DTensor) or (is_zero3(weight) and weight.numel() == 0 and is_in_engine(head)):
         raise ValueError(
             f"{name} is sharded already: call attach() before fully_shard or deepspeed.initialize; {_TENSOR_PARALLEL}"
         )
@@ -256,7 +257,7 @@ def linear_head(name: str, head: object, *, may_be_sharded: bool = False) -> tor
 def _packed(head: torch.nn.Linear) -> bool:
     """Whether a weight that no wrapper has cut has other elements than its layer says; its dtype may be a float's."""
     weight = head.weight
-    cut = isinstance(weight, DTensor) or hasattr(weight, "ds_id") or weight.dim() != 2 or weight.numel() == 0
+    cut = isinstance(weight, DTensor) or is_zero3(weight) or weight.dim() != 2 or weight.numel() == 0
     return not cut and weight.numel() != head.in_features * head.out_features
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from kd_plugin.distributed.layout import is_zero3
 from kd_plugin.loss.teacher import AfterHead
 from kd_plugin.plugin.causal_lm import HeadCallsError, HeadSlot, accepts, run_with_stand_in
 from kd_plugin.plugin.labels import DECODER_INPUTS, Convention, shift_of
@@ -127,7 +128,7 @@ def _cannot_run(model: nn.Module) -> str | None:
             return "it is sharded already"
         if parameter.is_meta and id(parameter) not in brought:
             return "its weights are on the meta device"
-        if parameter.numel() == 0 and hasattr(parameter, "ds_id"):
+        if parameter.numel() == 0 and is_zero3(parameter):
             return "its weights are partitioned by zero.Init"
         if parameter.numel() == 0 and parameter.dim() < 2:  # some layers of some models have no columns
             return "a wrapper has taken its weights away"

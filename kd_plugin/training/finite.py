@@ -8,12 +8,12 @@ Notable decisions:
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from kd_plugin.distributed.layout import values_here
 from kd_plugin.engines.process_group import reduce_numbers
 from kd_plugin.settings.run import RunConfig
 
@@ -94,7 +94,7 @@ def has_finite_parameters(student: nn.Module, optimizer: torch.optim.Optimizer |
     states = [] if optimizer is None else [value for state in optimizer.state.values() for value in state.values()]
     finite: Tensor | None = None
     for parameter in [*student.parameters(), *(value for value in states if isinstance(value, Tensor))]:
-        values = _values_here(parameter)
+        values = values_here(parameter)
         if values.numel() and values.is_floating_point():
             here = values.isfinite().all()
             finite = here if finite is None else finite & here.to(finite.device)
@@ -113,7 +113,7 @@ def check_weights(model: nn.Module, side: str, source: str) -> None:
     Raises:
         BrokenWeightsError: on all ranks.
     """
-    broken = [name for name, parameter in model.named_parameters() if not _is_finite(_values_here(parameter))]
+    broken = [name for name, parameter in model.named_parameters() if not _is_finite(values_here(parameter))]
     anywhere = reduce_numbers({"weights that are not finite": float(len(broken))}, op="max").popitem()[1]
     if anywhere:
         listed = f", such as {broken[0]}" if broken else ""
@@ -125,31 +125,3 @@ def check_weights(model: nn.Module, side: str, source: str) -> None:
 
 def _is_finite(values: Tensor) -> bool:
     return values.is_meta or not values.is_floating_point() or bool(values.isfinite().all())
-
-
-class _Part(Protocol):
-    ds_numel: int
-
-    def detach(self) -> Tensor: ...
-
-
-class _Partitioned(Protocol):
-    """A parameter of ZeRO-3, as far as it is read here."""
-
-    ds_tensor: _Part
-    ds_numel: int
-
-    def get_partition_rank(self) -> int: ...
-
-
-def _values_here(parameter: Tensor) -> Tensor:
-    """What this rank holds of it, without padding."""
-    detached = parameter.detach()
-    if isinstance(detached, DTensor):
-        return detached.to_local()
-    if not hasattr(parameter, "ds_tensor") or parameter.numel():
-        return detached
-    # ZeRO-3's, of which the last rank's ends in memory of any content
-    whole = cast("_Partitioned", parameter)
-    start = whole.get_partition_rank() * whole.ds_tensor.ds_numel
-    return whole.ds_tensor.detach().flatten()[: max(0, whole.ds_numel - start)]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import kd_plugin as kd
+from kd_plugin.distributed.layout import values_here
 from kd_plugin.engines.fsdp import FsdpEngine
 from kd_plugin.engines.process_group import start_process_group
 from kd_plugin.engines.zero import DeepSpeedEngine
@@ -53,7 +54,7 @@ def breaking(rank: int, seen: list[bool]) -> Iterator[None]:
         if len(taken) == BROKEN_AFTER:
             seen.append(finite.has_finite_parameters(engine.student))
             if rank == 1:
-                parts = [part for p in engine.student.parameters() if (part := finite._values_here(p)).numel()]
+                parts = [part for p in engine.student.parameters() if (part := values_here(p)).numel()]
                 parts[len(parts) // 2].fill_(math.nan)
             seen.append(finite.has_finite_parameters(engine.student))
         return norm

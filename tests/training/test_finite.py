@@ -17,13 +17,14 @@ from torch.amp import GradScaler
 
 import kd_plugin as kd
 from kd_plugin.cli.launcher import launch
+from kd_plugin.distributed.layout import values_here
 from kd_plugin.engines.fsdp import FsdpEngine
 from kd_plugin.engines.protocol import EngineError
 from kd_plugin.engines.zero import DeepSpeedEngine
 from kd_plugin.plugin.metrics import MetricSums
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.settings.yaml_file import to_yaml
-from kd_plugin.training import checkpoint, finite, loop
+from kd_plugin.training import checkpoint, loop
 from kd_plugin.training.finite import BrokenWeightsError, DivergedError, FiniteWatch, has_finite_parameters
 from tests.tiny import make_folder, run_config
 
@@ -106,7 +107,7 @@ def break_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
             norm = original(engine, learning_rate)
             taken.append(len(taken) + 1)
             if len(taken) == last:
-                weight = finite._values_here(next(engine.module.parameters()))
+                weight = values_here(next(engine.module.parameters()))
                 weight[: 1 if unread else None].fill_(math.nan)
             return norm
 
