@@ -6,9 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import pytest
+import torch
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -40,3 +45,47 @@ def launch_cases(worker: Path, folder: Path, cases: Any, *, ranks: int, timeout_
     except subprocess.TimeoutExpired as error:
         return str(error)
     return done.stdout[-3000:] + done.stderr[-6000:] if done.returncode else ""
+
+
+class Launches:
+    """What the ranks of several launches wrote; each is started when a test first asks for one of its files.
+
+    Args:
+        worker: its module, which writes a file for each case into the folder that it is given.
+        cases: name of a launch -> its cases, the first of which says how many ranks.
+        new_folder: makes the folder of a launch.
+        timeout_s: of each.
+        spec: name of a launch -> what its worker reads; by default the cases.
+    """
+
+    def __init__(
+        self,
+        worker: ModuleType,
+        cases: dict[str, list[Any]],
+        new_folder: Callable[[str], Path],
+        *,
+        timeout_s: float,
+        spec: Callable[[str], Any] | None = None,
+    ) -> None:
+        self._worker, self._cases, self._new_folder = Path(str(worker.__file__)), cases, new_folder
+        self._timeout_s, self._spec = timeout_s, spec or cases.__getitem__
+        self._started: dict[str, tuple[Path, str]] = {}
+
+    def of(self, case: Any, kind: str = "pt") -> Any:
+        """What was written about a case; one that finished before a crash still counts."""
+        if case.wrapper.startswith("zero"):
+            pytest.importorskip("deepspeed")
+        name = next(name for name, cases in self._cases.items() if case in cases)
+        return self.file(name, f"{case.name}.{kind}")
+
+    def file(self, launch_name: str, name: str) -> Any:
+        """What a launch wrote into a file."""
+        if launch_name not in self._started:
+            folder = self._new_folder(launch_name)
+            ranks = self._cases[launch_name][0].ranks
+            spec = self._spec(launch_name)
+            failure = launch_cases(self._worker, folder, spec, ranks=ranks, timeout_s=self._timeout_s)
+            self._started[launch_name] = folder, failure
+        folder, failure = self._started[launch_name]
+        assert (folder / name).exists(), f"the worker ended before {name}: {failure}"
+        return torch.load(folder / name, weights_only=False)

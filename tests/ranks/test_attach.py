@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.ranks import attach_worker
 from tests.ranks.attach_cases import (
@@ -24,7 +22,7 @@ from tests.ranks.attach_cases import (
     make_models,
     train_densely,
 )
-from tests.ranks.launch import launch_cases
+from tests.ranks.launch import Launches
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -108,31 +106,27 @@ def dense(case: Case) -> Trained:
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
-    """Start a launch when its first test asks for it: -> (folder of results, what was printed if it failed)."""
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    def spec(name: str) -> dict[str, Any]:
+        return {"train": LAUNCHES[name], "watch": WATCHED.get(name, [])}
 
-    @functools.cache
-    def start(name: str) -> tuple[Path, str]:
-        folder = tmp_path_factory.mktemp(name)
-        spec = {"train": LAUNCHES[name], "watch": WATCHED.get(name, [])}
-        worker, ranks = Path(attach_worker.__file__), LAUNCHES[name][0].ranks
-        return folder, launch_cases(worker, folder, spec, ranks=ranks, timeout_s=300)
-
-    return start
+    return Launches(attach_worker, LAUNCHES, tmp_path_factory.mktemp, timeout_s=300, spec=spec)
 
 
 @pytest.fixture
-def result_of(launched: Callable[[str], tuple[Path, str]]) -> Callable[..., Any]:
-    """What the worker wrote about a case; cases that finished before a crash still count."""
+def result_of(launches: Launches) -> Callable[..., Any]:
+    return launches.of
 
-    def load(case: Case, kind: str = "pt") -> Any:
+
+@pytest.fixture
+def calls_of(launches: Launches) -> Callable[[Case], Any]:
+    """The collectives of a step; two of the cases are not trained."""
+
+    def load(case: Case) -> Any:
         if case.wrapper.startswith("zero"):
             pytest.importorskip("deepspeed")
-        listed = LAUNCHES if kind == "pt" else WATCHED
-        folder, failure = launched(next(name for name, cases in listed.items() if case in cases))
-        path = folder / f"{case.name}.{kind}"
-        assert path.exists(), f"the worker ended before this case: {failure}"
-        return torch.load(path, weights_only=False)
+        name = next(name for name, cases in WATCHED.items() if case in cases)
+        return launches.file(name, f"{case.name}.calls.pt")
 
     return load
 
@@ -180,17 +174,17 @@ def test_the_second_rank_has_a_step_without_tokens() -> None:
 
 
 @pytest.mark.parametrize("case", PAIRS["torch"], ids=lambda case: case.name)
-def test_fsdp_gathers_each_head_once_and_reduces_its_gradient_once(result_of: Callable[..., Any], case: Case) -> None:
-    calls = result_of(case, "calls.pt")
+def test_fsdp_gathers_each_head_once_and_reduces_its_gradient_once(calls_of: Callable[..., Any], case: Case) -> None:
+    calls = calls_of(case)
     for head in ("student head", "teacher head"):
         gathers = [call for call in calls if call.parameter == head]
         assert [(call.phase, call.operation) for call in gathers] == [("forward", "_allgather_base_")]
     assert _reductions_of_the_head(calls) == ["backward"]
 
 
-def test_fsdp_gathers_a_tied_head_once_and_reduces_its_gradient_once(result_of: Callable[..., Any]) -> None:
+def test_fsdp_gathers_a_tied_head_once_and_reduces_its_gradient_once(calls_of: Callable[..., Any]) -> None:
     """Neither the loss nor an embedding reads its weight in backward."""
-    calls = result_of(TIED, "calls.pt")
+    calls = calls_of(TIED)
     gathers = [(call.phase, call.operation) for call in calls if call.parameter == "student head"]
     assert gathers == [("forward", "_allgather_base_")]
     assert _reductions_of_the_head(calls) == ["backward"]
@@ -203,16 +197,16 @@ def _reductions_of_the_head(calls: list[Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("case", PAIRS["deepspeed"], ids=lambda case: case.name)
-def test_zero3_gathers_every_parameter_once(result_of: Callable[..., Any], case: Case) -> None:
-    gathers = [call for call in result_of(case, "calls.pt") if "gather" in call.operation]
+def test_zero3_gathers_every_parameter_once(calls_of: Callable[..., Any], case: Case) -> None:
+    gathers = [call for call in calls_of(case) if "gather" in call.operation]
     share = sum(-(-p.numel() // case.ranks) for model in make_models(case.architecture) for p in model.parameters())
     assert sum(call.numel for call in gathers) == share
     assert all(call.phase == "forward" for call in gathers)
 
 
 @pytest.mark.parametrize("case", PAIRS["deepspeed"], ids=lambda case: case.name)
-def test_zero3_reduces_every_gradient_once(result_of: Callable[..., Any], case: Case) -> None:
-    reduced = [call for call in result_of(case, "calls.pt") if "reduce" in call.operation and call.numel > 1]
+def test_zero3_reduces_every_gradient_once(calls_of: Callable[..., Any], case: Case) -> None:
+    reduced = [call for call in calls_of(case) if "reduce" in call.operation and call.numel > 1]
     student = make_models(case.architecture)[0]
     student.get_input_embeddings().requires_grad_(False)
     trained = [p.numel() for p in student.parameters() if p.requires_grad]
@@ -221,7 +215,7 @@ def test_zero3_reduces_every_gradient_once(result_of: Callable[..., Any], case: 
 
 
 @pytest.mark.parametrize("name", list(PAIRS))
-def test_chunks_call_no_collectives(result_of: Callable[..., Any], name: str) -> None:
-    many, one = (result_of(case, "calls.pt") for case in PAIRS[name])
+def test_chunks_call_no_collectives(calls_of: Callable[..., Any], name: str) -> None:
+    many, one = (calls_of(case) for case in PAIRS[name])
     assert many == one
     assert len(many) > 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from kd_plugin.loss.chunk_plan import local_plan
 from tests.ranks import exchange_probes as probes
 from tests.ranks import exchange_worker
 from tests.ranks.exchange_cases import RAGGED, Case, count_valid, make_batch, make_models, train_densely
-from tests.ranks.launch import launch_cases
+from tests.ranks.launch import Launches
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -164,31 +163,19 @@ def dense(case: Case) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
-    """Start a launch when its first test asks for it: -> (folder of results, what was printed if it failed)."""
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    def spec(name: str) -> dict[str, Any]:
+        return {"train": LAUNCHES[name], "probes": PROBES.get(name, [])}
 
-    @functools.cache
-    def start(name: str) -> tuple[Path, str]:
-        folder = tmp_path_factory.mktemp(name)
-        spec = {"train": LAUNCHES[name], "probes": PROBES.get(name, [])}
-        worker, ranks = Path(exchange_worker.__file__), LAUNCHES[name][0].ranks
-        return folder, launch_cases(worker, folder, spec, ranks=ranks, timeout_s=800)
-
-    return start
+    return Launches(exchange_worker, LAUNCHES, tmp_path_factory.mktemp, timeout_s=800, spec=spec)
 
 
 @pytest.fixture
-def result_of(launched: Callable[[str], tuple[Path, str]]) -> Callable[..., Any]:
-    """What the worker wrote; cases that finished before a crash still count."""
+def result_of(launches: Launches) -> Callable[..., Any]:
+    """What was written about a case, or by a probe: (launch, name)."""
 
     def load(case: Case | None = None, probe: tuple[str, str] = ("", "")) -> Any:
-        if case is not None and case.wrapper.startswith("zero"):
-            pytest.importorskip("deepspeed")
-        listed, file = (probe[0], probe[1]) if case is None else (None, case.name)
-        name = listed or next(name for name, cases in LAUNCHES.items() if case in cases)
-        folder, failure = launched(name)
-        assert (folder / f"{file}.pt").exists(), f"the worker ended before {file}: {failure}"
-        return torch.load(folder / f"{file}.pt", weights_only=False)
+        return launches.file(probe[0], f"{probe[1]}.pt") if case is None else launches.of(case)
 
     return load
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.ranks import lora_worker
-from tests.ranks.launch import launch_cases
+from tests.ranks.launch import Launches
 from tests.ranks.lora_cases import Case, make_models, train_densely
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -64,27 +62,14 @@ def truth(case: Case) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
-    """Start a launch when its first test asks for it: -> (folder of results, what was printed if it failed)."""
-
-    @functools.cache
-    def start(name: str) -> tuple[Path, str]:
-        folder = tmp_path_factory.mktemp(name)
-        worker, ranks = Path(lora_worker.__file__), LAUNCHES[name][0].ranks
-        return folder, launch_cases(worker, folder, LAUNCHES[name], ranks=ranks, timeout_s=200)
-
-    return start
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    return Launches(lora_worker, LAUNCHES, tmp_path_factory.mktemp, timeout_s=200)
 
 
 @pytest.mark.parametrize("case", [*TORCH, *DEEPSPEED, *FOUR], ids=lambda case: case.name)
-def test_ranks_train_adapters_like_one_dense_process(launched: Callable[[str], tuple[Path, str]], case: Case) -> None:
+def test_ranks_train_adapters_like_one_dense_process(launches: Launches, case: Case) -> None:
     """Parameters within 1e-5, after having moved a hundred times that far; frozen ones do not move."""
-    if case in DEEPSPEED:
-        pytest.importorskip("deepspeed")
-    folder, failure = launched(next(name for name, cases in LAUNCHES.items() if case in cases))
-    path = folder / f"{case.name}.pt"
-    assert path.exists(), f"the worker ended before this case: {failure}"
-    found, wanted = torch.load(path), truth(replace(case, wrapper="single", exchange="weight"))
+    found, wanted = launches.of(case), truth(replace(case, wrapper="single", exchange="weight"))
     start = dict(make_models(case)[0].named_parameters())
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
