@@ -1,11 +1,9 @@
-"""Student heads inside a peft wrapper: a LoRA adapter on the head, or a trained copy of it (`modules_to_save`).
+"""A LoRA adapter of peft on the student's head: what it adds to the logits, as one term of low rank.
 
 Notable decisions:
-- the modules stay where and what they are, so peft's saving, merging and switching of adapters go on working; only
-  the linear layers that multiply by a whole head become a `DistillHead`;
 - each of the adapter's layers is called as a module, one inside the other's forward, the base layer innermost:
   there every wrapper (DDP, FSDP1, FSDP2, ZeRO-3) has its weight whole;
-- which adapters count is peft's state at the moment of the call.
+- which adapters count is peft's state at the moment of the call, so switching and merging go on working.
 """
 
 from __future__ import annotations
@@ -19,88 +17,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from kd_plugin.distributed.layout import row_shards, rows_here
-from kd_plugin.loss import checks
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.low_rank import LowRank
-from kd_plugin.plugin.causal_lm import HeadSlot, unwrap
-from kd_plugin.plugin.head import DistillHead
+from kd_plugin.plugin.causal_lm import unwrap
 from kd_plugin.plugin.replaced_forward import ReplacedForward, is_replaced
 
-__all__ = ["check_student", "on_shards", "replace_head"]
+__all__ = ["active_adapters", "on_shards", "take_over_adapter"]
 
 
-def check_student(model: nn.Module, slot: HeadSlot) -> None:
-    """Refuse a student that the loss cannot take over.
-
-    Raises:
-        ValueError: prompt tuning; a head that is not linear, quantised, sharded already, attached already, or
-            adapted in another way than by LoRA.
-    """
-    config: Any = getattr(model, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):
-        raise ValueError(
-            f"the student is adapted by {config.peft_type.value}, whose virtual tokens have no labels and are unknown "
-            "to the teacher; wanted LoRA: peft.get_peft_model(student, peft.LoraConfig(...))"
-        )
-    for layer in _linear_layers(slot)[0]:
-        checks.linear_head("the student's head", layer.module)
-        if isinstance(layer.module, DistillHead):
-            raise ValueError("this student has a teacher attached already: call plugin.detach() first")
-
-
-def replace_head(slot: HeadSlot, distilling: Callable[[nn.Linear], DistillHead]) -> list[Callable[[], None]]:
-    """Make the student's head compute the loss when it is called with a `HeadCall`.
-
-    Args:
-        slot: where the model has its head, peft's wrapper around it included; `check_student` accepts it.
-        distilling: turns a linear layer into the head that takes its place.
-
-    Returns:
-        What undoes it, to be called from last to first.
-    """
-    layers, adapted = _linear_layers(slot)
-    undo = [_put(layer, distilling(checks.linear_head("the student's head", layer.module))) for layer in layers]
-    if adapted:
-        undo += _take_over_adapter(slot.module)
-    return undo
-
-
-def _linear_layers(slot: HeadSlot) -> tuple[list[HeadSlot], bool]:
-    """The layers that may multiply by a whole head, and whether they lie inside a LoRA adapter."""
-    head = slot.module
-    if not type(head).__module__.startswith("peft."):
-        return [slot], False
-    from peft.tuners.lora import Linear as LoraLinear
-    from peft.utils import ModulesToSaveWrapper
-
-    if type(head) is LoraLinear:
-        _active_adapters(head)  # refuses those that are not a low-rank term
-        return [HeadSlot(head, "base_layer")], True
-    if type(head) is ModulesToSaveWrapper:
-        copies = [HeadSlot(head.modules_to_save, name) for name in head.modules_to_save]
-        return [HeadSlot(head, "original_module"), *copies], False
-    raise ValueError(
-        f"the student's head is a {type(head).__module__}.{type(head).__qualname__}; wanted plain LoRA or "
-        "modules_to_save on a float torch.nn.Linear: leave the head out of target_modules (and of "
-        "trainable_token_indices), or merge the adapter before attach()"
-    )
-
-
-def _put(slot: HeadSlot, head: DistillHead) -> Callable[[], None]:
-    original = slot.module
-
-    def restore() -> None:
-        original.train(head.training)
-        for parent in slot.parent.modules():  # a wrapper may have come between
-            for name, child in parent._modules.items():
-                if child is head:
-                    parent._modules[name] = original
-
-    slot.put(head)
-    return restore
-
-
-def _active_adapters(head: Any) -> list[str]:
+def active_adapters(head: Any) -> list[str]:
     """Names of the adapters that `head`, a peft `lora.Linear`, would add now; as its own forward finds them."""
     if head.disable_adapters:
         if head.merged:
@@ -117,7 +42,7 @@ def _active_adapters(head: Any) -> list[str]:
     return names
 
 
-def _take_over_adapter(head: Any) -> list[Callable[[], None]]:
+def take_over_adapter(head: Any) -> list[Callable[[], None]]:
     adapter_layers = [*((_down, layer) for layer in head.lora_A.values()), *((_up, up) for up in head.lora_B.values())]
     replaced = [ReplacedForward(layer, make(layer)) for make, layer in adapter_layers]
     replaced.append(ReplacedForward(head, _adapted(head)))
@@ -131,7 +56,7 @@ def _adapted(head: Any) -> Callable[..., Tensor]:
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args and isinstance(args[0], HeadCall)):
             return original(hidden, *args, **kwargs)
-        call, names, terms = args[0], _active_adapters(head), []
+        call, names, terms = args[0], active_adapters(head), []
 
         def inside(index: int) -> Tensor:
             """The loss, once the adapters from `index` on have given their terms."""
@@ -188,11 +113,9 @@ def on_shards(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
 
     What is small, lora_A, is gathered here: the modules' own forwards would gather the head with it.
     """
-    if not hasattr(head, "base_layer"):
-        return head.on_shards(hidden, call)
     cut, terms = row_shards(head.weight), []
     assert cut is not None
-    for name in _active_adapters(head):
+    for name in active_adapters(head):
         down, up = _whole(head.lora_A[name].weight), head.lora_B[name]
         factor = F.linear(head.lora_dropout[name](hidden.to(down.dtype)), down)
         bias = None if up.bias is None else rows_here(up.bias, cut.replicas)

@@ -16,7 +16,7 @@ from kd_plugin.distributed.uncompiled import uncompiled
 from kd_plugin.loss import checks
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import AfterHead
-from kd_plugin.plugin import causal_lm, lora
+from kd_plugin.plugin import causal_lm, student_head
 from kd_plugin.plugin.head import DistillHead
 from kd_plugin.plugin.label_table import CONVENTIONS
 from kd_plugin.plugin.labels import Convention, LabelError, decoder_input_ids, row_targets
@@ -63,7 +63,7 @@ class StudentSide:
         self._engine_seen = False
         self._undo: list[Callable[[], None]] = []
         try:
-            lora.check_student(self.model, slot)
+            student_head.check_student(self.model, slot)
             refuse_z_loss(self.model.config)
             observed = observe(self.model, slot, "student")
             self.convention, self._why_unknown = _convention_of(_base(self.model), observed)
@@ -72,7 +72,7 @@ class StudentSide:
             self._router = RouterLoss(always=observed.adds)
             after = observed.after_head or AfterHead()
             make = functools.partial(DistillHead, config=config, transform=after.transform, logits_bias=after.bias)
-            self._undo += lora.replace_head(slot, make)
+            self._undo += student_head.replace_head(slot, make)
             self._head_module = slot.module
             self._bypass = BypassWatch(self.model, student)
             self._undo.append(self._bypass.remove)
@@ -185,7 +185,7 @@ class StudentSide:
         """The loss sum of `call`, computed inside the head's own forward."""
         linear = self.linear
         if call.shard is not None and row_shards(linear.weight) is not None:
-            return lora.on_shards(linear, hidden_states, call)  # past the hooks that would gather the weight
+            return student_head.on_shards(linear, hidden_states, call)  # past the hooks that would gather the weight
         if self.slot.module is not self._head_module and type(self.slot.module).__module__.startswith("peft."):
             raise ValueError(
                 "peft has wrapped the student's head after attach(), where its adapter would be added to the loss and "
