@@ -43,6 +43,7 @@ def active_adapters(head: Any) -> list[str]:
 
 
 def take_over_adapter(head: Any) -> list[Callable[[], None]]:
+    """Let the layers of `head`, a LoRA layer of peft, hand out their terms; returns what undoes it, last to first."""
     adapter_layers = [*((_down, layer) for layer in head.lora_A.values()), *((_up, up) for up in head.lora_B.values())]
     replaced = [ReplacedForward(layer, make(layer)) for make, layer in adapter_layers]
     replaced.append(ReplacedForward(head, _adapted(head)))

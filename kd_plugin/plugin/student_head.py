@@ -91,8 +91,6 @@ def _put(slot: HeadSlot, head: DistillHead) -> Callable[[], None]:
     return restore
 
 
-def on_shards(head: nn.Module, hidden: Tensor, call: HeadCall) -> Tensor:
-    """The loss on the rows that FSDP2 left here, of the student's head and of its adapters."""
-    if isinstance(head, DistillHead):
-        return head.on_shards(hidden, call)
-    return lora.on_shards(head, hidden, call)
+def on_shards(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
+    """The loss on the rows that FSDP2 left here, of the student's head (peft's around it included) and its adapters."""
+    return lora.on_shards(head, hidden, call) if hasattr(head, "base_layer") else head.on_shards(hidden, call)
