@@ -100,7 +100,8 @@ class FsdpEngine:
         if shard_size > 1 or config.offload:
             placed = self._shard_teacher(teacher, self._mesh(shard_size), offload=config.offload)
         else:
-            placed.requires_grad_(False).eval().to(self.place.device)  # pyright: ignore[reportArgumentType]  (its decorator loses `self`)
+            teacher.requires_grad_(False).eval()
+            teacher.to(self.place.device)  # pyright: ignore[reportArgumentType]  (its decorator loses `self`)
         if config.offload and self.place.device.type == "cpu":
             self.applied_notes.append("teacher.offload has no effect: there is no GPU, host memory holds everything")
         return placed

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OWN_IGNORE_INDEX = -100
 """What Hugging Face's own losses skip."""
@@ -97,7 +100,7 @@ def row_targets(
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if convention.shift else labels
 
 
-def _start_token(model: Any, labels: Tensor, *, of_text: bool) -> Tensor:
+def _start_token(model: PreTrainedModel, labels: Tensor, *, of_text: bool) -> Tensor:
     """The start token in front, as BART and most others do; `of_text`: by the configuration of the text decoder."""
     config = model.config.get_text_config(decoder=True) if of_text else model.config
     start = getattr(config, "decoder_start_token_id", None)
@@ -108,7 +111,7 @@ def _start_token(model: Any, labels: Tensor, *, of_text: bool) -> Tensor:
     return shifted.masked_fill(shifted == OWN_IGNORE_INDEX, pad)
 
 
-def _wrapped(model: Any, labels: Tensor) -> Tensor:
+def _wrapped(model: PreTrainedModel, labels: Tensor) -> Tensor:
     """The last token that is no padding, a language code, in front, as mBART does."""
     pad = model.config.pad_token_id
     if pad is None:
@@ -118,8 +121,8 @@ def _wrapped(model: Any, labels: Tensor) -> Tensor:
     return torch.cat([known.gather(1, last[:, None]), known[:, :-1]], dim=1)
 
 
-def _by_method(name: str) -> Callable[[Any, Tensor], Tensor]:
-    def make(model: Any, labels: Tensor) -> Tensor:
+def _by_method(name: str) -> Callable[[PreTrainedModel, Tensor], Tensor]:
+    def make(model: PreTrainedModel, labels: Tensor) -> Tensor:
         method = getattr(model, name, None)
         if method is None:
             raise LabelError(f"the model has no {name}")
@@ -128,7 +131,7 @@ def _by_method(name: str) -> Callable[[Any, Tensor], Tensor]:
     return make
 
 
-DECODER_INPUTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+DECODER_INPUTS: dict[str, Callable[[PreTrainedModel, Tensor], Tensor]] = {
     **{name: _by_method(name) for name in _METHODS},
     "start token": functools.partial(_start_token, of_text=False),
     "start token of the text decoder": functools.partial(_start_token, of_text=True),
@@ -137,7 +140,7 @@ DECODER_INPUTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 """Ways to make `decoder_input_ids` `[B, S]` of labels `[B, S]`; the model's own methods go first."""
 
 
-def decoder_input_ids(model: Any, labels: Tensor, convention: Convention, ignore_index: int) -> Tensor:
+def decoder_input_ids(model: PreTrainedModel, labels: Tensor, convention: Convention, ignore_index: int) -> Tensor:
     """What the decoder reads, `[B, S]`, as the model itself would make it of these labels.
 
     Raises:

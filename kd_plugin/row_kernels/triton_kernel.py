@@ -124,7 +124,7 @@ def row_pass(
 
 
 def _launch(kernel: Kernel, rows: int, tensors: dict[str, Tensor], statistics: Tensor, shape: dict[str, int]) -> None:
-    arguments: list[Any] = []
+    arguments: list[Tensor | int] = []
     for name in kernel.source.inputs:
         arguments += [tensors[name], tensors[name].stride(0)]
     kernel.function[(rows,)](*arguments, statistics, **shape, **_OPTIONS)

@@ -19,9 +19,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TypeAlias
 
 __all__ = ["Ended", "Interrupted", "last_step", "one_line_end", "reached"]
 
+_Handler: TypeAlias = "Callable[[int, FrameType | None], object] | int | None"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE_S = 10
 """How long the main thread may take to end by itself; torchrun kills after 30 s."""
@@ -97,7 +99,7 @@ class _Watch:
         self.came: int | None = None
         self.why = ""
         self._line, self._told = line, threading.Lock()
-        self._before: dict[int, object] = {}
+        self._before: dict[int, _Handler] = {}
         self._wakeup = -1
 
     def start(self) -> None:
@@ -126,7 +128,7 @@ class _Watch:
         """Put the handlers back, in the process of the run or in a fork of it."""
         _State.watch = None
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
 
     def tell(self) -> None:

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 import kd_plugin as kd
+<<<<<<< HEAD:tests/plugin/test_token_ids.py
 from tests.loss_cases import config_of
+=======
+from kd_plugin.plugin.token_ids import UnknownTokenError, check_inputs
+from tests.test_fused_loss import config_of
+>>>>>>> types:tests/test_token_ids.py
 from tests.tiny_models import VOCAB, make_batch, make_model
 
 
@@ -77,3 +82,9 @@ def test_ids_that_stand_for_images_are_left_to_the_model() -> None:
     batch = make_batch()
     batch["input_ids"][0, 0] = VOCAB
     assert torch.isfinite(student(**batch).loss)
+
+
+def test_an_impossible_id_is_named_though_one_model_does_not_say_how_many_it_embeds() -> None:
+    models = {"student": (torch.nn.Identity(), None), "teacher": (torch.nn.Identity(), 8)}
+    with pytest.raises(UnknownTokenError, match=r"input_ids\[0, 1\] is -1, but the teacher embeds ids 0 to 7 only"):
+        check_inputs({"input_ids": torch.tensor([[3, -1]])}, models)
