@@ -6,12 +6,8 @@ import pytest
 import torch
 
 import kd_plugin as kd
-<<<<<<< HEAD:tests/plugin/test_token_ids.py
-from tests.loss_cases import config_of
-=======
 from kd_plugin.plugin.token_ids import UnknownTokenError, check_inputs
-from tests.test_fused_loss import config_of
->>>>>>> types:tests/test_token_ids.py
+from tests.loss_cases import config_of
 from tests.tiny_models import VOCAB, make_batch, make_model
 
 
