@@ -19,59 +19,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-__all__ = ["DataError", "Form", "Record", "columns_of", "form_of", "record_of"]
+from kd_plugin.data.other_columns import LISTS, REFUSED_ANYWHERE, RENDERED, counts, looked_at, refuse_other_columns
+from kd_plugin.data.record import DataError, Form, Record
 
-Form = Literal["text", "prompt + completion", "messages"]
-
-
-class DataError(ValueError):
-    """Data that is missing, unreadable, or not in an accepted form."""
+__all__ = ["columns_of", "form_of", "record_of"]
 
 
-class Record(NamedTuple):
-    """One document before tokenisation."""
-
-    form: Form
-    values: dict[str, Any]
-    """`text: str`, or `prompt: str` and `completion: str`, or `messages: list[dict]` with `untrained: set[int]` (turns
-    that are not trained on), `unread: list[str]` (columns that mean nothing to anybody but perhaps to a template) and,
-    where given, `tools`, `documents` (lists of dicts) and `chat_template_kwargs`."""
-
-    where: str
-    """Its place, for error messages."""
-
-
-_LISTS = ("tools", "documents")
-_RENDERED = (*_LISTS, "chat_template_kwargs")
-_AS_TOOLS = "rename it 'tools', a list of {type: function, function: ...}"
-_NO_MEDIA = "the models read text only: leave such rows out"
-_NO_MASK = "what is trained on follows from the form of the row: remove the column if that is meant"
-_BY_TEMPLATE = "it reaches a model through a chat template: give 'messages', or remove it if the text has it already"
-_FUNCTIONS = dict.fromkeys(("functions", "available_tools", "tool_definitions"), _AS_TOOLS)
-_ALWAYS = {
-    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _NO_MEDIA),
-    **dict.fromkeys(("assistant_masks", "completion_mask", "labels", "loss_mask"), _NO_MASK),
-    **dict.fromkeys(("chat_template", "enable_thinking"), "give it to the template: 'chat_template_kwargs'"),
-    **dict.fromkeys(("tool_choice", "suffix"), "write it into the text, as the model is to read it"),
-    "response_format": "write it into the system turn, as the model is to read it",
-    "history": "write earlier turns into 'messages'",
-    "refusal": "write it as the turn's 'content'",
-}
-_REFUSED: dict[Form, dict[str, str]] = {
-    "messages": {**_FUNCTIONS, **_ALWAYS},
-    "prompt + completion": {**_FUNCTIONS, **_ALWAYS, **dict.fromkeys(_RENDERED, _BY_TEMPLATE)},
-    "text": {**_FUNCTIONS, **dict.fromkeys(_RENDERED, _BY_TEMPLATE)},
-}
-"""Columns that would change prompt or mask and cannot be heeded -> what to do."""
-_IN_FRONT = ("system", "system_prompt", "system_message", "developer", "instructions", "context")
-_TEXTS: dict[Form, tuple[str, ...]] = {
-    "messages": _IN_FRONT,
-    "prompt + completion": (*_IN_FRONT, "instruction", "input", "passage", "document"),
-    "text": (),
-}
-"""Columns whose text a prompt should hold."""
 _WEIGHTS = ("weight", "train", "training", "loss", "loss_weight")
 _MASKS = ("masked", "mask")
 _PARTIAL_TURNS = ("train_detail", "training_detail")
@@ -104,8 +59,8 @@ def form_of(names: Iterable[str], text_column: str, where: str) -> Form:
 
 def columns_of(form: Form, text_column: str) -> set[str]:
     """The columns that `record_of` looks at."""
-    also = _looked_at(form, text_column)
-    rendered = _RENDERED if form == "messages" else ()
+    also = looked_at(form, text_column)
+    rendered = RENDERED if form == "messages" else ()
     return {*_wanted(form, text_column), *also.refused, *also.texts, *also.flags, *rendered}
 
 
@@ -131,25 +86,11 @@ def record_of(row: Mapping[str, Any], text_column: str, where: str, *, padded: b
             "text" if form == "text" else column: _text(row[column], column, where)
             for column in _wanted(form, text_column)
         }
-    _refuse_other_columns(row, form, values, text_column, where)
+    refuse_other_columns(row, form, values, text_column, where)
     if form == "messages":
         read = columns_of(form, text_column)
         values["unread"] = [column for column, value in row.items() if column not in read and value is not None]
     return Record(form, values, where)
-
-
-class _Looked(NamedTuple):
-    """The other columns that matter: refused by name, texts that the prompt should hold, weights and verdicts."""
-
-    refused: dict[str, str]
-    texts: tuple[str, ...]
-    flags: tuple[str, ...]
-
-
-def _looked_at(form: Form, text_column: str) -> _Looked:
-    if form == "text":
-        return _Looked(_REFUSED[form] if text_column == "text" else {}, (), ())
-    return _Looked(_REFUSED[form], _TEXTS[form], ("weight", "label"))
 
 
 def _wanted(form: Form, text_column: str) -> tuple[str, ...]:
@@ -158,41 +99,6 @@ def _wanted(form: Form, text_column: str) -> tuple[str, ...]:
         "prompt + completion": ("prompt", "completion"),
         "messages": ("messages",),
     }[form]
-
-
-def _refuse_other_columns(
-    row: Mapping[str, Any], form: Form, values: dict[str, Any], text_column: str, where: str
-) -> None:
-    looked = _looked_at(form, text_column)
-    for column, cure in looked.refused.items():
-        if _counts(row.get(column), form, column):
-            raise DataError(f"{where}: {column!r} changes what a row means and cannot be heeded: {cure}")
-    before = values["prompt"] if form == "prompt + completion" else _spoken(values)
-    for column in looked.texts:
-        text = row.get(column)
-        if isinstance(text, str) and text.strip() not in before:
-            home = "the first turn of 'messages'" if form == "messages" else "'prompt'"
-            raise DataError(f"{where}: the text of {column!r} is not in the prompt: write it into {home}")
-    if "weight" in looked.flags and row.get("weight") not in (None, 1):
-        raise DataError(f"{where}: 'weight' is {row['weight']!r}, and all rows weigh the same: remove the column")
-    if "label" in looked.flags and row.get("label") is False:
-        raise DataError(f"{where}: 'label' is false, which marks an undesired answer: leave such rows out")
-
-
-def _counts(value: Any, form: Form, column: str) -> bool:
-    """Whether `value` says something; beside plain text only what templates are given, and not a word or number."""
-    if form == "text":
-        first = value[0] if isinstance(value, list | str) and value else value
-        return first in ("[", "{") if isinstance(value, str) else isinstance(first, Mapping) and bool(first)
-    if column == "labels":
-        return isinstance(value, list) and bool(value)
-    if column == "enable_thinking":  # which templates take for true unless it is false
-        return value is not None
-    return bool(value.strip() if isinstance(value, str) else value)
-
-
-def _spoken(values: dict[str, Any]) -> str:
-    return "\n".join(str(turn.get("content")) for turn in values.get("messages", ()))
 
 
 def _text(value: Any, column: str, where: str) -> str:
@@ -235,7 +141,7 @@ def _conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         "messages": [_turn(turn, place) for turn, place in zip(messages, places, strict=True)],
         "untrained": untrained,
     }
-    for column in _LISTS:
+    for column in LISTS:
         if found := _parsed(row.get(column), column, where):
             values[column] = _list_of_objects(found, column, where)
     if settings := _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs", where):
@@ -258,9 +164,9 @@ def _is_trained(turn: Mapping[str, Any], place: str) -> bool:
 
 def _turn(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     """What the template sees of a turn; a null is what its absence is."""
-    for key in _ALWAYS:
-        if _counts(turn.get(key), "messages", key):
-            raise DataError(f"{place}: {key!r} changes what a turn means and cannot be heeded: {_ALWAYS[key]}")
+    for key in REFUSED_ANYWHERE:
+        if counts(turn.get(key), "messages", key):
+            raise DataError(f"{place}: {key!r} changes what a turn means and cannot be heeded: {REFUSED_ANYWHERE[key]}")
     kept = {
         key: value
         for key, value in turn.items()

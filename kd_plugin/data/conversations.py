@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from kd_plugin.data.columns import DataError, Record
+from kd_plugin.data.record import DataError, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kd_plugin.data.columns import DataError, Record
 from kd_plugin.data.conversations import Spans, render
 from kd_plugin.data.known_ids import check_ids
 from kd_plugin.data.packing import Batch, Document, PackedDataset, TrainBatches, collate, eval_batches, indices_for_step
+from kd_plugin.data.record import DataError, Record
 from kd_plugin.data.records import read_records, refuse_unused
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from kd_plugin.data.columns import DataError, Record, columns_of, form_of, record_of
+from kd_plugin.data.columns import columns_of, form_of, record_of
+from kd_plugin.data.record import DataError, Record
 
 if TYPE_CHECKING:
     from kd_plugin.settings.run import DataConfig

@@ -184,12 +184,6 @@ def loss_rows(rows: Tensor, num_rows: int) -> None:
         raise ValueError("loss_rows lists a row twice: each row counts once; token_weights gives rows a weight")
 
 
-def labels(given: object) -> None:
-    """Labels that are a tensor."""
-    if not isinstance(given, Tensor):
-        raise ValueError(f"labels is a {type(given).__name__}; wanted an int64 tensor [B, S], as the model takes them")
-
-
 def token_weights(weights: Tensor | None, hidden: Tensor) -> None:
     """Per-row weights: a tensor of the rows' shape."""
     if weights is not None and not isinstance(weights, Tensor):
@@ -283,15 +277,6 @@ def teacher_pair(
 def free_to_read(tensor: Tensor) -> bool:
     """Whether the host can read values of `tensor` without waiting for a device."""
     return tensor.is_cpu
-
-
-def language_model(model: object, side: str) -> None:
-    """A module where a model is wanted."""
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(
-            f"the {side} is a {type(model).__name__}; wanted a loaded model, such as "
-            "transformers.AutoModelForCausalLM.from_pretrained(...)"
-        )
 
 
 def distill_config(config: object) -> None:

@@ -27,7 +27,7 @@ from kd_plugin.loss import checks
 from kd_plugin.loss.chunk_loop import chunk_rows
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import HeadTeacher
-from kd_plugin.plugin import causal_lm
+from kd_plugin.plugin import arguments, causal_lm
 from kd_plugin.plugin.labels import check_same_rows
 from kd_plugin.plugin.metrics import Measures
 from kd_plugin.plugin.model_output import check_readable, model_output, per_item
@@ -278,11 +278,11 @@ def attach(
     if isinstance(teacher, DistillConfig):
         raise ValueError("the teacher is missing: attach(student, teacher, config)")
     checks.distill_config(config)
-    checks.language_model(student, "student")
+    arguments.language_model(student, "student")
     if config.soft_weight and teacher is None:
         raise ValueError(f"soft_weight is {config.soft_weight:g} but teacher is None: pass one, or set soft_weight=0")
     if teacher is not None:
-        checks.language_model(teacher, "teacher")
+        arguments.language_model(teacher, "teacher")
         causal_lm.check_apart(causal_lm.unwrap_model(student), causal_lm.unwrap_model(teacher))
     if tokenizers is not None:
         if not isinstance(tokenizers, tuple | list) or len(tokenizers) != 2:

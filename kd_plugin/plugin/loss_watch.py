@@ -19,7 +19,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -27,12 +26,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kd_plugin.distributed.uncompiled import uncompiled
+from kd_plugin.plugin.trainers import refuse_predictions, trainer_causes
 
 logger = logging.getLogger(__name__)
 
 _LABELS = ("labels", "shift_labels")
-_CALLING = ("compute_loss", "training_step", "prediction_step")
-"""Methods of a Hugging Face Trainer in which it calls its model."""
 _CURE = (
     "attach() after whatever replaces the forward (TRL's SFTTrainer does so when it is made, use_liger_kernel when "
     "training starts), and let the trainer take the loss that the model returns: with TRL, `class DistillSFTTrainer("
@@ -42,10 +40,6 @@ _CURE = (
 
 class BypassError(ValueError):
     """The student is trained, and the distillation loss is not asked for."""
-
-
-class LogitsWanted(ValueError):
-    """The student was called for logits, which do not exist while a teacher is attached."""
 
 
 class LossWatch:
@@ -97,7 +91,7 @@ class LossWatch:
         """
         self.losses += 1
         if not torch.is_grad_enabled():
-            _refuse_predictions(sys._getframe())
+            refuse_predictions(sys._getframe())
 
     def measured(self) -> None:
         """The measurements have been asked for, and there were some."""
@@ -145,7 +139,7 @@ class LossWatch:
             self._without_labels(f"{type(backbone).__name__} is called past the student's forward")
 
     def _without_labels(self, what: str) -> None:
-        causes = _trainer_causes(sys._getframe())
+        causes = trainer_causes(sys._getframe())
         if causes.refused:
             raise BypassError(f"{what}, so nothing would be distilled: {causes.refused}")
         self._say(
@@ -242,61 +236,3 @@ def _describe(model: nn.Module) -> str:
     globals_: dict[str, Any] = getattr(forward, "__globals__", {})
     home = globals_.get("__name__") or getattr(forward, "__module__", "") or type(forward).__module__
     return f"the forward that ran is {home}.{name or type(forward).__qualname__}"
-
-
-class _Causes:
-    """Why labels may be missing: what is certain enough to refuse, and what is likely."""
-
-    def __init__(self, refused: str, likely: str) -> None:
-        self.refused, self.likely = refused, likely
-
-
-def _trainer_causes(frame: FrameType | None) -> _Causes:
-    """Look for the Hugging Face Trainer that is running this forward, if one is; called for forwards without labels."""
-    likely = (
-        "the labels are missing: a collator that gives none, a loss computed from the logits, a trainer that calls the "
-        "backbone itself (TRL's GKD and DistillationTrainer), or one that keeps the labels (label_smoothing_factor, "
-        "compute_loss_func); pass labels to the student"
-    )
-    for _, trainer in _trainer_frames(frame):
-        return _Causes(_taken_by(trainer), f"{type(trainer).__name__} gave the student no labels: {likely}")
-    return _Causes("", likely)
-
-
-def _trainer_frames(frame: FrameType | None) -> Iterator[tuple[FrameType, object]]:
-    """The methods of Hugging Face Trainers that call a model and are running, innermost first, each with its trainer.
-
-    No other frame's variables are read: Python keeps what it shows of them, large tensors too, while the frame lives.
-    """
-    kind: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    while frame is not None and isinstance(kind, type):
-        if frame.f_code.co_name in _CALLING:
-            trainer = frame.f_locals.get("self")
-            if isinstance(trainer, kind):
-                yield frame, trainer
-        frame = frame.f_back
-
-
-def _refuse_predictions(frame: FrameType | None) -> None:
-    for method, trainer in _trainer_frames(frame):
-        if getattr(getattr(trainer, "args", None), "predict_with_generate", False):  # what it predicts is generated
-            return
-        if method.f_code.co_name == "prediction_step" and method.f_locals.get("prediction_loss_only") is False:
-            raise LogitsWanted(
-                f"{type(trainer).__name__} wants the student's logits (predict, or evaluate with compute_metrics), "
-                "which do not exist while a teacher is attached: plugin.detach() first, or set "
-                "TrainingArguments(prediction_loss_only=True) and read the loss and plugin.metrics()"
-            )
-
-
-def _taken_by(trainer: Any) -> str:
-    name = type(trainer).__name__
-    if getattr(trainer, "label_smoother", None) is not None:
-        factor = trainer.args.label_smoothing_factor
-        return (
-            f"{name} keeps the labels for label_smoothing_factor={factor}: set it to 0, and "
-            f"DistillConfig(label_smoothing={factor}) for the hard loss"
-        )
-    if getattr(trainer, "compute_loss_func", None) is not None:
-        return f"{name} keeps the labels for its compute_loss_func: leave it out, the student returns the loss"
-    return ""

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from kd_plugin.distributed.layout import row_shards, waits_for_engine
 from kd_plugin.distributed.uncompiled import uncompiled
-from kd_plugin.loss import checks
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import AfterHead
-from kd_plugin.plugin import causal_lm, student_head
+from kd_plugin.plugin import arguments, causal_lm, student_head
 from kd_plugin.plugin.head import DistillHead
 from kd_plugin.plugin.label_table import CONVENTIONS
 from kd_plugin.plugin.labels import Convention, LabelError, decoder_input_ids, row_targets
@@ -130,7 +129,7 @@ class StudentSide:
             if inputs.get(name):
                 raise ValueError(f"the student was called with {name}={inputs[name]}: {cure}")
         given = labels if shift_labels is None else shift_labels
-        checks.labels(given)
+        arguments.labels(given)
         assert given is not None
         if not looked_at:
             check_labels(given, self.vocab_size, self.config.ignore_index)

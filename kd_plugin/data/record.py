@@ -1,0 +1,24 @@
+"""One document before it is tokenised, and the error about one that cannot be read."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+Form = Literal["text", "prompt + completion", "messages"]
+
+
+class DataError(ValueError):
+    """Data that is missing, unreadable, or not in an accepted form."""
+
+
+class Record(NamedTuple):
+    """One document before tokenisation."""
+
+    form: Form
+    values: dict[str, Any]
+    """`text: str`, or `prompt: str` and `completion: str`, or `messages: list[dict]` with `untrained: set[int]` (turns
+    that are not trained on), `unread: list[str]` (columns that mean nothing to anybody but perhaps to a template) and,
+    where given, `tools`, `documents` (lists of dicts) and `chat_template_kwargs`."""
+
+    where: str
+    """Its place, for error messages."""
