@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from kd_plugin.settings import distill
 
 # Before anything imports torch: the processes of the distributed tests share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,6 +37,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_registered_divergence_stays() -> Iterator[None]:
+    """Else an error that lists the known ones would depend on the order of the tests."""
+    before = set(distill.registered_names)
+    yield
+    if added := distill.registered_names - before:
+        from kd_plugin.divergences import registered, registry
+
+        for name in added:
+            distill.registered_names.remove(name)
+            del registry.DIVERGENCES[name], registered._functions[name]
 
 
 @pytest.fixture
