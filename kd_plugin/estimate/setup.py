@@ -9,7 +9,7 @@ from kd_plugin.divergences.objective import make_objective
 from kd_plugin.engines.protocol import DTYPES
 from kd_plugin.engines.zero_block import zero_stage
 from kd_plugin.estimate.sizes import ModelSizes
-from kd_plugin.loss.chunk_loop import rows_per_chunk, teacher_columns
+from kd_plugin.loss.chunk_size import rows_per_chunk, teacher_columns
 from kd_plugin.settings.run import DistillConfig, RunConfig
 from kd_plugin.training.preflight import layout_problems
 from kd_plugin.training.schedule import accumulation_steps, parallel_mode

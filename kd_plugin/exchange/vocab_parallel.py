@@ -25,8 +25,9 @@ from kd_plugin.distributed.vocab_slice import VocabShard
 from kd_plugin.exchange.row_gather import RowGather
 from kd_plugin.loss.autograd import Context, once_differentiable
 from kd_plugin.loss.buffers import buffer
-from kd_plugin.loss.chunk_loop import Problem, dense_bytes, foreign_labels, wide_dtype
+from kd_plugin.loss.chunk_loop import Problem, foreign_labels, wide_dtype
 from kd_plugin.loss.chunk_plan import agreed_plan
+from kd_plugin.loss.chunk_size import dense_bytes
 from kd_plugin.loss.low_rank import LowRankProduct, low_rank_product
 from kd_plugin.loss.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
 from kd_plugin.loss.output import scaled

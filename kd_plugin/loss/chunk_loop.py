@@ -19,18 +19,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kd_plugin.divergences.objective import Objective, make_objective
+from kd_plugin.divergences.objective import Objective
 from kd_plugin.loss.buffers import buffer
 from kd_plugin.loss.chunk_plan import ChunkPlan, agreed_plan, local_plan
+from kd_plugin.loss.chunk_size import dense_bytes, teacher_columns
 from kd_plugin.loss.low_rank import LowRankProduct
 from kd_plugin.loss.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
 from kd_plugin.loss.teacher import TeacherSource
 from kd_plugin.row_kernels import dispatch
 from kd_plugin.row_kernels.dispatch import IDENTITY, NUM_LOSSES, LogitTransform, RowSpec
-from kd_plugin.settings.run import DistillConfig
-
-_MIB = 2**20
-_BYTES_PER_LOGIT = 4  # fp32
 
 
 @dataclass
@@ -72,47 +69,6 @@ class Result:
     grad_weight: Tensor | None  # [V, D] fp32 (fp64 for fp64 models)
     grad_bias: Tensor | None  # [V]
     per_row: Tensor | None  # [n, len(STATISTICS)]
-
-
-def rows_per_chunk(
-    chunk_size: int | str, loss_memory_mb: float, vocab_size: int, teacher_vocab_size: int | None = None
-) -> int:
-    """Rows C of one chunk: `chunk_size`, or the most for which 8 * C * V bytes fit `loss_memory_mb` MiB.
-
-    From 64 rows on, the automatic value is a multiple of 64. Where the teacher's rows have another number of logits
-    than the student's, `teacher_vocab_size` V', it is 4 * C * (V + V') bytes. Raises `ValueError` if not even one row
-    fits.
-    """
-    if chunk_size != "auto":
-        return int(chunk_size)
-    row_bytes = _BYTES_PER_LOGIT * (vocab_size + (teacher_vocab_size or vocab_size))
-    rows = int(loss_memory_mb * _MIB) // row_bytes
-    if rows < 1:
-        enough = 1.006 * row_bytes / _MIB  # three digits of it are never too few
-        raise ValueError(
-            f"loss_memory_mb={loss_memory_mb:g} does not hold one row of {vocab_size} logits; "
-            f"one row needs {enough:.3g} MiB: raise loss_memory_mb"
-        )
-    return rows if rows < 64 else rows // 64 * 64
-
-
-def teacher_columns(objective: Objective, student_size: int, teacher_size: int) -> int:
-    """Columns of the teacher's logits that the loss reads: those of the token ids that the student has; for uld all."""
-    return teacher_size if objective.by_rank else min(student_size, teacher_size)
-
-
-def chunk_rows(config: DistillConfig, student_size: int, teacher_size: int | None) -> int:
-    """Rows of one chunk by `config`, for heads of so many rows; `teacher_size` is None without a teacher.
-
-    Raises `ValueError` as `rows_per_chunk`.
-    """
-    columns = teacher_size and teacher_columns(make_objective(config), student_size, teacher_size)
-    return rows_per_chunk(config.chunk_size, config.loss_memory_mb, student_size, columns)
-
-
-def dense_bytes(num_rows: int, student_size: int, columns_of_teacher: int) -> int:
-    """Bytes of the fp32 logits of all rows, both models' together; without a teacher, 0 columns of it."""
-    return num_rows * (student_size + columns_of_teacher) * _BYTES_PER_LOGIT
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -242,7 +198,6 @@ def _run(
     keep_rows: bool,
     low_rank: LowRankProduct | None,
 ) -> Result:
-    need_hidden, need_weight, need_bias = needed
     teacher = problem.teacher
     loop = _Loop(problem, hidden, weight, bias, low_rank)
     spec = RowSpec(
@@ -252,11 +207,7 @@ def _run(
         with_gradient=any(needed) or (low_rank is not None and low_rank.needs_gradient),
     )
     sums = hidden.new_zeros(len(dispatch.STATISTICS), dtype=loop.dtype)
-    all_valid = problem.rows is None
-    grad_hidden = (torch.empty_like if all_valid else torch.zeros_like)(hidden) if need_hidden else None
-    grad_weight = _weight_gradient(weight, loop.dtype, problem.num_rows) if need_weight else None
-    grad_bias = weight.new_zeros(weight.shape[0], dtype=loop.dtype) if need_bias else None
-
+    gradients = _Gradients(loop, weight, needed)
     per_row = sums.new_empty(problem.num_rows, sums.numel()) if keep_rows else None
     for index in range(loop.plan.num_chunks):
         rows, count = loop.plan.of(index)
@@ -268,27 +219,43 @@ def _run(
         sums += statistics.sum(0)
         if per_row is not None:
             per_row[index * loop.plan.chunk :][:count] = statistics
-        if not spec.with_gradient:
-            continue
-        gradient = loop.student[:count]
-        if grad_bias is not None:
-            grad_bias += gradient.sum(0)
-        if low_rank is not None:
-            low_rank.take_gradient(gradient, rows)
-        narrow = None
-        if grad_hidden is not None:
-            factor = loop.operand.for_gradient
-            narrow = loop.narrow(gradient, factor.dtype)
-            grad_hidden[rows] = hidden_gradient(narrow, factor).to(hidden.dtype)
-        if grad_weight is not None:
-            if hidden.is_cuda and (narrow is None or narrow.dtype != hidden.dtype):
-                narrow = loop.narrow(gradient, hidden.dtype)
-            accumulate_outer(grad_weight, gradient, narrow, chunk_hidden, first=index == 0)
-    held = [loop.student, loop.teacher, grad_hidden, grad_weight, grad_bias]
+        if spec.with_gradient:
+            gradients.add(loop.student[:count], rows, chunk_hidden, first=index == 0)
+    held = [loop.student, loop.teacher, gradients.hidden, gradients.weight, gradients.bias]
     problem.workspace_bytes = sum(t.numel() * t.element_size() for t in held if t is not None)
     problem.workspace_bytes += loop.operand.held_bytes + (0 if teacher is None else teacher.held_bytes)
     problem.workspace_bytes += 0 if low_rank is None else low_rank.held_bytes
-    return Result(sums, grad_hidden, grad_weight, grad_bias, per_row)
+    return Result(sums, gradients.hidden, gradients.weight, gradients.bias, per_row)
+
+
+class _Gradients:
+    """What the chunks' gradients add up to; None for what is not `needed` (hidden states, weight, bias)."""
+
+    def __init__(self, loop: _Loop, weight: Tensor, needed: tuple[bool, bool, bool]) -> None:
+        need_hidden, need_weight, need_bias = needed
+        problem, hidden = loop.problem, loop.hidden
+        new = torch.empty_like if problem.rows is None else torch.zeros_like
+        self._loop = loop
+        self.hidden = new(hidden) if need_hidden else None
+        self.weight = _weight_gradient(weight, loop.dtype, problem.num_rows) if need_weight else None
+        self.bias = weight.new_zeros(weight.shape[0], dtype=loop.dtype) if need_bias else None
+
+    def add(self, gradient: Tensor, rows: slice | Tensor, chunk_hidden: Tensor, *, first: bool) -> None:
+        """Add those of one chunk's logits, `[n, V]`, of `rows`."""
+        loop, dtype = self._loop, chunk_hidden.dtype
+        if self.bias is not None:
+            self.bias += gradient.sum(0)
+        if loop.low_rank is not None:
+            loop.low_rank.take_gradient(gradient, rows)
+        narrow = None
+        if self.hidden is not None:
+            factor = loop.operand.for_gradient
+            narrow = loop.narrow(gradient, factor.dtype)
+            self.hidden[rows] = hidden_gradient(narrow, factor).to(dtype)
+        if self.weight is not None:
+            if chunk_hidden.is_cuda and (narrow is None or narrow.dtype != dtype):
+                narrow = loop.narrow(gradient, dtype)
+            accumulate_outer(self.weight, gradient, narrow, chunk_hidden, first=first)
 
 
 def _weight_gradient(weight: Tensor, dtype: torch.dtype, num_rows: int) -> Tensor:

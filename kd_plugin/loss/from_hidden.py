@@ -17,6 +17,7 @@ from torch import Tensor
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.loss import checks, chunk_loop
 from kd_plugin.loss.autograd import Context, once_differentiable
+from kd_plugin.loss.chunk_size import chunk_rows
 from kd_plugin.loss.low_rank import LowRank, low_rank_product
 from kd_plugin.loss.output import DistillOutput, LossSums, normalised, packed, scaled
 from kd_plugin.loss.teacher import HeadTeacher, TeacherSource
@@ -110,7 +111,7 @@ def make_problem(
         rows=None if num_rows == flat.shape[0] else rows,
         num_rows=num_rows,
         token_weights=token_weights,
-        chunk_size=chunk_loop.chunk_rows(config, student_size, None if teacher is None else teacher_size),
+        chunk_size=chunk_rows(config, student_size, None if teacher is None else teacher_size),
         row_kernel=dispatch.choose(config.row_kernel, flat.device.type),
         student_transform=transform or LogitTransform(),
         rounded_logits=config.logits_dtype == "input",

@@ -8,7 +8,8 @@ from torch import Tensor
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.loss import checks, reference
 from kd_plugin.loss.autograd import Context, once_differentiable
-from kd_plugin.loss.chunk_loop import chunk_rows, teacher_columns, wide_dtype
+from kd_plugin.loss.chunk_loop import wide_dtype
+from kd_plugin.loss.chunk_size import chunk_rows, teacher_columns
 from kd_plugin.loss.output import DistillOutput, LossSums, normalised, scaled
 from kd_plugin.row_kernels import dispatch
 from kd_plugin.row_kernels.dispatch import RowSpec

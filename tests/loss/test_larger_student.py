@@ -21,6 +21,7 @@ import kd_plugin as kd
 from kd_plugin.distributed.vocab_slice import cut
 from kd_plugin.exchange import vocab_parallel
 from kd_plugin.loss import chunk_loop, from_hidden
+from kd_plugin.loss.chunk_size import chunk_rows
 from kd_plugin.loss.from_hidden import loss_sums
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.plugin.metrics import GIB
@@ -280,7 +281,7 @@ def test_the_bytes_of_each_heads_own_columns_are_counted() -> None:
     teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight)
     operands = (problem.hidden, problem.weight, None)
     rows = int(0.05 * 2**20) // (4 * (1021 + 300))
-    assert rows == chunk_loop.chunk_rows(config, 1021, 300) == 9 > chunk_loop.chunk_rows(config, 1021, None)
+    assert rows == chunk_rows(config, 1021, 300) == 9 > chunk_rows(config, 1021, None)
     sums = loss_sums(*operands, teacher, problem.targets, config)
     assert sums.workspace_bytes == 4 * (rows * (1021 + 300) + 50 * 8 + 1021 * 8)
     assert sums.dense_bytes == 4 * 50 * (1021 + 300)

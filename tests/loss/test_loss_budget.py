@@ -10,8 +10,8 @@ import torch
 
 import kd_plugin as kd
 from kd_plugin.data.packing import collate
-from kd_plugin.loss import chunk_loop
 from kd_plugin.loss.buffers import release_workspace
+from kd_plugin.loss.chunk_size import rows_per_chunk
 from kd_plugin.plugin.metrics import GIB
 from tests.allocations import NewTensors, allocator_record
 from tests.loss_cases import config_of, run
@@ -38,9 +38,9 @@ def test_the_largest_chunk_that_fits_a_multiple_of_64_from_64_on(loss_memory_mb:
     row = 8 * vocab
     if row > loss_memory_mb * MIB:
         with pytest.raises(ValueError, match="raise loss_memory_mb"):
-            chunk_loop.rows_per_chunk("auto", loss_memory_mb, vocab)
+            rows_per_chunk("auto", loss_memory_mb, vocab)
         return
-    rows = chunk_loop.rows_per_chunk("auto", loss_memory_mb, vocab)
+    rows = rows_per_chunk("auto", loss_memory_mb, vocab)
     assert rows * row <= loss_memory_mb * MIB
     step = 1 if rows < 64 else 64
     assert rows % step == 0 and (rows + step) * row > loss_memory_mb * MIB
@@ -49,9 +49,9 @@ def test_the_largest_chunk_that_fits_a_multiple_of_64_from_64_on(loss_memory_mb:
 @pytest.mark.parametrize("vocab", [3, 97, 50257, 128256, 151669, 152064, 256001])
 def test_a_budget_below_one_row_is_refused_with_one_that_holds_it(vocab: int) -> None:
     with pytest.raises(ValueError, match=r"does not hold one row .* raise loss_memory_mb") as error:
-        chunk_loop.rows_per_chunk("auto", 8 * vocab / MIB * 0.999, vocab)
+        rows_per_chunk("auto", 8 * vocab / MIB * 0.999, vocab)
     named = float(re.search(r"one row needs ([\d.e-]+) MiB", str(error.value)).group(1))
-    assert chunk_loop.rows_per_chunk("auto", named, vocab) == 1
+    assert rows_per_chunk("auto", named, vocab) == 1
     assert named < 1.02 * 8 * vocab / MIB
 
 
@@ -112,7 +112,7 @@ def large_problem() -> Problem:
 def test_the_measured_peak_is_the_formulas(large_problem: Problem, loss_memory_mb: float) -> None:
     """With the kernel that runs by default. It is never below, and at most 15 % above."""
     config = config_of(chunk_size="auto", loss_memory_mb=loss_memory_mb, row_kernel="compile")
-    rows = chunk_loop.rows_per_chunk("auto", loss_memory_mb, LARGE_VOCAB)
+    rows = rows_per_chunk("auto", loss_memory_mb, LARGE_VOCAB)
     assert rows < 2048
     small = make_problem(4, 16, 16, LARGE_VOCAB, dtype=torch.float32, ignored=())
     run(small, config).loss.backward()  # compiles
@@ -132,7 +132,7 @@ def test_the_plugin_reports_it_in_gib(loss_memory_mb: float) -> None:
     student(input_ids=ids, labels=ids).loss.backward()
     metrics = plugin.metrics()
     plugin.detach()
-    rows, width = chunk_loop.rows_per_chunk("auto", loss_memory_mb, vocab), 32
+    rows, width = rows_per_chunk("auto", loss_memory_mb, vocab), 32
     assert rows < batch * (length - 1) and metrics["chunk_size"] == rows
     expected = 8 * rows * vocab + FLOAT * (batch * length * width + vocab * width)
     assert metrics["loss_peak_gib"] * GIB == pytest.approx(expected, rel=1e-12)

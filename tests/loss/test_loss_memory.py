@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import kd_plugin as kd
-from kd_plugin.loss import chunk_loop, matmul
+from kd_plugin.loss import matmul
 from kd_plugin.loss.buffers import release_workspace
+from kd_plugin.loss.chunk_size import rows_per_chunk
 from kd_plugin.loss.from_hidden import loss_sums
 from kd_plugin.loss.matmul import accumulate_outer
 from kd_plugin.loss.teacher import HeadTeacher
@@ -176,7 +177,7 @@ def test_the_next_step_uses_the_same_buffers_and_clears_no_gradient(monkeypatch:
 
 @pytest.mark.parametrize("loss_memory_mb", [0.1, 1.0, 3.0])
 def test_loss_memory_bounds_the_chunk_buffers(loss_memory_mb: float) -> None:
-    rows = chunk_loop.rows_per_chunk("auto", loss_memory_mb, VOCAB)
+    rows = rows_per_chunk("auto", loss_memory_mb, VOCAB)
     assert 8 * rows * VOCAB <= loss_memory_mb * 2**20 < 8 * (rows + 64) * VOCAB
     with NewTensors() as made:
         step(problem_of(), chunk_size="auto", loss_memory_mb=loss_memory_mb)()
@@ -185,16 +186,16 @@ def test_loss_memory_bounds_the_chunk_buffers(loss_memory_mb: float) -> None:
 
 @pytest.mark.parametrize(("chunk_size", "expected"), [(1, 1), (7, 7), (10**6, 10**6)])
 def test_a_given_chunk_size_is_taken_as_it_is(chunk_size: int, expected: int) -> None:
-    assert chunk_loop.rows_per_chunk(chunk_size, 1e-9, VOCAB) == expected
+    assert rows_per_chunk(chunk_size, 1e-9, VOCAB) == expected
 
 
 def test_the_automatic_chunk_is_a_multiple_of_64_where_it_is_large() -> None:
-    assert chunk_loop.rows_per_chunk("auto", 512, 49152) == 1344
-    assert chunk_loop.rows_per_chunk("auto", 8, 49152) == 21
+    assert rows_per_chunk("auto", 512, 49152) == 1344
+    assert rows_per_chunk("auto", 8, 49152) == 21
 
 
 def test_memory_that_holds_no_row_is_refused() -> None:
     with pytest.raises(ValueError, match=r"does not hold one row of 1000000 logits.*raise loss_memory_mb"):
-        chunk_loop.rows_per_chunk("auto", 1, 10**6)
+        rows_per_chunk("auto", 1, 10**6)
     with pytest.raises(ValueError, match="raise loss_memory_mb"):
         run(problem_of(), config_of(chunk_size="auto", loss_memory_mb=1e-3))
