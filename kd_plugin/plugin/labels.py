@@ -57,10 +57,6 @@ class OwnLoss(NamedTuple):
     logits: Tensor  # [B, S, V], as the model returned them
     labels: Tensor  # [B, S]
 
-    def without(self, hidden: Tensor) -> OwnLoss:
-        """The same loss, of labels without those where `hidden` `[B, S]` is true."""
-        return self._replace(labels=self.labels.masked_fill(hidden, OWN_IGNORE_INDEX))
-
     def beyond_cross_entropy(self, *, shift: bool) -> Tensor:
         """What there is in the loss besides the cross-entropy, if that shifts the labels so (0-d, fp64)."""
         return self.loss.double() - own_loss(self.logits, self.labels, shift=shift)
@@ -80,6 +76,15 @@ def shift_of(first: OwnLoss, second: OwnLoss | None = None) -> bool | None:
         distances[shift] = float(beyond.abs())
     nearest = min(distances, key=lambda shift: distances[shift])
     return nearest if distances[nearest] <= (1e-2 if half else 1e-4) * max(1.0, float(first.loss.abs())) else None
+
+
+def learn_shift(first: OwnLoss, again: Callable[[], OwnLoss | None]) -> tuple[bool | None, bool]:
+    """As `shift_of`, and whether the model adds something to the cross-entropy.
+
+    `again` gives the loss of other logits, and is asked only where the first is no cross-entropy.
+    """
+    shift = shift_of(first)
+    return (shift, False) if shift is not None else (shift_of(first, again()), True)
 
 
 def row_targets(

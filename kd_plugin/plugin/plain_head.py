@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from kd_plugin.plugin.replaced_forward import home_of
+from kd_plugin.plugin.undisturbed import undisturbed
 
 _WRAPPERS = ("torch.distributed.", "deepspeed.", "accelerate.", "kd_plugin.")
 _ROWS = 3
@@ -76,18 +77,10 @@ def _is_here(head: nn.Linear) -> bool:
     return not (weight.is_meta or isinstance(weight, DTensor) or weight.numel() == 0 or weight.dim() != 2)
 
 
-@torch.no_grad()
 def _same_as_linear(head: nn.Linear) -> bool:
     """Judged at several sizes of the hidden states, in training and in evaluation: norms, caps and dropout show."""
-    modes = [(module, module.training) for module in head.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in head.buffers()]  # spectral_norm writes to its own in training
-    try:
+    with undisturbed(head), torch.no_grad():
         return all(_is_linear_at(head.train(training), scale) for training in (True, False) for scale in _SCALES)
-    finally:
-        for module, training in modes:
-            module.training = training
-        for buffer, value in buffers:
-            buffer.copy_(value)
 
 
 def _is_linear_at(head: nn.Linear, scale: float) -> bool:
@@ -96,8 +89,7 @@ def _is_linear_at(head: nn.Linear, scale: float) -> bool:
     hidden = torch.randn(1, _ROWS, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu")
     hidden *= scale * torch.logspace(0, 1, _ROWS, dtype=torch.float32, device="cpu")[:, None]  # rows of unequal norm
     hidden = hidden.to(device=weight.device, dtype=weight.dtype)
-    with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []):
-        logits = head(hidden)
+    logits = head(hidden)
     # A weight that a pre-hook computes (weight_norm) is the one that this call has made.
     wide = torch.promote_types(weight.dtype, torch.float32)
     bias = None if head.bias is None else head.bias.to(wide)

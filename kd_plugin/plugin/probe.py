@@ -12,8 +12,7 @@ Notable decisions:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from kd_plugin.distributed.layout import is_zero3
 from kd_plugin.loss.teacher import AfterHead
 from kd_plugin.plugin.causal_lm import HeadCallsError, HeadSlot, accepts, run_with_stand_in
-from kd_plugin.plugin.labels import DECODER_INPUTS, Convention, shift_of
+from kd_plugin.plugin.labels import DECODER_INPUTS, Convention, learn_shift
 from kd_plugin.plugin.logit_probe import LogitsChanged
 from kd_plugin.plugin.probe_batch import (
     LENGTH,
@@ -37,6 +36,7 @@ from kd_plugin.plugin.probe_batch import (
     whole_call,
 )
 from kd_plugin.plugin.second_look import second_look
+from kd_plugin.plugin.undisturbed import undisturbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +65,7 @@ def observe(model: PreTrainedModel, slot: HeadSlot, side: str) -> Observed:
     """
     if (why := _cannot_run(model)) is not None:
         return Observed(why=why)
-    with _undisturbed(model):
+    with undisturbed(model), torch.enable_grad():  # with gradients, so that trainable parameters show
         try:
             observed = _look(model, slot, side)
         except (HeadCallsError, LogitsChanged):
@@ -97,11 +97,9 @@ def _look(model: PreTrainedModel, slot: HeadSlot, side: str) -> Observed:
     first = own_loss_of(output, labels)
     if first is None:
         return Observed(after, why="it computes no loss of labels")
-    shift, adds = shift_of(first), False
-    if shift is None:  # it may add something to the cross-entropy, which is then the same for other logits
-        others = KnownLogits(vocab_size, seed=1).reply
-        _, again = run_with_stand_in(slot, whole_call(model), {**inputs, "labels": labels}, others)
-        shift, adds = shift_of(first, own_loss_of(again, labels)), True
+    others = KnownLogits(vocab_size, seed=1).reply
+    again = functools.partial(run_with_stand_in, slot, whole_call(model), {**inputs, "labels": labels}, others)
+    shift, adds = learn_shift(first, lambda: own_loss_of(again()[1], labels))
     if shift is None:
         return Observed(
             after,
@@ -149,36 +147,3 @@ def _decoder_inputs(
         if again.shape == hidden.shape and torch.allclose(again.float(), hidden.float(), rtol=1e-3, atol=1e-5):
             return name
     return None
-
-
-_PLAIN = (bool, int, float, str, type(None))
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode to begin with, with gradients, so that trainable parameters show; the model comes back as it was.
-
-    That includes what a forward keeps in plain attributes and buffers: some models remember the length or the expert
-    capacity of their last call, and go by it in the next.
-    """
-    before = [(module, _plain_attributes(module), dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
-    device = next(model.parameters()).device
-    try:
-        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            model.eval()
-            yield
-    finally:
-        for module, attributes, buffers in before:
-            for name in _plain_attributes(module).keys() - attributes.keys():
-                del module.__dict__[name]
-            module.__dict__.update(attributes)
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, version, value in values:  # written in place, as running means in training mode are
-                if buffer._version != version:
-                    buffer.copy_(value)
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, bool | int | float | str | None]:
-    return {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN)}

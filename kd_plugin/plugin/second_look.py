@@ -6,6 +6,7 @@ would otherwise be lost for a whole training without a word.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from kd_plugin.loss.teacher import AfterHead
 from kd_plugin.plugin.causal_lm import HeadCallsError, HeadSlot, run_with_stand_in
-from kd_plugin.plugin.labels import Convention, LabelError, shift_of
+from kd_plugin.plugin.labels import OWN_IGNORE_INDEX, Convention, LabelError, learn_shift
 from kd_plugin.plugin.logit_probe import LogitsChanged
 from kd_plugin.plugin.probe_batch import KnownLogits, consistent, own_loss_of, reason_of, special_tokens, whole_call
 
@@ -99,18 +100,16 @@ class _Look(NamedTuple):
         """The convention with what the special labels add to it."""
         assert self.convention is not None
         labels, mask = inputs["labels"], inputs.get("attention_mask")
-        first, again = own_loss_of(output, labels), None
-        hidden = None if mask is None or mask.shape != labels.shape else mask == 0
-        for adds in (False, True):
-            again = own_loss_of(self._run(inputs, seed=1), labels) if adds else None
-            for masked in (False, True):
-                if first is None or (masked and hidden is None):
-                    continue
-                losses = [loss for loss in (first, again) if loss is not None]
-                if masked and hidden is not None:
-                    losses = [loss.without(hidden) for loss in losses]
-                if shift_of(*losses) == self.convention.shift:
-                    return Found(self.convention._replace(masked=masked), adds)
+        counted = {False: labels}  # whether what the mask hides is left out -> labels that count
+        if mask is not None and mask.shape == labels.shape:
+            counted[True] = labels.masked_fill(mask == 0, OWN_IGNORE_INDEX)
+        again = functools.cache(functools.partial(self._run, inputs, seed=1))
+        for masked, some in counted.items():
+            if (first := own_loss_of(output, some)) is None:
+                break
+            shift, adds = learn_shift(first, lambda some=some: own_loss_of(again(), some))
+            if shift == self.convention.shift:
+                return Found(self.convention._replace(masked=masked), adds)
         raise LabelError(
             f"the student's own loss ({type(self.model).__name__}) is {when} not the mean cross-entropy of its labels, "
             "and what it does there the loss here would not: take that out of its forward, or use DistillHead directly"

@@ -1,0 +1,41 @@
+"""A module that is tried out, and left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Eval mode to begin with; modes, buffers, plain attributes and random numbers come back as they were.
+
+    Some models remember the length or the expert capacity of their last call, and go by it in the next; running means
+    and the vectors of `spectral_norm` are written in training mode.
+    """
+    before = [(part, _plain_attributes(part), dict(part._buffers)) for part in module.modules()]
+    values = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
+    device = next(module.parameters()).device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            module.eval()
+            yield
+    finally:
+        for part, attributes, buffers in before:
+            for name in _plain_attributes(part).keys() - attributes.keys():
+                del part.__dict__[name]
+            part.__dict__.update(attributes)
+            part._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, version, value in values:  # written in place
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, bool | int | float | str | None]:
+    return {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN)}
