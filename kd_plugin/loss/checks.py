@@ -279,10 +279,11 @@ def free_to_read(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def distill_config(config: object) -> None:
+def distill_config(config: object) -> DistillConfig:
     """A configuration where one is wanted."""
     if not isinstance(config, DistillConfig):
         raise ValueError(f"config is a {type(config).__name__}; wanted kd_plugin.DistillConfig(...)")
+    return config
 
 
 def warn_of_untrained_rows(config: DistillConfig, head: torch.nn.Module, student_size: int, teacher_size: int) -> None:

@@ -24,7 +24,7 @@ from kd_plugin.distributed.collectives import located, num_ranks, of_others
 from kd_plugin.distributed.uncompiled import uncompiled
 from kd_plugin.exchange.mode import Consumer, Exchange
 from kd_plugin.loss import checks
-from kd_plugin.loss.chunk_loop import chunk_rows
+from kd_plugin.loss.chunk_size import chunk_rows
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.plugin import arguments, causal_lm
@@ -36,7 +36,7 @@ from kd_plugin.plugin.router_loss import with_router_loss
 from kd_plugin.plugin.student_side import StudentSide
 from kd_plugin.plugin.teacher_side import TeacherSide
 from kd_plugin.plugin.token_ids import check_inputs, embedded_ids
-from kd_plugin.plugin.tokenizers import TokenizerPair, check_tokenizers
+from kd_plugin.plugin.tokenizers import TokenizerPair
 from kd_plugin.plugin.wrappers import before_first_step
 from kd_plugin.settings.run import DistillConfig
 
@@ -275,19 +275,7 @@ def attach(
             attached twice or to a teacher that shares its parameters, or tokenizers that differ.
     """
     config = DistillConfig() if config is None else config
-    if isinstance(teacher, DistillConfig):
-        raise ValueError("the teacher is missing: attach(student, teacher, config)")
-    checks.distill_config(config)
-    arguments.language_model(student, "student")
-    if config.soft_weight and teacher is None:
-        raise ValueError(f"soft_weight is {config.soft_weight:g} but teacher is None: pass one, or set soft_weight=0")
-    if teacher is not None:
-        arguments.language_model(teacher, "teacher")
-        causal_lm.check_apart(causal_lm.unwrap_model(student), causal_lm.unwrap_model(teacher))
-    if tokenizers is not None:
-        if not isinstance(tokenizers, tuple | list) or len(tokenizers) != 2:
-            raise ValueError(f"tokenizers is a {type(tokenizers).__name__}; wanted a pair, (student's, teacher's)")
-        check_tokenizers(*tokenizers)
+    arguments.of_attach(student, teacher, config, tokenizers)
     plugin = Plugin(student, teacher, config, group)
     try:
         plugin._attach_student()

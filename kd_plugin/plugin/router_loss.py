@@ -84,18 +84,7 @@ class RouterLoss:
             self._always = True  # a model from elsewhere; this once its forward runs again
             measure = None if backbone.after_head is None else measure
         probe = _Addition(vocab_size, device)
-        labelled = {**inputs, "labels": probe.labels}
-        try:
-            hidden_states, output = causal_lm.run_with_stand_in(slot, forward, labelled, probe.reply)
-        except (ValueError, IndexError) as error:
-            if isinstance(error, causal_lm.HeadCallsError) or not _OF_LABELS.search(str(error)):
-                raise
-            raise ValueError(
-                f"{type(slot.parent).__name__} adds a loss of its own to that of its labels, and what it adds cannot "
-                f"be read off: with labels {tuple(probe.labels.shape)} for as many rows its forward failed "
-                f"({type(error).__name__}: {' '.join(str(error).split())}); take that loss out of its forward, and add "
-                "it to student(...).loss yourself"
-            ) from error
+        hidden_states, output = probe.run(slot, forward, inputs)
         loss = probe.of(output, slot.parent, shift=shift)
         if asked and torch.is_grad_enabled() and not loss.requires_grad:
             self._say_nothing_trains(slot.parent)
@@ -133,6 +122,26 @@ class _Addition:
         certain = torch.full((_CERTAIN_ROWS, self._vocab_size), -_CERTAIN, dtype=torch.float32, device="cpu")
         certain[:, 0] = _CERTAIN
         return torch.cat([certain, known_rows(self._vocab_size)])[None].to(hidden_states.device)
+
+    def run(
+        self, slot: causal_lm.HeadSlot, forward: Callable[..., Any], inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, Any]:
+        """Hidden states and output of `forward`, given these labels.
+
+        Raises:
+            ValueError: the model reads labels in a way that these do not fit.
+        """
+        try:
+            return causal_lm.run_with_stand_in(slot, forward, {**inputs, "labels": self.labels}, self.reply)
+        except (ValueError, IndexError) as error:
+            if isinstance(error, causal_lm.HeadCallsError) or not _OF_LABELS.search(str(error)):
+                raise
+            raise ValueError(
+                f"{type(slot.parent).__name__} adds a loss of its own to that of its labels, and what it adds cannot "
+                f"be read off: with labels {tuple(self.labels.shape)} for as many rows its forward failed "
+                f"({type(error).__name__}: {' '.join(str(error).split())}); take that loss out of its forward, and add "
+                "it to student(...).loss yourself"
+            ) from error
 
     def of(self, output: object, model: nn.Module, *, shift: bool) -> Tensor:
         """What was added (0-d), of the output that the model made of `reply` and `labels`."""

@@ -128,9 +128,7 @@ class StudentSide:
         for name, cure in _REQUESTS.items():
             if inputs.get(name):
                 raise ValueError(f"the student was called with {name}={inputs[name]}: {cure}")
-        given = labels if shift_labels is None else shift_labels
-        arguments.labels(given)
-        assert given is not None
+        given = arguments.labels(labels if shift_labels is None else shift_labels)
         if not looked_at:
             check_labels(given, self.vocab_size, self.config.ignore_index)
         if shift_labels is None and self.convention is None:
