@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin.loss.chunk_loop import rows_per_chunk
+from kd_plugin.loss.chunk_size import rows_per_chunk
 
 IGNORE_INDEX = -100
 _BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}

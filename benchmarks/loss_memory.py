@@ -35,7 +35,7 @@ WARM_UP_ROWS = 128
 
 def chunk_rows(case: Case) -> int:
     """Rows C of a full chunk."""
-    from kd_plugin.loss.chunk_loop import rows_per_chunk
+    from kd_plugin.loss.chunk_size import rows_per_chunk
 
     return case.chunk_size or rows_per_chunk("auto", case.loss_memory_mb, case.vocab)
 

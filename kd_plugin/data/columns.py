@@ -31,6 +31,7 @@ _WEIGHTS = ("weight", "train", "training", "loss", "loss_weight")
 _MASKS = ("masked", "mask")
 _PARTIAL_TURNS = ("train_detail", "training_detail")
 _FOR_US = (*_WEIGHTS, *_MASKS, *_PARTIAL_TURNS)
+"""Keys of a turn that no template sees."""
 _TEXT_ROLES = ("system", "developer", "user", "assistant")
 _ASSISTANTS = ("model", "gpt", "chatgpt", "bot", "chatbot", "ai", "agent")
 """What other formats call the assistant."""
@@ -81,15 +82,14 @@ def record_of(row: Mapping[str, Any], text_column: str, where: str, *, padded: b
         row = {column: _without_nulls(value) for column, value in row.items()}
     if form == "messages":
         values = _conversation(row, where)
+        read = columns_of(form, text_column)
+        values["unread"] = [column for column, value in row.items() if column not in read and value is not None]
     else:
         values: dict[str, Any] = {
             "text" if form == "text" else column: _text(row[column], column, where)
             for column in _wanted(form, text_column)
         }
     refuse_other_columns(row, form, values, text_column, where)
-    if form == "messages":
-        read = columns_of(form, text_column)
-        values["unread"] = [column for column, value in row.items() if column not in read and value is not None]
     return Record(form, values, where)
 
 
@@ -167,11 +167,7 @@ def _turn(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     for key in REFUSED_ANYWHERE:
         if counts(turn.get(key), "messages", key):
             raise DataError(f"{place}: {key!r} changes what a turn means and cannot be heeded: {REFUSED_ANYWHERE[key]}")
-    kept = {
-        key: value
-        for key, value in turn.items()
-        if value is not None and key not in (*_WEIGHTS, *_MASKS, *_PARTIAL_TURNS)
-    }
+    kept = {key: value for key, value in turn.items() if value is not None and key not in _FOR_US}
     content = _content(turn.get("content"), str(turn["role"]), place)
     if content is None and not any(turn.get(key) for key in _SAYS_IT_OTHERWISE):
         raise DataError(f"{place}: has no 'content'; found {', '.join(map(str, kept))}: write '' for nothing")

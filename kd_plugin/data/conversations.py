@@ -30,7 +30,7 @@ Spans = list[tuple[int, int]]
 
 logger = logging.getLogger(__name__)
 
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION_MARK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _IN_TURNS = {
     "tool_calls": ("tool_calls",),
     "function_call": ("function_call",),
@@ -49,7 +49,7 @@ def _variables(template: str) -> frozenset[str]:
     import jinja2
     from jinja2 import meta
 
-    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of Transformers' own
+    plain = _GENERATION_MARK.sub("", template)  # a tag of Transformers' own
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except jinja2.TemplateError:
@@ -139,7 +139,10 @@ class _Conversation:
 
     def _render(self, messages: list[dict[str, Any]], **other: Any) -> str:
         with self._one_line():
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **{**self.given, **other})
+            return self._text_of(messages, **self.given, **other)
+
+    def _text_of(self, messages: list[dict[str, Any]], **given: Any) -> str:
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, **given)
         assert isinstance(text, str)  # of one conversation, not tokenized
         return text
 
@@ -157,19 +160,11 @@ class _Conversation:
 
     def _check_given(self, text: str) -> None:
         for name in ("tools", "documents"):
-            if name in self.given and self._render_without(name) == text:
+            if name in self.given and self._or_none(self.messages, without=name) == text:
                 raise DataError(
                     f"{self.where}: the chat template drops {name!r}: use a tokenizer whose template renders them, "
                     "or leave such rows out"
                 )
-
-    def _render_without(self, name: str) -> str | None:
-        others = {key: value for key, value in self.given.items() if key != name}
-        try:
-            text = self.tokenizer.apply_chat_template(self.messages, tokenize=False, **others)
-        except Exception:  # it cannot do without, so what is given reaches the text
-            return None
-        return text if isinstance(text, str) else None
 
     def _check_whole(self, text: str) -> None:
         """No turn is dropped. Rendered without it, too, is one whose content does not follow those before it in `text`.
@@ -206,11 +201,13 @@ class _Conversation:
                         *(self.where, number, key),
                     )
 
-    def _or_none(self, messages: list[dict[str, Any]]) -> str | None:
-        """Their text; None if the template cannot do without what is left out, which then reaches the text."""
+    def _or_none(self, messages: list[dict[str, Any]], *, without: str = "") -> str | None:
+        """Their text, without one of the other things given; None if the template cannot do without what is left out,
+        which then reaches the text."""
+        others = {key: value for key, value in self.given.items() if key != without}
         try:
-            return self._render(messages)
-        except DataError:
+            return self._text_of(messages, **others)
+        except Exception:  # whatever a template raises
             return None
 
     def _check_settings(self, settings: dict[str, Any]) -> None:

@@ -28,6 +28,19 @@ logger = logging.getLogger(__name__)
 Item = dict[str, np.ndarray]
 
 
+class Document(NamedTuple):
+    """One tokenised document."""
+
+    input_ids: np.ndarray
+    """int32 [n]."""
+
+    trained: np.ndarray
+    """bool [n]: whether the token is a target."""
+
+    where: str = ""
+    """Its place in the data, for errors."""
+
+
 class PackedDataset:
     """Sequences of exactly `seq_len` tokens; item i is {input_ids, labels}, both int64 [seq_len].
 
@@ -206,16 +219,3 @@ def _batch(dataset: PackedDataset, indices: np.ndarray) -> Batch:
             item["labels"] = np.full_like(item["labels"], dataset.ignore_index)
         items.append(item)
     return collate(items, dataset.ignore_index)
-
-
-class Document(NamedTuple):
-    """One tokenised document."""
-
-    input_ids: np.ndarray
-    """int32 [n]."""
-
-    trained: np.ndarray
-    """bool [n]: whether the token is a target."""
-
-    where: str = ""
-    """Its place in the data, for errors."""

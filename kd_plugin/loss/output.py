@@ -26,30 +26,6 @@ class DistillOutput(NamedTuple):
     """Scalars per valid row: teacher_entropy, student_entropy, top1_agreement, acceptance_rate, kl_t1."""
 
 
-def _graph_is_kept() -> bool:
-    """Whether backward may run again (`retain_graph=True`)."""
-    query = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
-    return True if query is None else query()
-
-
-def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """`gradient * scale` in fp32, then cast; in blocks, so that a half-precision gradient is never held wide.
-
-    `dtype` is None where there is no gradient either.
-
-    In place when autograd is about to free the saved tensors anyway, never when it keeps them.
-    """
-    if gradient is None:
-        return None
-    assert dtype is not None
-    if gradient.dtype == scale.dtype == dtype:
-        return gradient * scale if _graph_is_kept() else gradient.mul_(scale)
-    result = torch.empty_like(gradient, dtype=dtype)
-    for block, out in zip(gradient.split(1024), result.split(1024), strict=True):
-        out.copy_(block.to(scale.dtype) * scale)
-    return result
-
-
 class LossSums(NamedTuple):
     """Un-normalised result of one call."""
 
@@ -103,3 +79,27 @@ def divisor(num_items: int | float | Tensor | None, num_valid: int | Tensor) -> 
     if not items >= 0:
         raise ValueError(f"num_items is {items}; wanted the number of tokens to divide by, 0 or more")
     return items or 1
+
+
+def _graph_is_kept() -> bool:
+    """Whether backward may run again (`retain_graph=True`)."""
+    query = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
+    return True if query is None else query()
+
+
+def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """`gradient * scale` in fp32, then cast; in blocks, so that a half-precision gradient is never held wide.
+
+    `dtype` is None where there is no gradient either.
+
+    In place when autograd is about to free the saved tensors anyway, never when it keeps them.
+    """
+    if gradient is None:
+        return None
+    assert dtype is not None
+    if gradient.dtype == scale.dtype == dtype:
+        return gradient * scale if _graph_is_kept() else gradient.mul_(scale)
+    result = torch.empty_like(gradient, dtype=dtype)
+    for block, out in zip(gradient.split(1024), result.split(1024), strict=True):
+        out.copy_(block.to(scale.dtype) * scale)
+    return result

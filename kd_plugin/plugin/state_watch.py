@@ -59,7 +59,7 @@ class StateWatch:
 
     def _look_for_hooks(self) -> None:
         hooks = self._model._forward_hooks
-        if len(hooks) == len(self._hooks):
+        if hooks.keys() == self._hooks:
             return
         for key, hook in hooks.items():
             if key not in self._hooks and not (home := home_of(hook)).startswith(_LIBRARIES):

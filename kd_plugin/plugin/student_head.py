@@ -17,7 +17,6 @@ from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.plugin import lora
 from kd_plugin.plugin.causal_lm import HeadSlot
 from kd_plugin.plugin.head import DistillHead
-from kd_plugin.plugin.lora import active_adapters, take_over_adapter
 
 
 def check_student(model: nn.Module, slot: HeadSlot) -> None:
@@ -52,7 +51,7 @@ def replace_head(slot: HeadSlot, distilling: Callable[[nn.Linear], DistillHead])
     layers, adapted = _linear_layers(slot)
     undo = [_put(layer, distilling(checks.linear_head("the student's head", layer.module))) for layer in layers]
     if adapted:
-        undo += take_over_adapter(slot.module)
+        undo += lora.take_over_adapter(slot.module)
     return undo
 
 
@@ -65,7 +64,7 @@ def _linear_layers(slot: HeadSlot) -> tuple[list[HeadSlot], bool]:
     from peft.utils import ModulesToSaveWrapper
 
     if type(head) is LoraLinear:
-        active_adapters(head)  # refuses those that are not a low-rank term
+        lora.active_adapters(head)  # refuses those that are not a low-rank term
         return [HeadSlot(head, "base_layer")], True
     if type(head) is ModulesToSaveWrapper:
         copies = [HeadSlot(head.modules_to_save, name) for name in head.modules_to_save]

@@ -23,6 +23,8 @@ from torch.utils.hooks import RemovableHandle
 
 from kd_plugin.distributed.uncompiled import uncompiled
 
+__all__ = ["BypassWatch", "before_first_step"]
+
 logger = logging.getLogger(__name__)
 
 
@@ -121,6 +123,3 @@ def before_first_step(inner: nn.Module, act: Callable[[], None]) -> Callable[[],
 
 def _holds(module: nn.Module, part: nn.Module) -> bool:
     return any(found is part for found in module.modules())
-
-
-__all__ = ["before_first_step"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,22 +11,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import kd_plugin as kd
-from kd_plugin.divergences import registered, registry
+from kd_plugin.divergences import registry
 from kd_plugin.row_kernels import dispatch
 from kd_plugin.settings import distill
 from tests.loss_cases import check, config_of, run
 from tests.oracle import gradients, make_problem, relative_error
-
-
-@pytest.fixture(autouse=True)
-def forget_what_was_registered() -> Iterator[None]:
-    known = dict(registry.DIVERGENCES), set(distill.registered_names), dict(registered._functions)
-    yield
-    for now, before in zip((registry.DIVERGENCES, distill.registered_names), known[:2], strict=True):
-        now.clear()
-        now.update(before)
-    registered._functions.clear()
-    registered._functions.update(known[2])
 
 
 def squared_hellinger(log_q: Tensor, log_p: Tensor) -> Tensor:
