@@ -83,14 +83,17 @@ LAUNCHES = {
     "torch, all": [case for case in cases_of("ddp") if case not in FEW],
     "deepspeed, all": [case for case in cases_of("zero2") if case not in FEW],
 }
+SLOW = ("four", "torch, all", "deepspeed, all")
 LAUNCHED = [
-    case if not name.endswith("all") else pytest.param(case, marks=pytest.mark.slow)
+    pytest.param(case, marks=pytest.mark.slow) if name in SLOW else case
     for name, cases in LAUNCHES.items()
     for case in cases
 ]
-SHARDED = [case for case in (*LAUNCHES["torch"], *LAUNCHES["deepspeed"], *FOUR) if case.teacher == "shard"]
-SHARDED += [
-    pytest.param(case, marks=pytest.mark.slow) for case in LAUNCHES["deepspeed, all"] if case.teacher == "shard"
+SHARDED = [
+    pytest.param(case, marks=pytest.mark.slow) if name in SLOW else case
+    for name, cases in LAUNCHES.items()
+    for case in cases
+    if case.teacher == "shard"
 ]
 
 

@@ -21,7 +21,7 @@ CASES = [(1, "weight"), *((ranks, exchange) for ranks in (2, 4) for exchange in 
 CASES += [(4, f"{exchange}:2") for exchange in ("weight", "logits", "stats")]  # two copies of two shards
 CASES += [(2, "weight@fsdp1"), (2, "stats@fsdp1")]
 CASES += [(4, f"{exchange}:2@fsdp1") for exchange in ("weight", "logits", "stats")]
-PARAMS = [case if case[0] < 4 else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+PARAMS = [case if case[0] == 2 else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,7 @@ def test_the_exchange_of_the_steps_is_the_one_asked_for(reports: list[dict[str, 
     assert len(modes) == 1 and (asked == "auto" or modes == {asked})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_FOUR)
 def test_one_copy_of_an_hsdp_model_may_evaluate_alone(copies: list[dict[str, Any]], name: str) -> None:
     for rank, report in enumerate(copies):
@@ -109,7 +110,7 @@ def test_one_copy_of_an_hsdp_model_may_evaluate_alone(copies: list[dict[str, Any
         assert sum(report[name]["trained"][step] for report in copies) / 4 == pytest.approx(total / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", WAITING)
+@pytest.mark.parametrize("name", [WAITING[0], *(pytest.param(name, marks=pytest.mark.slow) for name in WAITING[1:])])
 def test_an_evaluation_that_needs_all_ranks_says_so_when_one_is_missing(tmp_path: Path, name: str) -> None:
     pytest.importorskip("deepspeed")
     done = launch(Path(evaluation_worker.__file__), str(tmp_path), name, ranks=2, timeout_s=90)

@@ -12,7 +12,7 @@ import pytest
 from tests.ranks import exchange_speed_worker as worker
 from tests.ranks.launch import launch
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

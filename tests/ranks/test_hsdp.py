@@ -16,7 +16,7 @@ from kd_plugin.training.run import TrainResult
 from tests.ranks.runs import curve, launch_runs, results_of
 from tests.tiny import make_folder, run_config
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
 
 CLIP = 0.5  # below every norm of this training
 SHORT = {"max_steps": 4, "save_every": 2, "export": False}

@@ -66,7 +66,11 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
     return Launches(lora_worker, LAUNCHES, tmp_path_factory.mktemp, timeout_s=200)
 
 
-@pytest.mark.parametrize("case", [*TORCH, *DEEPSPEED, *FOUR], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [*TORCH, *(pytest.param(case, marks=pytest.mark.slow) for case in (*DEEPSPEED, *FOUR))],
+    ids=lambda case: case.name,
+)
 def test_ranks_train_adapters_like_one_dense_process(launches: Launches, case: Case) -> None:
     """Parameters within 1e-5, after having moved a hundred times that far; frozen ones do not move."""
     found, wanted = launches.of(case), truth(replace(case, wrapper="single", exchange="weight"))
