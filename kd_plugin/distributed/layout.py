@@ -22,38 +22,38 @@ from kd_plugin.distributed.collectives import all_reduce
 
 
 @dataclass(frozen=True)
-class RowShards:
-    """How FSDP2 or HSDP cuts a weight: into blocks of rows over `group`, in its order."""
+class VocabCut:
+    """How FSDP2 or HSDP cuts a head's weight: into vocabulary slices over `group`, in its order."""
 
     group: dist.ProcessGroup
     replicas: dist.ProcessGroup | None
-    """The ranks that hold the same rows in other groups; None without HSDP."""
+    """The ranks that hold the same slice in other groups; None without HSDP."""
     ranks: int
-    """Of all groups: FSDP averages gradients over them."""
+    """How many ranks all groups have together: FSDP averages gradients over them."""
 
 
-def row_shards(weight: Tensor) -> RowShards | None:
-    """The cut of `weight` into rows over several ranks; None where it is whole, or cut in another way."""
+def vocab_cut(weight: Tensor) -> VocabCut | None:
+    """The cut of a head's `weight` into vocabulary slices; None where it is whole, or cut in another way."""
     if not isinstance(weight, DTensor):
         return None
     mesh, placements = weight.device_mesh, tuple(weight.placements)
     if mesh.shape[-1] == 1 or placements not in ((Shard(0),), (Replicate(), Shard(0))):
         return None
     replicas = mesh.get_group(0) if len(placements) == 2 else None
-    return RowShards(mesh.get_group(len(placements) - 1), replicas, mesh.size())
+    return VocabCut(mesh.get_group(len(placements) - 1), replicas, mesh.size())
 
 
-def held_rows(
+def held_slice(
     head: nn.Linear, bounds: Sequence[int], group: dist.ProcessGroup | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Rows `[bounds[r], bounds[r + 1])` of a frozen head's weight `[V, D]` and bias, as FSDP2 holds them on rank r.
+    """Token ids `[bounds[r], bounds[r + 1])` of a frozen head's weight `[V, D]` and bias as FSDP2 holds them on rank r.
 
-    None, on all ranks of `group` alike, unless the head is a unit of its own, cut over the same ranks such that every
-    rank has its rows, on `device`, and in the precision in which they are multiplied.
+    The head must be an FSDP2 unit of its own, cut over the ranks of `group` such that each holds all of its token ids,
+    on `device`, and in the dtype in which they are multiplied. Otherwise the answer is None, on all ranks alike.
     """
     if not isinstance(head, FSDPModule):
         return None
-    cut, whole, bias = row_shards(head.weight), head.weight, head.bias
+    cut, whole, bias = vocab_cut(head.weight), head.weight, head.bias
     if (
         cut is None
         or not isinstance(whole, DTensor)
@@ -110,19 +110,19 @@ def is_gathered(model: object) -> bool:
     )
 
 
-def rows_here(parameter: Tensor, replicas: dist.ProcessGroup | None) -> Tensor:
-    """This rank's rows of an FSDP2 parameter; their gradient is summed over `replicas`, and not reduced besides."""
+def slice_here(parameter: Tensor, replicas: dist.ProcessGroup | None) -> Tensor:
+    """This rank's slice of an FSDP2 parameter; its gradient is summed over `replicas`, and not reduced besides."""
     if not isinstance(parameter, DTensor):
         return parameter
-    rows = parameter.to_local(grad_placements=parameter.placements)
-    if replicas is not None and rows.requires_grad:
-        rows.register_hook(partial(_sum_over, replicas))
-    return rows
+    here = parameter.to_local(grad_placements=parameter.placements)
+    if replicas is not None and here.requires_grad:
+        here.register_hook(partial(_sum_over, replicas))
+    return here
 
 
 def _sum_over(replicas: dist.ProcessGroup, gradient: Tensor) -> Tensor:
     total = gradient.clone(memory_format=torch.contiguous_format)
-    all_reduce(total, replicas, "the gradient of the head's rows")
+    all_reduce(total, replicas, "the gradient of the head's vocabulary slice")
     return total
 
 

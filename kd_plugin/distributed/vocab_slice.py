@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 
 class Sizes(NamedTuple):
-    """Token ids of whole rows, of all ranks together."""
+    """How many token ids the whole vocabularies have, all ranks' slices together."""
 
     student: int
     shared: int
-    """The first so many of the student's, which the teacher has too; without a teacher, all of them."""
+    """The first so many of the student's token ids are the teacher's, too; without a teacher, all of them."""
 
     @property
     def unequal(self) -> bool:
@@ -22,41 +22,46 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class VocabShard:
+class VocabSlice:
     """Token ids `[start, stop)` of the student's vocabulary, held by this rank of `group`."""
 
     start: int
     stop: int
     sizes: Sizes
-    """Of the vocabularies, whole."""
     teacher_bounds: list[int]
-    """First of the teacher's token ids on each rank, and the end of those that the student has, too."""
+    """The first of the shared token ids on each rank, and the end of them on the last."""
     group: dist.ProcessGroup | None
     rank: int
     world_size: int
 
     @property
     def size(self) -> int:
-        """Columns of this rank; the last ranks may have fewer, or none."""
+        """How many token ids this rank holds; the last ranks may hold fewer, or none."""
         return self.stop - self.start
 
     @property
     def of_teacher(self) -> slice:
-        """Token ids of this rank that the teacher has, too; none where the student alone has these."""
+        """The token ids of this rank that the teacher has, too; empty where the student alone has them."""
         return slice(*self.teacher_bounds[self.rank : self.rank + 2])
 
     @property
     def teacher_columns(self) -> int:
-        """Their number."""
+        """How many token ids of this rank the teacher has, too: the columns of its logits here."""
         return self.of_teacher.stop - self.of_teacher.start
 
 
-def cut(student_size: int, teacher_size: int | None, group: dist.ProcessGroup | None) -> VocabShard:
-    """Rows of the student's head as FSDP2 cuts them (`torch.chunk`), and those of them that the teacher has."""
+def cut(student_size: int, teacher_size: int | None, group: dist.ProcessGroup | None) -> VocabSlice:
+    """This rank's slice of the student's vocabulary as FSDP2 cuts the head's weight (`torch.chunk`).
+
+    Args:
+        student_size: V.
+        teacher_size: V' of the teacher's head; None without a teacher.
+        group: the ranks that share the vocabulary; None: all.
+    """
     group = dist.group.WORLD if group is None else group
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     sizes = Sizes(student_size, student_size if teacher_size is None else min(student_size, teacher_size))
     length = -(-student_size // ranks)
     bounds = [min(index * length, student_size) for index in range(ranks + 1)]
     of_teacher = [min(bound, sizes.shared) for bound in bounds]
-    return VocabShard(bounds[rank], bounds[rank + 1], sizes, of_teacher, group, rank, ranks)
+    return VocabSlice(bounds[rank], bounds[rank + 1], sizes, of_teacher, group, rank, ranks)

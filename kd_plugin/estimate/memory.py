@@ -67,15 +67,15 @@ def heads(setup: Setup) -> tuple[Line, ...]:
     """Head weights that exist only while the loss runs, beyond the shards that stay."""
     student, teacher, lines = setup.student, setup.teacher, []
     item, whole = setup.student_item, setup.mode in ("zero0", "zero1", "zero2")
-    in_rows = setup.exchange == "stats" and setup.student_head_in_rows and setup.world_size > 1
-    if in_rows and item != _FLOAT:
-        size = setup.shard_rows * student.width * item
-        lines.append(Line("student head, own rows", size, f"{setup.shard_rows} x {student.width} x {item} B"))
-    elif not (in_rows or whole):
+    is_cut = setup.exchange == "stats" and setup.student_head_is_cut and setup.world_size > 1
+    if is_cut and item != _FLOAT:
+        size = setup.slice_size * student.width * item
+        lines.append(Line("student head, own rows", size, f"{setup.slice_size} x {student.width} x {item} B"))
+    elif not (is_cut or whole):
         lines.append(_whole_head(setup, "student", student, item, "V", gathered=setup.gathers_student))
     if teacher is not None and setup.teacher_gathered and setup.exchange == "weight":
         lines.append(_whole_head(setup, "teacher", teacher, setup.teacher_item, "V'", gathered=True))
-    return (*lines, *_upcast_heads(setup, in_rows))
+    return (*lines, *_upcast_heads(setup, is_cut))
 
 
 def _whole_head(setup: Setup, side: str, model: ModelSizes, item: int, vocab: str, *, gathered: bool) -> Line:
@@ -87,17 +87,17 @@ def _whole_head(setup: Setup, side: str, model: ModelSizes, item: int, vocab: st
     return Line(f"{side} head, whole", copies * model.head_numel * item, how)
 
 
-def _upcast_heads(setup: Setup, in_rows: bool) -> list[Line]:
+def _upcast_heads(setup: Setup, is_cut: bool) -> list[Line]:
     """The CPU has no product of halves with an fp32 result, so its operands are made wide."""
     if setup.device == "cuda" or setup.distill.logits_dtype == "input":
         return []
     lines, cut = [], setup.exchange != "weight" and setup.world_size > 1
     if setup.student_item < _FLOAT:
-        rows = setup.shard_rows if in_rows or setup.exchange == "stats" else setup.student.vocab_size
+        rows = setup.slice_size if is_cut or setup.exchange == "stats" else setup.student.vocab_size
         how = f"{rows} x {setup.student.width} x 4 B, CPU only"
         lines.append(Line("student head in fp32", rows * setup.student.width * _FLOAT, how))
     if setup.teacher is not None and setup.teacher_item < _FLOAT:
-        rows = setup.teacher_shard_rows if cut else setup.teacher_columns
+        rows = setup.teacher_slice_size if cut else setup.teacher_columns
         how = f"{rows} x {setup.teacher.width} x 4 B, CPU only"
         lines.append(Line("teacher head in fp32", rows * setup.teacher.width * _FLOAT, how))
     return lines
@@ -109,7 +109,7 @@ def loss(setup: Setup) -> tuple[Line, ...]:
     by_rows = setup.exchange == "stats" and ranks > 1
     rows = ranks * chunk if by_rows else max(chunk, 2)
     lines = [_chunk_buffers(setup, rows, by_rows)]
-    columns = setup.shard_rows if by_rows else student.vocab_size
+    columns = setup.slice_size if by_rows else student.vocab_size
     if setup.device == "cpu" and setup.distill.row_kernel in ("auto", "compile"):
         block = min(rows, block_rows(columns, "cpu"))
         lines.append(Line("row kernel", 3 * _FLOAT * block * columns, f"3 x 4 B x {block} rows x {columns}, compiled"))
@@ -121,15 +121,15 @@ def loss(setup: Setup) -> tuple[Line, ...]:
     item = setup.student_item
     lines.append(Line("dX", setup.rows * student.width * item, f"n {setup.rows} x D {student.width} x {item} B"))
     if student.head_trainable:
-        kept = setup.shard_rows if by_rows else student.vocab_size
+        kept = setup.slice_size if by_rows else student.vocab_size
         size = kept * student.width * _FLOAT
         lines.append(Line("dW", size, f"{kept} rows x D {student.width} x 4 B"))
     return tuple(lines)
 
 
 def _chunk_buffers(setup: Setup, rows: int, by_rows: bool) -> Line:
-    own = setup.shard_rows if by_rows else setup.student.vocab_size
-    other = setup.teacher_shard_rows if by_rows else setup.teacher_columns
+    own = setup.slice_size if by_rows else setup.student.vocab_size
+    other = setup.teacher_slice_size if by_rows else setup.teacher_columns
     sides = f"2 x 4 B x {rows} rows x {own}" if own == other else f"4 B x {rows} rows x ({own} + {other})"
     why = f"W {setup.exchange_ranks} x C {setup.chunk} rows, V / W ids" if by_rows else f"C {rows}, V {own}, V' {other}"
     return Line("chunk buffers", _FLOAT * rows * (own + other), f"{sides} token ids ({why})")
@@ -199,8 +199,8 @@ def _teacher_states(setup: Setup) -> list[Line]:
     if teacher is None:
         return []
     lines = [] if setup.teacher_streamed else [_teacher_parameters(setup, teacher)]
-    if setup.exchange != "weight" and not setup.teacher_rows_held:
-        rows = setup.teacher_shard_rows
+    if setup.exchange != "weight" and not setup.teacher_slice_held:
+        rows = setup.teacher_slice_size
         how = f"{rows} x E {teacher.width} x {item} B, a copy"
         lines.append(Line("teacher head, own rows", rows * teacher.width * item, how))
     return lines
@@ -263,7 +263,7 @@ def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
 def _head_gradient(setup: Setup) -> list[Line]:
     student, item, ranks = setup.student, setup.student_item, setup.group_ranks
     if not setup.is_zero:
-        if setup.exchange == "stats" and setup.student_head_in_rows:
+        if setup.exchange == "stats" and setup.student_head_is_cut:
             size = -(-student.vocab_size // ranks) * student.width * _FLOAT
             if setup.copies > 1:
                 return [Line("dW, summed", 3 * size, "the accumulated rows, scaled, and the sum over the copies, fp32")]

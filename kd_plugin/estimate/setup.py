@@ -86,14 +86,14 @@ class Setup:
         return self.teacher is not None and self.teacher.vocab_size < self.student.vocab_size
 
     @property
-    def shard_rows(self) -> int:
+    def slice_size(self) -> int:
         """Most rows of the student's head on one rank."""
         return -(-self.student.vocab_size // self.exchange_ranks)
 
     @property
-    def teacher_shard_rows(self) -> int:
+    def teacher_slice_size(self) -> int:
         """Likewise of the teacher's, cut at the student's boundaries."""
-        return min(self.shard_rows, self.teacher_columns)
+        return min(self.slice_size, self.teacher_columns)
 
     @property
     def exchange_ranks(self) -> int:
@@ -128,7 +128,7 @@ class Setup:
         return self.teacher_sharded or self.config.teacher.offload
 
     @property
-    def teacher_rows_held(self) -> bool:
+    def teacher_slice_held(self) -> bool:
         """Whether `logits` and `stats` multiply the rows of the teacher's head that FSDP2 leaves on a rank as they are.
 
         Else each rank keeps a copy of its rows.
@@ -159,7 +159,7 @@ class Setup:
         return (self.is_fsdp or self.mode == "zero3") and self.world_size > 1
 
     @property
-    def student_head_in_rows(self) -> bool:
+    def student_head_is_cut(self) -> bool:
         """Whether `stats` leaves the student's head cut: FSDP2 does, unless the embedding gathers it anyway."""
         return self.mode == "fsdp" and not self.student.tied
 

@@ -50,7 +50,7 @@ def settled(setup: Setup) -> str:
     assert teacher is not None  # else no soft loss, which the settings settle
     item = setup.student_item  # of both heads: the plugin's rule knows the hidden states' only
     own, other = _student_head(setup), _teacher_head(setup, teacher)._replace(item_bytes=item)
-    own = own if setup.student_head_in_rows else own._replace(ranks=1)
+    own = own if setup.student_head_is_cut else own._replace(ranks=1)
     other = other._replace(ranks=1) if teacher.tied else other
     return cost.cheapest(setup.distill, own, other, setup.tokens, ranks=setup.exchange_ranks)[0]
 
@@ -117,7 +117,7 @@ def _stats(setup: Setup) -> Volume:
     other = None if teacher is None else _teacher_head(setup, teacher)
     size = stats_bytes(_student_head(setup), other, setup.rows, ranks=ranks, numbers=numbers)
     how = f"(W - 1) n ({setup.student_item} D + {setup.teacher_item} E + 4 D + 4 x {m} W + 8 x {k} + 16)"
-    if not setup.student_head_in_rows:
+    if not setup.student_head_is_cut:
         extra, extra_how = _student_gathered(setup)
         size, how = size + extra, f"{how} + {extra_how}"
     if teacher is not None:
@@ -151,7 +151,7 @@ def _copies(setup: Setup) -> list[Line]:
         again = (setup.accumulation - 1) * own
         how += "in every micro-batch"
     else:
-        if setup.exchange == "stats" and setup.student_head_in_rows and student.head_trainable:
+        if setup.exchange == "stats" and setup.student_head_is_cut and student.head_trainable:
             again = (setup.accumulation - 1) * student.head_numel / ranks
         how += "once per step" + (f"; the head's part {setup.accumulation} times" if again else "")
     return [Line("gradients between copies", 2 * (copies - 1) / copies * (own + again) * _FLOAT, how)]

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import Linear
 
 from kd_plugin.distributed.collectives import all_gather_object, num_ranks
-from kd_plugin.distributed.layout import RowShards, held_rows, is_gathered, row_shards, sharded_over
+from kd_plugin.distributed.layout import VocabCut, held_slice, is_gathered, sharded_over, vocab_cut
 from kd_plugin.distributed.uncompiled import uncompiled
-from kd_plugin.distributed.vocab_slice import VocabShard, cut
+from kd_plugin.distributed.vocab_slice import VocabSlice, cut
 from kd_plugin.exchange import cost
 from kd_plugin.exchange.cost import Head
 from kd_plugin.exchange.sharded_teachers import ShardedHeadTeacher
@@ -46,7 +46,7 @@ class ExchangeMismatch(ValueError):
 
 
 class Exchange:
-    """The mode of one plugin, and in modes `logits` and `stats` this rank's rows of the teacher's head."""
+    """The mode of one plugin, and in modes `logits` and `stats` this rank's vocabulary slice of the teacher's head."""
 
     def __init__(self, config: DistillConfig, group: dist.ProcessGroup | None) -> None:
         self.config, self.group = config, group
@@ -60,13 +60,13 @@ class Exchange:
         """What the teacher does to its logits after its head; None until it has shown that in a forward."""
         self.teacher_tied = False
         """Whether the teacher's wrapper gathers its head with the embedding, whatever the loss needs."""
-        self._rows: RowShards | None = None
+        self._cut: VocabCut | None = None
         self._alone = False
         self._agreed: set[bool] = set()
-        self._shard: VocabShard | None = None
-        self._teacher_rows: HeadTeacher | None = None
+        self._vocab_slice: VocabSlice | None = None
+        self._teacher_slice: HeadTeacher | None = None
         self._version: int | None = None
-        """Of the whole weight that these rows are copied from."""
+        """The version of the whole weight that the slice is copied from."""
 
     @uncompiled
     def check(self, head: Linear, teacher: object = None) -> None:
@@ -76,7 +76,7 @@ class Exchange:
         is called) is sharded, so that the forward is collective anyway: judged by what is the same on all ranks.
         """
         self._look_at(head.weight)
-        may_be = num_ranks(self.group) > 1 and not torch.is_grad_enabled() and self._rows is None
+        may_be = num_ranks(self.group) > 1 and not torch.is_grad_enabled() and self._cut is None
         self._alone = may_be and not is_gathered(teacher)
         if not self._alone:
             self.compare(head)
@@ -87,7 +87,7 @@ class Exchange:
         Without gradients only the ranks that exchange take part: one copy of an HSDP model may evaluate alone.
         """
         training = torch.is_grad_enabled()
-        group = self.group if training else self._shard_group
+        group = self.group if training else self._exchange_group
         if self._agreed & {True, training} or num_ranks(group) == 1:
             return
         settings = self.config.model_dump(exclude={"row_kernel"})  # of which any gives the same numbers
@@ -105,19 +105,19 @@ class Exchange:
         Under HSDP they are one of several groups. The exchange stays within it: what the groups have to tell each
         other is the gradient.
         """
-        rows = row_shards(weight)
-        if rows is not None and rows != self._rows:
-            self._rows, self.mode, self._shard, self._teacher_rows = rows, None, None, None
+        cut_now = vocab_cut(weight)
+        if cut_now is not None and cut_now != self._cut:
+            self._cut, self.mode, self._vocab_slice, self._teacher_slice = cut_now, None, None, None
 
     @property
-    def _shard_group(self) -> dist.ProcessGroup | None:
+    def _exchange_group(self) -> dist.ProcessGroup | None:
         """The ranks that exchange."""
-        return self.group if self._rows is None else self._rows.group
+        return self.group if self._cut is None else self._cut.group
 
     @property
     def in_groups(self) -> bool:
         """Whether groups of ranks exchange among themselves, as in each copy of a model under HSDP."""
-        return num_ranks(self._shard_group) < num_ranks(self.group)
+        return num_ranks(self._exchange_group) < num_ranks(self.group)
 
     def cuts_teacher(self, hidden: Tensor, weight: Tensor, student_size: int) -> bool:
         """Whether each rank keeps only rows of the teacher's head (modes `logits` and `stats`).
@@ -132,8 +132,8 @@ class Exchange:
             self.mode = self._settle(hidden, weight, student_size)
         if self.mode == "weight":
             return False
-        if self._shard is None:
-            self._shard = cut(student_size, self.teacher_size, self._shard_group)
+        if self._vocab_slice is None:
+            self._vocab_slice = cut(student_size, self.teacher_size, self._exchange_group)
         return True
 
     def consumer(self, call: HeadCall) -> Consumer:
@@ -142,30 +142,32 @@ class Exchange:
         Rows that FSDP2 leaves here are multiplied as they are. Under other wrappers, or where the vocabularies are cut
         elsewhere, the first call sees the whole head and keeps a copy of its rows.
         """
-        assert self._shard is not None
+        assert self._vocab_slice is not None
         if self.mode == "stats":
-            call.shard = self._shard
+            call.vocab_slice = self._vocab_slice
         if self._version != (version := self._whole_version()):  # as it is outside of the head's forward
-            self._version, self._teacher_rows = version, None
-        held = self._rows_of_teacher(call.targets.device)  # now: a unit of norm and head is gathered by the backbone
+            self._version, self._teacher_slice = version, None
+        held = self._held_slice_of_teacher(
+            call.targets.device
+        )  # now: a unit of norm and head is gathered by the backbone
 
         def keep_rows(teacher: HeadTeacher) -> None:
-            if self._teacher_rows is None:
-                assert self._shard is not None
-                ids = self._shard.of_teacher
-                self._teacher_rows = teacher.rows(ids.start, ids.stop)
-            call.teacher = self._as_source(self._teacher_rows, teacher.hidden)
+            if self._teacher_slice is None:
+                assert self._vocab_slice is not None
+                ids = self._vocab_slice.of_teacher
+                self._teacher_slice = teacher.vocab_slice(ids.start, ids.stop)
+            call.teacher = self._as_source(self._teacher_slice, teacher.hidden)
 
         def use_hidden(hidden: Tensor) -> None:
-            rows = self._teacher_rows if held is None else self._after_head_of(*held)
+            rows = self._teacher_slice if held is None else self._after_head_of(*held)
             assert rows is not None
             call.teacher = self._as_source(rows, hidden.reshape(-1, hidden.shape[-1]))
 
-        return Consumer(keep_rows, None if held is None and self._teacher_rows is None else use_hidden)
+        return Consumer(keep_rows, None if held is None and self._teacher_slice is None else use_hidden)
 
     def forget_teacher(self) -> None:
         """The teacher does something else to its logits than before, so what was kept of it is of no use."""
-        self.teacher_after_head = self._teacher_rows = None
+        self.teacher_after_head = self._teacher_slice = None
 
     def _whole_version(self) -> int | None:
         """How often the teacher's head has been written to, as a teacher that follows its student is in each step.
@@ -177,27 +179,31 @@ class Exchange:
             return None
         return 0 if head.weight.is_inference() else head.weight._version
 
-    def _rows_of_teacher(self, device: torch.device) -> tuple[Tensor, Tensor | None] | None:
+    def _held_slice_of_teacher(self, device: torch.device) -> tuple[Tensor, Tensor | None] | None:
         """This rank's rows of the teacher's head as FSDP2 holds them; None where it does not, or gathers all anyway."""
-        head, shard = self.teacher_head, self._shard
-        assert shard is not None
+        head, vocab_slice = self.teacher_head, self._vocab_slice
+        assert vocab_slice is not None
         if head is None or self.teacher_tied:
             return None
-        return held_rows(head, shard.teacher_bounds, shard.group, device)
+        return held_slice(head, vocab_slice.teacher_bounds, vocab_slice.group, device)
 
     def _after_head_of(self, weight: Tensor, bias: Tensor | None) -> HeadTeacher:
         """These rows with what the teacher does to its logits, which its first forward may have shown only now."""
-        after, shard = self.teacher_after_head, self._shard
-        assert after is not None and shard is not None
+        after, vocab_slice = self.teacher_after_head, self._vocab_slice
+        assert after is not None and vocab_slice is not None
         if after.bias is not None:
-            extra = after.bias[shard.of_teacher].to(weight)
+            extra = after.bias[vocab_slice.of_teacher].to(weight)
             bias = extra if bias is None else bias + extra
         return HeadTeacher(weight.new_empty(0, weight.shape[1]), weight, bias, after.transform)
 
     def _as_source(self, rows: HeadTeacher, hidden: Tensor) -> HeadTeacher | ShardedHeadTeacher:
-        assert self._shard is not None
+        assert self._vocab_slice is not None
         own = rows.reading(hidden)
-        return own if self.mode == "stats" else ShardedHeadTeacher(own, self._shard.teacher_bounds, self._shard.group)
+        return (
+            own
+            if self.mode == "stats"
+            else ShardedHeadTeacher(own, self._vocab_slice.teacher_bounds, self._vocab_slice.group)
+        )
 
     def _settle(self, hidden: Tensor, weight: Tensor, student_size: int) -> str:
         wanted = self.config.exchange
@@ -207,7 +213,7 @@ class Exchange:
             logger.info("distill.exchange: %s has no effect: %s", wanted, why)
         if settled == "weight" or (settled is None and self.teacher_width is None):
             return "weight"
-        elsewhere = row_shards(weight) is not None and weight.device != hidden.device
+        elsewhere = vocab_cut(weight) is not None and weight.device != hidden.device
         if wanted == "stats" and elsewhere:
             raise ValueError(
                 f"distill.exchange stats multiplies by the rows of the student's head that are here, but the wrapper "
@@ -218,7 +224,7 @@ class Exchange:
             return settled
         heads, rows, text = self._heads(hidden, weight, student_size)
         impossible = ["stats"] if elsewhere else []
-        ranks = num_ranks(self._shard_group)
+        ranks = num_ranks(self._exchange_group)
         mode, found = cost.cheapest(self.config, *heads, rows, ranks=ranks, without=impossible)
         if dist.get_rank(self.group) == 0:
             listed = ", ".join(f"{name} {volume / 1e6:.4g} MB" for name, volume in found.items())
@@ -231,18 +237,18 @@ class Exchange:
         Of a student's head that its wrapper does not leave in rows (ZeRO, FSDP1, DDP, tied to an embedding that has
         been gathered) only the teacher's share is counted: its own traffic is the same in every mode.
         """
-        ranks, width, item = num_ranks(self._shard_group), hidden.shape[-1], hidden.element_size()
+        ranks, width, item = num_ranks(self._exchange_group), hidden.shape[-1], hidden.element_size()
         told = hidden.numel() // width, self._teacher_ranks()  # all must decide alike, so from the same numbers
         everyone = all_gather_object(told, self.group, "numbers of rows (once, in the first step)")
         rows, teacher_ranks = (max(numbers) for numbers in zip(*everyone, strict=True))
         assert self.teacher_width is not None and self.teacher_size is not None
-        in_rows = row_shards(weight) is not None
+        is_cut = vocab_cut(weight) is not None
         reduced = _REDUCE_BYTES if weight.requires_grad else 0
-        student = Head(vocab_size, width, ranks if in_rows else 1, item, reduced)
+        student = Head(vocab_size, width, ranks if is_cut else 1, item, reduced)
         teacher = Head(self.teacher_size, self.teacher_width, teacher_ranks, item)
         text = f"W {ranks}, rows {rows}, V {vocab_size}, D {width}, E {self.teacher_width}"
         text += "" if self.teacher_size == vocab_size else f", V' {self.teacher_size}"
-        text += "" if in_rows else ", the student's head is whole in each"
+        text += "" if is_cut else ", the student's head is whole in each"
         text += "" if weight.requires_grad else ", the student's head is frozen"
         text += "" if teacher.ranks > 1 else ", the teacher's head is there anyway"
         return (student, teacher), rows, text

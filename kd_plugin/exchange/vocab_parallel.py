@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.distributed.collectives import all_gather, all_reduce, reduce_scatter
-from kd_plugin.distributed.vocab_slice import VocabShard
+from kd_plugin.distributed.vocab_slice import VocabSlice
 from kd_plugin.exchange.row_gather import RowGather
 from kd_plugin.loss.autograd import Context, once_differentiable
 from kd_plugin.loss.buffers import buffer
@@ -42,7 +42,7 @@ class _Loop:
     def __init__(
         self,
         problem: Problem,
-        shard: VocabShard,
+        vocab_slice: VocabSlice,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -51,21 +51,29 @@ class _Loop:
     ) -> None:
         teacher = problem.teacher
         assert teacher is None or isinstance(teacher, HeadTeacher)
-        self.problem, self.shard, self.bias, self.teacher, self.low_rank = problem, shard, bias, teacher, low_rank
+        self.problem, self.vocab_slice, self.bias, self.teacher, self.low_rank = (
+            problem,
+            vocab_slice,
+            bias,
+            teacher,
+            low_rank,
+        )
         self.weight = weight.to(hidden.dtype)
         self.dtype = wide_dtype(hidden.dtype)
         transform = dispatch.IDENTITY if teacher is None else teacher.transform
         self.spec = RowSpec(problem.objective, problem.student_transform, transform, with_gradient=grads)
-        self.plan = agreed_plan(problem.rows, problem.num_rows, problem.chunk_size, shard.group, hidden.device)
+        self.plan = agreed_plan(problem.rows, problem.num_rows, problem.chunk_size, vocab_slice.group, hidden.device)
         problem.group_rows = self.plan.group_rows
-        self.gather = RowGather(self.plan, shard.group, self._rows_to_send(hidden), "the hidden states")
+        self.gather = RowGather(self.plan, vocab_slice.group, self._rows_to_send(hidden), "the hidden states")
         rounded = problem.rounded_logits
         self.operand = Operand("student", self.weight, self.dtype, rounded=rounded, hidden_dtype=hidden.dtype)
         if teacher is not None:
-            teacher.prepare(None, shard.teacher_columns, self.dtype, rounded=rounded)
+            teacher.prepare(None, vocab_slice.teacher_columns, self.dtype, rounded=rounded)
         count = len(dispatch.STATISTICS)
         self.own = hidden.new_zeros(count, dtype=self.dtype)  # sums over this rank's rows, of what ranks agree on
-        self.parts = hidden.new_zeros(shard.world_size, count, dtype=self.dtype)  # what this rank adds to each rank's
+        self.parts = hidden.new_zeros(
+            vocab_slice.world_size, count, dtype=self.dtype
+        )  # what this rank adds to each rank's
 
     def _rows_to_send(self, hidden: Tensor) -> dict[str, Tensor]:
         weights = self.problem.token_weights
@@ -80,7 +88,7 @@ class _Loop:
 
     def _own_labels(self) -> Tensor:
         """`[N]`, once those that count are token ids: one that no rank holds would pass for a logit of 0."""
-        labels, size = self.problem.targets, self.shard.sizes.student
+        labels, size = self.problem.targets, self.vocab_slice.sizes.student
         assert labels is not None
         counted = labels if self.problem.rows is None else labels[self.problem.rows]
         foreign = (counted < 0) | (counted >= size)
@@ -94,43 +102,43 @@ class _Loop:
     def logits(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Both models' logits of this rank's columns, `[W * C, V_r]` and `[W * C, V'_r]`."""
         rows, device = given["student"].shape[0], self.weight.device
-        student = buffer("student", rows, self.shard.size, self.dtype, device)
+        student = buffer("student", rows, self.vocab_slice.size, self.dtype, device)
         mm_into(student, given["student"], self.operand)
         add_bias(student, self.bias)
         if self.low_rank is not None:
             self.low_rank.add_to(student, given["factor"])
         if self.teacher is None:
             return student, None
-        teacher = buffer("teacher", rows, self.shard.teacher_columns, self.dtype, device)
+        teacher = buffer("teacher", rows, self.vocab_slice.teacher_columns, self.dtype, device)
         self.teacher.multiply_into(teacher, given["teacher"])
         return student, teacher
 
     def labels(self, targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of every row, `[W * C, 1]`: label's column here (clamped), whether it is here, and the logit if it is."""
-        here = (targets >= self.shard.start) & (targets < self.shard.stop)
-        columns = torch.where(here, targets - self.shard.start, 0)
-        own = logits.gather(1, columns) if self.shard.size else logits.new_zeros(columns.shape)
+        here = (targets >= self.vocab_slice.start) & (targets < self.vocab_slice.stop)
+        columns = torch.where(here, targets - self.vocab_slice.start, 0)
+        own = logits.gather(1, columns) if self.vocab_slice.size else logits.new_zeros(columns.shape)
         return columns, here, torch.where(here, own, 0.0)
 
     def run(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
         """-> what all ranks sent, gradient `[W * C, V_r]`; adds to the statistics."""
         given = self.gather.take(index)
-        kernel, spec, shard = self.problem.row_kernel, self.spec, self.shard
+        kernel, spec, vocab_slice = self.problem.row_kernel, self.spec, self.vocab_slice
         student, teacher = self.logits(given)
         weights, valid = given["weights"].split(1, dim=-1)
-        args = (kernel, spec, shard.sizes, student, teacher)
+        args = (kernel, spec, vocab_slice.sizes, student, teacher)
         moments = sharded_dispatch.moments(*args)
         labels = self.labels(given["targets"], student) if "targets" in given else None
         if labels is not None:
             moments = torch.cat([moments, labels[2]], -1)
         merged = sharded_dispatch.merge(
-            spec, shard.sizes, all_gather(moments[None], shard.group, "the softmaxes' statistics")
+            spec, vocab_slice.sizes, all_gather(moments[None], vocab_slice.group, "the softmaxes' statistics")
         )
         sums = sharded_dispatch.sums(*args, merged)
         if sums.shape[1]:
-            all_reduce(sums, shard.group, "the divergence's sums")
+            all_reduce(sums, vocab_slice.group, "the divergence's sums")
         statistics = sharded_dispatch.finish(*args, weights, merged, sums)
-        if labels is not None and spec.with_gradient and shard.size:
+        if labels is not None and spec.with_gradient and vocab_slice.size:
             columns, here, label_logits = labels
             dispatch.subtract_labels(spec, student, columns, label_logits, weights * here)
         self._add(statistics, weights, valid)
@@ -140,13 +148,13 @@ class _Loop:
         losses, count, chunk = dispatch.NUM_LOSSES, self.own.numel(), self.plan.chunk
         factors = torch.cat([weights.expand(-1, losses), valid.expand(-1, count - losses)], -1)
         whole, parts = statistics.split(count, dim=-1)
-        mine = slice(self.shard.rank * chunk, (self.shard.rank + 1) * chunk)
+        mine = slice(self.vocab_slice.rank * chunk, (self.vocab_slice.rank + 1) * chunk)
         self.own += (whole[mine] * factors[mine]).sum(0)
         self.parts += (parts * factors).view(-1, chunk, count).sum(1)
 
     def total(self) -> Tensor:
         """Statistics `[len(STATISTICS)]` of this rank's rows."""
-        return self.own + reduce_scatter(self.parts, self.shard.group, "the statistics")[0]
+        return self.own + reduce_scatter(self.parts, self.vocab_slice.group, "the statistics")[0]
 
     def take_low_rank_gradient(self, index: int, gradient: Tensor, factor: Tensor) -> None:
         """Of the adapter's own rows here, and of its factor, whose gradient is a sum over the vocabulary."""
@@ -156,13 +164,13 @@ class _Loop:
             partial = self.low_rank.factor_gradient(gradient)
             rows, count = self.plan.of(index)
             with self.plan.at(index):
-                whole = reduce_scatter(partial, self.shard.group, "the adapter's gradient")
+                whole = reduce_scatter(partial, self.vocab_slice.group, "the adapter's gradient")
             self.low_rank.grad_factor[rows] = whole[:count]
 
     def held_bytes(self, *gradients: Tensor | None) -> int:
         """Bytes above the inputs at the peak: both models' logits of one chunk, and the gradients."""
-        rows, columns = self.shard.world_size * self.plan.chunk, self.shard.size
-        columns += 0 if self.teacher is None else self.shard.teacher_columns
+        rows, columns = self.vocab_slice.world_size * self.plan.chunk, self.vocab_slice.size
+        columns += 0 if self.teacher is None else self.vocab_slice.teacher_columns
         held = sum(g.numel() * g.element_size() for g in gradients if g is not None)
         held += self.operand.held_bytes + (0 if self.teacher is None else self.teacher.held_bytes)
         return held + rows * columns * self.dtype.itemsize
@@ -174,7 +182,7 @@ class _Context(Context, Protocol):
 
 
 class VocabParallelDistill(torch.autograd.Function):
-    """(hidden [N, D], weight rows [V_r, D], bias [V_r], problem, shard, weight_scale) -> (loss sum, statistics).
+    """(hidden [N, D], weight rows [V_r, D], bias [V_r], problem, vocab_slice, weight_scale) -> (loss sum, statistics).
 
     A low-rank term follows as (factor [N, r], up rows [V_r, r]).
     Each rank's loss sum is that of its own rows, and the hidden states' gradient that of all ranks' vocabulary.
@@ -190,7 +198,7 @@ class VocabParallelDistill(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         problem: Problem,
-        shard: VocabShard,
+        vocab_slice: VocabSlice,
         weight_scale: float,
         factor: Tensor | None = None,
         up: Tensor | None = None,
@@ -198,12 +206,12 @@ class VocabParallelDistill(torch.autograd.Function):
         """All the work; gradients wait in `ctx`."""
         needed = [need and problem.with_gradient for need in ctx.needs_input_grad]
         low_rank = low_rank_product(factor, up, wide_dtype(hidden.dtype), needed)
-        loop = _Loop(problem, shard, hidden, weight, bias, low_rank, grads=any(needed))
+        loop = _Loop(problem, vocab_slice, hidden, weight, bias, low_rank, grads=any(needed))
         grad_hidden, grad_weight, grad_bias = _run(loop, hidden, weight, needed[:3])
         total = loop.total()
         problem.workspace_bytes = loop.held_bytes(grad_hidden, grad_weight, grad_bias)
-        columns = 0 if problem.teacher is None else shard.sizes.shared
-        problem.dense_bytes = dense_bytes(problem.num_rows, shard.sizes.student, columns)
+        columns = 0 if problem.teacher is None else vocab_slice.sizes.shared
+        problem.dense_bytes = dense_bytes(problem.num_rows, vocab_slice.sizes.student, columns)
         problem.workspace_bytes += 0 if low_rank is None else low_rank.held_bytes
         extra = () if low_rank is None else (low_rank.grad_factor, low_rank.grad_up)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, *extra)
@@ -243,7 +251,7 @@ def _run(
             narrow = gradient.to(factor.dtype)
             partial = hidden_gradient(narrow, factor).to(loop.dtype)
             with loop.plan.at(index):
-                arriving = reduce_scatter(partial, loop.shard.group, "the hidden states' gradient", wait=False)
+                arriving = reduce_scatter(partial, loop.vocab_slice.group, "the hidden states' gradient", wait=False)
         if grad_weight is not None:
             accumulate_outer(grad_weight, gradient, narrow, gathered, first=index == 0)
         if grad_bias is not None:

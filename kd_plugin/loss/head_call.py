@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd_plugin.distributed.vocab_slice import VocabShard
+from kd_plugin.distributed.vocab_slice import VocabSlice
 from kd_plugin.loss.low_rank import LowRank
 from kd_plugin.loss.output import LossSums
 from kd_plugin.loss.teacher import TeacherSource
@@ -25,7 +25,7 @@ class HeadCall:
         token_weights: Tensor | None = None,  # [N]
     ) -> None:
         self.teacher, self.targets, self.rows, self.token_weights = teacher, targets, rows, token_weights
-        self.shard: VocabShard | None = None
+        self.vocab_slice: VocabSlice | None = None
         """Set when the vocabulary is cut over the ranks; the teacher then holds its columns only."""
         self.low_rank: LowRank | None = None
         """What an adapter around the head adds to its logits."""

@@ -24,7 +24,7 @@ class LowRank(NamedTuple):
     up: Tensor  # [V, r]
     bias: Tensor | None = None  # [V]
 
-    def rows(self, start: int, stop: int) -> LowRank:
+    def vocab_slice(self, start: int, stop: int) -> LowRank:
         """The term of the token ids `[start, stop)`."""
         return LowRank(self.factor, self.up[start:stop], None if self.bias is None else self.bias[start:stop])
 

@@ -87,7 +87,7 @@ class HeadTeacher:
         mm_into(out, hidden, self._operand)
         add_bias(out, self._bias)
 
-    def rows(self, start: int, stop: int) -> HeadTeacher:
+    def vocab_slice(self, start: int, stop: int) -> HeadTeacher:
         """A copy of the head's rows `[start, stop)`, to be kept when the whole is freed."""
         bias = None if self.bias is None else self.bias.detach()[start:stop].clone()
         return HeadTeacher(self.hidden, self.weight[start:stop].clone(), bias, self.transform)

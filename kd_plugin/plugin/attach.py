@@ -197,7 +197,7 @@ class Plugin:
         if self.config.soft_weight:
             self._teacher.look_again(inputs)
         if self.exchange.cuts_teacher(hidden, weight, self.student_vocab_size):
-            return self._with_teacher_rows(hidden, call, inputs)
+            return self._with_teacher_slice(hidden, call, inputs)
         if not self.config.soft_weight:
             return self._student_head(hidden, call)
         results: list[Tensor] = []
@@ -212,7 +212,7 @@ class Plugin:
         call.teacher = None
         return results[0]
 
-    def _with_teacher_rows(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
+    def _with_teacher_slice(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
         """The same where each rank keeps rows of the teacher's head: it is whole in the first call only."""
         consumer = self.exchange.consumer(call)
         if self.config.soft_weight:

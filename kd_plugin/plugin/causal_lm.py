@@ -57,7 +57,7 @@ class HeadSlot(NamedTuple):
         return module
 
     @property
-    def rows(self) -> int:
+    def vocab_size(self) -> int:
         """Token ids of the head that sits there now."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)

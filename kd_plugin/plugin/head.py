@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kd_plugin.distributed.layout import row_shards, rows_here, whole_shape
-from kd_plugin.distributed.vocab_slice import VocabShard
+from kd_plugin.distributed.layout import slice_here, vocab_cut, whole_shape
+from kd_plugin.distributed.vocab_slice import VocabSlice
 from kd_plugin.exchange.vocab_parallel import VocabParallelDistill
 from kd_plugin.loss import checks
 from kd_plugin.loss.from_hidden import loss_sums, make_problem
@@ -106,16 +106,16 @@ class DistillHead(nn.Linear):
 
     def on_shards(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
         """The loss on the rows of the weight that FSDP2 left here. Not through `__call__`, which would gather them."""
-        assert call.shard is not None
-        cut = row_shards(self.weight)
+        assert call.vocab_slice is not None
+        cut = vocab_cut(self.weight)
         assert cut is not None
-        weight = rows_here(self.weight, cut.replicas)
-        bias = None if self.bias is None else rows_here(self.bias, cut.replicas)
+        weight = slice_here(self.weight, cut.replicas)
+        bias = None if self.bias is None else slice_here(self.bias, cut.replicas)
         if self._logits_bias is not None:
-            extra = self._logits_bias[0][call.shard.start : call.shard.stop].to(weight)
+            extra = self._logits_bias[0][call.vocab_slice.start : call.vocab_slice.stop].to(weight)
             bias = extra if bias is None else bias + extra
         # FSDP averages every other gradient over the ranks; this one already is the sum over all their rows
-        return self._vocab_parallel(hidden_states, weight, bias, call.low_rank, call, call.shard, 1 / cut.ranks)
+        return self._vocab_parallel(hidden_states, weight, bias, call.low_rank, call, call.vocab_slice, 1 / cut.ranks)
 
     def _vocab_parallel(
         self,
@@ -124,36 +124,36 @@ class DistillHead(nn.Linear):
         bias: Tensor | None,
         low_rank: LowRank | None,
         call: HeadCall,
-        shard: VocabShard,
+        vocab_slice: VocabSlice,
         weight_scale: float,
     ) -> Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         problem = make_problem(
             flat,
-            shard.sizes.student,
+            vocab_slice.sizes.student,
             call.teacher,
             call.targets,
             self.distill_config,
             transform=self.transform,
             token_weights=call.token_weights,
             rows=call.rows,
-            teacher_size=shard.sizes.shared,
+            teacher_size=vocab_slice.sizes.shared,
         )
         extra: tuple[Tensor, ...] = ()
         if low_rank is not None:
             bias, extra = low_rank.plus(bias), (low_rank.factor, low_rank.up)
-        loss_sum, sums = VocabParallelDistill.apply(flat, weight, bias, problem, shard, weight_scale, *extra)
+        loss_sum, sums = VocabParallelDistill.apply(flat, weight, bias, problem, vocab_slice, weight_scale, *extra)
         call.sums = packed(loss_sum, sums, problem)
         return loss_sum
 
     def _call(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
-        if (shard := call.shard) is not None:
-            rows = slice(shard.start, shard.stop)
+        if (vocab_slice := call.vocab_slice) is not None:
+            rows = slice(vocab_slice.start, vocab_slice.stop)
             checks.whole_weight("lm_head.weight", self.weight)
             bias = self._whole_bias()
             bias = None if bias is None else bias[rows]
-            low_rank = None if call.low_rank is None else call.low_rank.rows(rows.start, rows.stop)
-            return self._vocab_parallel(hidden_states, self.weight[rows], bias, low_rank, call, shard, 1.0)
+            low_rank = None if call.low_rank is None else call.low_rank.vocab_slice(rows.start, rows.stop)
+            return self._vocab_parallel(hidden_states, self.weight[rows], bias, low_rank, call, vocab_slice, 1.0)
         call.sums = self._sums(hidden_states, call.targets, call.teacher, call.token_weights, call.rows, call.low_rank)
         return call.sums.loss_sum
 

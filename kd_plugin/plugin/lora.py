@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from kd_plugin.distributed.layout import row_shards, rows_here
+from kd_plugin.distributed.layout import slice_here, vocab_cut
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.low_rank import LowRank
 from kd_plugin.plugin.causal_lm import unwrap
@@ -114,13 +114,13 @@ def on_shards(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
 
     What is small, lora_A, is gathered here: the modules' own forwards would gather the head with it.
     """
-    cut, terms = row_shards(head.weight), []
+    cut, terms = vocab_cut(head.weight), []
     assert cut is not None
     for name in active_adapters(head):
         down, up = _whole(head.lora_A[name].weight), head.lora_B[name]
         factor = F.linear(head.lora_dropout[name](hidden.to(down.dtype)), down)
-        bias = None if up.bias is None else rows_here(up.bias, cut.replicas)
-        terms.append(_term(factor, rows_here(up.weight, cut.replicas), bias, head.scaling[name]))
+        bias = None if up.bias is None else slice_here(up.bias, cut.replicas)
+        terms.append(_term(factor, slice_here(up.weight, cut.replicas), bias, head.scaling[name]))
     call.low_rank = _side_by_side(terms)
     return head.base_layer.on_shards(hidden, call)
 

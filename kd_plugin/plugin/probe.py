@@ -77,7 +77,7 @@ def observe(model: PreTrainedModel, slot: HeadSlot, side: str) -> Observed:
 
 
 def _look(model: PreTrainedModel, slot: HeadSlot, side: str) -> Observed:
-    vocab_size = slot.rows
+    vocab_size = slot.vocab_size
     known, tokens = KnownLogits(vocab_size), plain_tokens(model, vocab_size)
     labels = labels_of(tokens)
     inputs = {"input_ids": tokens}
@@ -137,7 +137,7 @@ def _decoder_inputs(
     model: PreTrainedModel, slot: HeadSlot, inputs: dict[str, Tensor], labels: Tensor, hidden: Tensor
 ) -> str | None:
     """The way to make decoder inputs of labels that gives the decoder's `hidden` states `[2, 8, D]`, if any does."""
-    known = KnownLogits(slot.rows)
+    known = KnownLogits(slot.vocab_size)
     for name, make in DECODER_INPUTS.items():
         try:
             ids = make(model, labels.clone())

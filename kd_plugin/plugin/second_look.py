@@ -80,14 +80,14 @@ class _Look(NamedTuple):
 
     def __call__(self, training: bool, when: str) -> Found:
         self.model.train(training)
-        inputs, labels = special_tokens(self.model, self.slot.rows)
+        inputs, labels = special_tokens(self.model, self.slot.vocab_size)
         with_labels = self.convention is not None and self.side == "student"
         if with_labels:
             inputs["labels"] = labels
         elif getattr(self.model.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = inputs["input_ids"]
         output = self._run(inputs, seed=0)
-        after = consistent(output.logits, self.slot.rows, self.model, self.side)
+        after = consistent(output.logits, self.slot.vocab_size, self.model, self.side)
         if self.after_head is not None and not after.close_to(self.after_head):
             raise LogitsChanged(
                 f"the {self.side} ({type(self.model).__name__}) changes its logits after the head in another way "
@@ -117,5 +117,5 @@ class _Look(NamedTuple):
 
     def _run(self, inputs: dict[str, Tensor], seed: int) -> Any:
         torch.manual_seed(0)  # dropout and jitter the same in each run; the caller's state comes back
-        known = KnownLogits(self.slot.rows, seed)
+        known = KnownLogits(self.slot.vocab_size, seed)
         return run_with_stand_in(self.slot, whole_call(self.model), inputs, known.reply)[1]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kd_plugin.distributed.layout import row_shards, waits_for_engine
+from kd_plugin.distributed.layout import vocab_cut, waits_for_engine
 from kd_plugin.distributed.uncompiled import uncompiled
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import AfterHead
@@ -181,7 +181,7 @@ class StudentSide:
     def head(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
         """The loss sum of `call`, computed inside the head's own forward."""
         linear = self.linear
-        if call.shard is not None and row_shards(linear.weight) is not None:
+        if call.vocab_slice is not None and vocab_cut(linear.weight) is not None:
             return student_head.on_shards(linear, hidden_states, call)  # past the hooks that would gather the weight
         if self.slot.module is not self._head_module and type(self.slot.module).__module__.startswith("peft."):
             raise ValueError(

@@ -410,9 +410,9 @@ def in_shards(problem: Problem, config: kd.DistillConfig, rows: Tensor | None = 
     given = from_hidden.make_problem(
         problem.hidden, V, teacher, problem.targets, config, rows=rows, teacher_size=SHARED
     )
-    shard = cut(V, None if teacher is None else SHARED, None)
+    vocab_slice = cut(V, None if teacher is None else SHARED, None)
     tensors = (problem.hidden, problem.weight, problem.bias)
-    loss_sum, _ = vocab_parallel.VocabParallelDistill.apply(*tensors, given, shard, 1.0)
+    loss_sum, _ = vocab_parallel.VocabParallelDistill.apply(*tensors, given, vocab_slice, 1.0)
     return loss_sum, given.dense_bytes
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import kd_plugin as kd
 from kd_plugin.distributed.collectives import end_process_groups
-from kd_plugin.distributed.vocab_slice import VocabShard, cut
+from kd_plugin.distributed.vocab_slice import VocabSlice, cut
 from kd_plugin.exchange import row_gather, sharded_teachers
 from kd_plugin.exchange.sharded_teachers import ShardedHeadTeacher
 from kd_plugin.exchange.vocab_parallel import VocabParallelDistill
@@ -89,22 +89,24 @@ class Heads:
         self.hidden, self.teacher_hidden = (torch.randn(CHUNK * CHUNKS, CHUNK_WIDTH, generator=own) for _ in range(2))
         self.targets = torch.randint(CHUNK_VOCAB, (CHUNK * CHUNKS,), generator=own)
         self.config = kd.DistillConfig(chunk_size=CHUNK, row_kernel="eager")
-        self.shard: VocabShard = cut(CHUNK_VOCAB, CHUNK_VOCAB, dist.group.WORLD)
+        self.vocab_slice: VocabSlice = cut(CHUNK_VOCAB, CHUNK_VOCAB, dist.group.WORLD)
 
-    def _teacher_rows(self) -> HeadTeacher:
-        return HeadTeacher(self.teacher_hidden, self.teacher_weight).rows(self.shard.start, self.shard.stop)
+    def _teacher_slice(self) -> HeadTeacher:
+        return HeadTeacher(self.teacher_hidden, self.teacher_weight).vocab_slice(
+            self.vocab_slice.start, self.vocab_slice.stop
+        )
 
     def logits(self) -> Tensor:
         """The loss with the teacher's logits on the wire."""
-        teacher = ShardedHeadTeacher(self._teacher_rows(), self.shard.teacher_bounds, self.shard.group)
+        teacher = ShardedHeadTeacher(self._teacher_slice(), self.vocab_slice.teacher_bounds, self.vocab_slice.group)
         return loss_sums(self.hidden, self.weight, None, teacher, self.targets, self.config).loss_sum
 
     def stats(self) -> Tensor:
         """The loss with statistics on the wire."""
         problem = make_problem(self.hidden, CHUNK_VOCAB, None, self.targets, self.config)
-        problem.teacher = self._teacher_rows()
-        rows = self.weight[self.shard.start : self.shard.stop]
-        return VocabParallelDistill.apply(self.hidden, rows, None, problem, self.shard, 1.0)[0]
+        problem.teacher = self._teacher_slice()
+        rows = self.weight[self.vocab_slice.start : self.vocab_slice.stop]
+        return VocabParallelDistill.apply(self.hidden, rows, None, problem, self.vocab_slice, 1.0)[0]
 
 
 def overlap(rank: int) -> dict[str, dict[str, Any]]:
