@@ -5,6 +5,12 @@ from __future__ import annotations
 import pytest
 
 import kd_plugin as kd
+from kd_plugin.loss import from_hidden
+from kd_plugin.loss.head_call import HeadCall
+from kd_plugin.loss.low_rank import LowRank
+from kd_plugin.loss.output import LossSums
+from kd_plugin.loss.teacher import HeadTeacher
+from kd_plugin.row_kernels.dispatch import IDENTITY, LogitTransform
 from tests.oracle import Problem, gradients, relative_error
 
 
@@ -29,3 +35,18 @@ def check(problem: Problem, config: kd.DistillConfig, tolerance: float, scale: f
     found = gradients(out.loss, problem.leaves, scale)
     for grad, wanted in zip(found, gradients(expected.loss, problem.leaves, scale), strict=True):
         assert relative_error(grad, wanted) <= tolerance
+
+
+def sums_of(
+    problem: Problem,
+    config: kd.DistillConfig,
+    *,
+    transforms: tuple[LogitTransform, LogitTransform] = (IDENTITY, IDENTITY),
+    low_rank: LowRank | None = None,
+) -> LossSums:
+    """What the head asks the loss for: sums, and what is known of the call. No teacher where there is no soft loss."""
+    teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias, transforms[1])
+    call = HeadCall(teacher if config.soft_weight else None, problem.targets)
+    size = problem.weight.shape[0]
+    given = from_hidden.make_problem(call, config, problem.hidden, size, transform=transforms[0])
+    return from_hidden.loss_sums(given, problem.hidden, problem.weight, problem.bias, low_rank)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
+from kd_plugin.divergences.measures import MEASURES
 from kd_plugin.divergences.registry import Divergence, get
 from kd_plugin.settings.run import DistillConfig, TermConfig
-
-MEASURED = ("teacher_entropy", "student_entropy", "top1_agreement", "acceptance_rate", "kl_t1")
-"""Metrics of a row, at temperature 1 whatever the loss's; entropies and KL in nats."""
 
 
 class Term(NamedTuple):
@@ -43,10 +43,14 @@ class Objective(NamedTuple):
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """Those of `MEASURED` that this objective has."""
+        """The names of the metrics that mean something for this objective."""
         if not (self.metrics and self.needs_teacher):
             return ()
-        return MEASURED[:2] if self.by_rank else MEASURED
+        return tuple(measure.name for measure in MEASURES if measure.by_rank or not self.by_rank)
+
+    def weighted(self, soft: Tensor, hard: Tensor) -> Tensor:
+        """The loss of its two parts."""
+        return self.soft_weight * soft + self.hard_weight * hard
 
 
 def make_objective(config: DistillConfig) -> Objective:

@@ -147,9 +147,9 @@ class Exchange:
             call.vocab_slice = self._vocab_slice
         if self._version != (version := self._whole_version()):  # as it is outside of the head's forward
             self._version, self._teacher_slice = version, None
-        held = self._held_slice_of_teacher(
-            call.targets.device
-        )  # now: a unit of norm and head is gathered by the backbone
+        assert call.targets is not None
+        # Now: a unit of norm and head is gathered by the backbone
+        held = self._held_slice_of_teacher(call.targets.device)
 
         def keep_rows(teacher: HeadTeacher) -> None:
             if self._teacher_slice is None:

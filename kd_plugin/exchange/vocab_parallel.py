@@ -145,7 +145,7 @@ class _Loop:
         return given, student
 
     def _add(self, statistics: Tensor, weights: Tensor, valid: Tensor) -> None:
-        losses, count, chunk = dispatch.NUM_LOSSES, self.own.numel(), self.plan.chunk
+        losses, count, chunk = len(dispatch.LOSSES), self.own.numel(), self.plan.chunk
         factors = torch.cat([weights.expand(-1, losses), valid.expand(-1, count - losses)], -1)
         whole, parts = statistics.split(count, dim=-1)
         mine = slice(self.vocab_slice.rank * chunk, (self.vocab_slice.rank + 1) * chunk)
@@ -218,8 +218,7 @@ class VocabParallelDistill(torch.autograd.Function):
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, factor, up)]
         ctx.weight_scale = weight_scale
         ctx.mark_non_differentiable(total)
-        objective = problem.objective
-        return objective.soft_weight * total[0] + objective.hard_weight * total[1], total
+        return problem.objective.weighted(total[0], total[1]), total
 
     @staticmethod
     @once_differentiable

@@ -15,6 +15,7 @@ top (see `matmul`).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from kd_plugin.loss.low_rank import LowRankProduct
 from kd_plugin.loss.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
 from kd_plugin.loss.teacher import TeacherSource
 from kd_plugin.row_kernels import dispatch
-from kd_plugin.row_kernels.dispatch import IDENTITY, NUM_LOSSES, LogitTransform, RowSpec
+from kd_plugin.row_kernels.dispatch import IDENTITY, LOSSES, LogitTransform, RowSpec
 
 
 @dataclass
@@ -58,6 +59,14 @@ class Problem:
         """The same problem with each row's gradient multiplied by `factors` `[N]`."""
         weights = factors if self.token_weights is None else factors * self.token_weights
         return replace(self, token_weights=weights)
+
+
+class Needed(NamedTuple):
+    """Which gradients are wanted: the product behind any other is skipped."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
 
 
 @dataclass
@@ -150,13 +159,20 @@ class _Loop:
         if spec.with_gradient and targets is not None and target_logits is not None:
             dispatch.subtract_labels(spec, logits, targets, target_logits, weights)
         if weights is not None:
-            statistics[:, :NUM_LOSSES] *= weights
+            statistics[:, : len(LOSSES)] *= weights
         return statistics
 
     def teacher_only(self, index: int) -> None:
         """Take part in a chunk of which this rank has no rows."""
         assert self.problem.teacher is not None and self.teacher is not None
         self.problem.teacher.logits_into(self.teacher[:0], index)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the loop holds above its inputs, but for the gradients."""
+        teacher, low_rank = self.problem.teacher, self.low_rank
+        held = _bytes_of(self.student, self.teacher) + self.operand.held_bytes
+        return held + (0 if teacher is None else teacher.held_bytes) + (0 if low_rank is None else low_rank.held_bytes)
 
     def narrow(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         """`gradient` in the model's precision; in the teacher's buffer, which the row pass is done with."""
@@ -172,42 +188,42 @@ def run(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
+    needed: Needed,
     *,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
     keep_rows: bool = False,
     low_rank: LowRankProduct | None = None,
 ) -> Result:
-    """All chunks of one call. Skips every product whose result is not needed.
-
-    `low_rank` is one more term of the student's logits, and keeps its own gradients.
+    """All chunks of one call.
 
     Autocast is off inside: which product may be narrow is decided here, not by the kind of operation.
+
+    Args:
+        problem: what to compute; its "Out" fields are filled in.
+        hidden: `[N, D]`.
+        weight: `[V, D]`.
+        bias: `[V]`.
+        needed: the gradients of these that are wanted.
+        keep_rows: whether each row's statistics are wanted, too.
+        low_rank: one more term of the student's logits, which keeps its own gradients.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return _run(problem, hidden, weight, bias, (need_hidden, need_weight, need_bias), keep_rows, low_rank)
+        loop = _Loop(problem, hidden, weight, bias, low_rank)
+        gradients = _Gradients(loop, weight, needed)
+        sums, per_row = _run_chunks(loop, gradients, keep_rows=keep_rows)
+    problem.workspace_bytes = loop.held_bytes + gradients.held_bytes
+    return Result(sums, gradients.hidden, gradients.weight, gradients.bias, per_row)
 
 
-def _run(
-    problem: Problem,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needed: tuple[bool, bool, bool],
-    keep_rows: bool,
-    low_rank: LowRankProduct | None,
-) -> Result:
-    teacher = problem.teacher
-    loop = _Loop(problem, hidden, weight, bias, low_rank)
+def _run_chunks(loop: _Loop, gradients: _Gradients, *, keep_rows: bool) -> tuple[Tensor, Tensor | None]:
+    """-> the statistics' sums, and those of each row `[n, K]` if they are kept."""
+    problem, hidden, teacher = loop.problem, loop.hidden, loop.problem.teacher
     spec = RowSpec(
         problem.objective,
         problem.student_transform,
         IDENTITY if teacher is None else teacher.transform,
-        with_gradient=any(needed) or (low_rank is not None and low_rank.needs_gradient),
+        with_gradient=gradients.wanted,
     )
     sums = hidden.new_zeros(len(dispatch.STATISTICS), dtype=loop.dtype)
-    gradients = _Gradients(loop, weight, needed)
     per_row = sums.new_empty(problem.num_rows, sums.numel()) if keep_rows else None
     for index in range(loop.plan.num_chunks):
         rows, count = loop.plan.of(index)
@@ -221,24 +237,29 @@ def _run(
             per_row[index * loop.plan.chunk :][:count] = statistics
         if spec.with_gradient:
             gradients.add(loop.student[:count], rows, chunk_hidden, first=index == 0)
-    held = [loop.student, loop.teacher, gradients.hidden, gradients.weight, gradients.bias]
-    problem.workspace_bytes = sum(t.numel() * t.element_size() for t in held if t is not None)
-    problem.workspace_bytes += loop.operand.held_bytes + (0 if teacher is None else teacher.held_bytes)
-    problem.workspace_bytes += 0 if low_rank is None else low_rank.held_bytes
-    return Result(sums, gradients.hidden, gradients.weight, gradients.bias, per_row)
+    return sums, per_row
+
+
+def _bytes_of(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 class _Gradients:
-    """What the chunks' gradients add up to; None for what is not `needed` (hidden states, weight, bias)."""
+    """What the chunks' gradients add up to; None for those that are not needed."""
 
-    def __init__(self, loop: _Loop, weight: Tensor, needed: tuple[bool, bool, bool]) -> None:
-        need_hidden, need_weight, need_bias = needed
+    def __init__(self, loop: _Loop, weight: Tensor, needed: Needed) -> None:
         problem, hidden = loop.problem, loop.hidden
         new = torch.empty_like if problem.rows is None else torch.zeros_like
         self._loop = loop
-        self.hidden = new(hidden) if need_hidden else None
-        self.weight = _weight_gradient(weight, loop.dtype, problem.num_rows) if need_weight else None
-        self.bias = weight.new_zeros(weight.shape[0], dtype=loop.dtype) if need_bias else None
+        self.wanted = any(needed) or (loop.low_rank is not None and loop.low_rank.needs_gradient)
+        self.hidden = new(hidden) if needed.hidden else None
+        self.weight = _weight_gradient(weight, loop.dtype, problem.num_rows) if needed.weight else None
+        self.bias = weight.new_zeros(weight.shape[0], dtype=loop.dtype) if needed.bias else None
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the gradients."""
+        return _bytes_of(self.hidden, self.weight, self.bias)
 
     def add(self, gradient: Tensor, rows: slice | Tensor, chunk_hidden: Tensor, *, first: bool) -> None:
         """Add those of one chunk's logits, `[n, V]`, of `rows`."""

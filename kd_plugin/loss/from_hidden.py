@@ -18,9 +18,10 @@ from kd_plugin.divergences.objective import make_objective
 from kd_plugin.loss import checks, chunk_loop
 from kd_plugin.loss.autograd import Context, once_differentiable
 from kd_plugin.loss.chunk_size import chunk_rows
+from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.low_rank import LowRank, low_rank_product
 from kd_plugin.loss.output import DistillOutput, LossSums, normalised, packed, scaled
-from kd_plugin.loss.teacher import HeadTeacher, TeacherSource
+from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.row_kernels import dispatch
 from kd_plugin.row_kernels.dispatch import LogitTransform
 from kd_plugin.settings.run import DistillConfig
@@ -48,27 +49,15 @@ class FusedDistill(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """All the work; gradients wait in `ctx`."""
         needed = [need and problem.with_gradient for need in ctx.needs_input_grad]
-        need_hidden, need_weight, need_bias = needed[:3]
         low_rank = low_rank_product(factor, up, chunk_loop.wide_dtype(hidden.dtype), needed)
-        result = chunk_loop.run(
-            problem,
-            hidden,
-            weight,
-            bias,
-            need_hidden=need_hidden,
-            need_weight=need_weight,
-            need_bias=need_bias,
-            low_rank=low_rank,
-        )
+        result = chunk_loop.run(problem, hidden, weight, bias, chunk_loop.Needed(*needed[:3]), low_rank=low_rank)
         gradients = [result.grad_hidden, result.grad_weight, result.grad_bias]
         if low_rank is not None:
             gradients += [low_rank.grad_factor, low_rank.grad_up]
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, factor, up)]
         ctx.mark_non_differentiable(result.sums)
-        objective = problem.objective
-        loss_sum = objective.soft_weight * result.sums[0] + objective.hard_weight * result.sums[1]
-        return loss_sum, result.sums
+        return problem.objective.weighted(result.sums[0], result.sums[1]), result.sums
 
     @staticmethod
     @once_differentiable
@@ -81,38 +70,44 @@ class FusedDistill(torch.autograd.Function):
 
 
 def make_problem(
-    flat: Tensor,  # [N, D]
-    student_size: int,  # V
-    teacher: TeacherSource | None,
-    targets: Tensor | None,  # [N]
+    call: HeadCall,
     config: DistillConfig,
+    hidden: Tensor,
+    vocab_size: int,
     *,
     transform: LogitTransform | None = None,
-    token_weights: Tensor | None = None,  # [N]
-    rows: Tensor | None = None,  # [n]
-    teacher_size: int | None = None,  # V', where `teacher` holds a part of the columns
+    teacher_size: int | None = None,
 ) -> chunk_loop.Problem:
-    """What is to be computed. Finds the valid rows unless they are given, which reads the device back."""
-    objective = make_objective(config)
-    if rows is None and targets is not None:
-        valid = targets != config.ignore_index
-        rows = valid.nonzero().squeeze(1)
-        checks.targets_in_vocabulary(targets, rows, student_size)
-    elif rows is not None:
-        checks.loss_rows(rows, flat.shape[0])
-    num_rows = flat.shape[0] if rows is None else rows.shape[0]
-    teacher = teacher if objective.needs_teacher else None
+    """What is to be computed for `call`. Finds the valid rows unless they are given, which reads the device back.
+
+    Args:
+        call: teacher, targets, and how each row counts.
+        config: the objective.
+        hidden: `[N, D]` of the student.
+        vocab_size: V of the student.
+        transform: what the student does to its raw logits.
+        teacher_size: V', where the call's teacher holds only some columns of it; default: the teacher's own.
+    """
+    objective, num_rows = make_objective(config), hidden.shape[0]
+    targets, rows = call.targets, call.rows
+    if rows is not None:
+        checks.loss_rows(rows, num_rows)
+    elif targets is not None:
+        rows = (targets != config.ignore_index).nonzero().squeeze(1)
+        checks.targets_in_vocabulary(targets, rows, vocab_size)
+    num_valid = num_rows if rows is None else rows.shape[0]
+    teacher = call.teacher if objective.needs_teacher else None
     if teacher is not None and teacher_size is None:
         teacher_size = teacher.vocab_size
     return chunk_loop.Problem(
         objective=objective,
         teacher=teacher,
         targets=targets,
-        rows=None if num_rows == flat.shape[0] else rows,
-        num_rows=num_rows,
-        token_weights=token_weights,
-        chunk_size=chunk_rows(config, student_size, None if teacher is None else teacher_size),
-        row_kernel=dispatch.choose(config.row_kernel, flat.device.type),
+        rows=None if num_valid == num_rows else rows,
+        num_rows=num_valid,
+        token_weights=call.token_weights,
+        chunk_size=chunk_rows(config, vocab_size, None if teacher is None else teacher_size),
+        row_kernel=dispatch.choose(config.row_kernel, hidden.device.type),
         student_transform=transform or LogitTransform(),
         rounded_logits=config.logits_dtype == "input",
         with_gradient=torch.is_grad_enabled(),
@@ -120,35 +115,18 @@ def make_problem(
 
 
 def loss_sums(
-    hidden: Tensor,  # [..., D]
+    problem: chunk_loop.Problem,
+    hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
-    teacher: TeacherSource | None,
-    targets: Tensor | None,  # [...] int64
-    config: DistillConfig,
-    *,
-    transform: LogitTransform | None = None,
-    token_weights: Tensor | None = None,  # [...]
-    rows: Tensor | None = None,  # [n] flat indices of the valid rows, counted on the host
     low_rank: LowRank | None = None,
 ) -> LossSums:
     """Sums over the valid rows, before any normalisation; what the head and `distill_loss` share."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    problem = make_problem(
-        flat,
-        weight.shape[0],
-        teacher,
-        None if targets is None else targets.reshape(-1),
-        config,
-        transform=transform,
-        token_weights=None if token_weights is None else token_weights.reshape(-1),
-        rows=rows,
-    )
     if low_rank is None:
-        loss_sum, statistics = FusedDistill.apply(flat, weight, bias, problem)
+        loss_sum, statistics = FusedDistill.apply(hidden, weight, bias, problem)
     else:
         parts = (low_rank.plus(bias), problem, low_rank.factor, low_rank.up)
-        loss_sum, statistics = FusedDistill.apply(flat, weight, *parts)
+        loss_sum, statistics = FusedDistill.apply(hidden, weight, *parts)
     return packed(loss_sum, statistics, problem)
 
 
@@ -211,7 +189,7 @@ def distill_loss(
         student_hidden, student_weight, teacher_hidden, teacher_weight, targets, student_bias, teacher_bias, config
     )
     checks.token_weights(token_weights, student_hidden)
-    sums = loss_sums(
-        student_hidden, student_weight, student_bias, teacher, targets, config, token_weights=token_weights
-    )
-    return normalised(sums, num_items)
+    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    call = HeadCall(teacher, targets, token_weights=token_weights)
+    problem = make_problem(call, config, hidden, student_weight.shape[0])
+    return normalised(loss_sums(problem, hidden, student_weight, student_bias), num_items)

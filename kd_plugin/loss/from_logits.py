@@ -54,7 +54,7 @@ class _LogitsLoss(torch.autograd.Function):
             gradient[piece] = logits.to(gradient.dtype)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(sums)
-        return objective.soft_weight * sums[0] + objective.hard_weight * sums[1], sums
+        return objective.weighted(sums[0], sums[1]), sums
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-"""What is handed through the head's forward."""
+"""One computation of the loss, as it is handed through the head's forward."""
 
 from __future__ import annotations
 
@@ -11,20 +11,28 @@ from kd_plugin.loss.teacher import TeacherSource
 
 
 class HeadCall:
-    """One loss computation, as handed through the head's forward.
+    """What one computation of the loss takes beside the student's hidden states and head.
 
     A plain object on purpose: FSDP2's mixed precision casts every float tensor it finds in tuples, dicts and
     dataclasses among a module's arguments, the 1/N inside them included.
+
+    Args:
+        teacher: source of the teacher's logits; None if there is no soft loss.
+        targets: `[...]` int64, the label of each row; kept as `[N]`. None: there is no hard loss, and every row counts.
+        rows: `[n]` int64, flat indices of the valid rows; None: found by the labels.
+        token_weights: `[...]`, multiplies each row's loss; kept as `[N]`.
     """
 
     def __init__(
         self,
         teacher: TeacherSource | None,
-        targets: Tensor,  # [N] int64
-        rows: Tensor | None = None,  # [n] int64
-        token_weights: Tensor | None = None,  # [N]
+        targets: Tensor | None,
+        rows: Tensor | None = None,
+        token_weights: Tensor | None = None,
     ) -> None:
-        self.teacher, self.targets, self.rows, self.token_weights = teacher, targets, rows, token_weights
+        self.teacher, self.rows = teacher, rows
+        self.targets = None if targets is None else targets.reshape(-1)
+        self.token_weights = None if token_weights is None else token_weights.reshape(-1)
         self.vocab_slice: VocabSlice | None = None
         """Set when the vocabulary is cut over the ranks; the teacher then holds its columns only."""
         self.low_rank: LowRank | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from kd_plugin.loss import chunk_loop
 from kd_plugin.loss.autograd import Context, once_differentiable
 from kd_plugin.loss.from_hidden import checked_teacher, make_problem
+from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.output import scaled
 from kd_plugin.settings.run import DistillConfig
 
@@ -36,9 +37,7 @@ class _TokenLosses(torch.autograd.Function):
     def forward(
         ctx: _Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: chunk_loop.Problem
     ) -> tuple[Tensor, Tensor, Tensor]:
-        result = chunk_loop.run(
-            problem, hidden, weight, bias, need_hidden=False, need_weight=False, need_bias=False, keep_rows=True
-        )
+        result = chunk_loop.run(problem, hidden, weight, bias, chunk_loop.Needed(), keep_rows=True)
         assert result.per_row is not None
         soft, hard = hidden.new_zeros(2, hidden.shape[0], dtype=result.sums.dtype)
         rows = slice(None) if problem.rows is None else problem.rows
@@ -46,27 +45,18 @@ class _TokenLosses(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias)
         ctx.problem = problem
         ctx.mark_non_differentiable(soft, hard)
-        objective = problem.objective
-        return objective.soft_weight * soft + objective.hard_weight * hard, soft, hard
+        return problem.objective.weighted(soft, hard), soft, hard
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_loss, _, _ = grad_outputs
         hidden, weight, bias = ctx.saved_tensors
-        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
         # Factors such as 1 / tokens come back at the end, in fp32: in fp16 they would leave nothing of a gradient.
         largest = grad_loss.abs().max() if grad_loss.numel() else grad_loss.new_ones(())
         largest = largest.clamp_min(torch.finfo(grad_loss.dtype).tiny)
-        result = chunk_loop.run(
-            ctx.problem.weighted(grad_loss / largest),
-            hidden,
-            weight,
-            bias,
-            need_hidden=need_hidden,
-            need_weight=need_weight,
-            need_bias=need_bias,
-        )
+        needed = chunk_loop.Needed(*ctx.needs_input_grad[:3])
+        result = chunk_loop.run(ctx.problem.weighted(grad_loss / largest), hidden, weight, bias, needed)
         gradients = (result.grad_hidden, result.grad_weight, result.grad_bias)
         dtypes = (None if x is None else x.dtype for x in (hidden, weight, bias))
         return (*(scaled(g, largest, dtype) for g, dtype in zip(gradients, dtypes, strict=True)), None)
@@ -92,7 +82,6 @@ def distill_loss_per_token(
         student_hidden, student_weight, teacher_hidden, teacher_weight, targets, student_bias, teacher_bias, config
     )
     flat = student_hidden.reshape(-1, student_hidden.shape[-1])
-    labels = None if targets is None else targets.reshape(-1)
-    problem = make_problem(flat, student_weight.shape[0], teacher, labels, config)
+    problem = make_problem(HeadCall(teacher, targets), config, flat, student_weight.shape[0])
     losses = _TokenLosses.apply(flat, student_weight, student_bias, problem)
     return TokenLosses(*(values.view(student_hidden.shape[:-1]) for values in losses))

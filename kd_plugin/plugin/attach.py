@@ -180,8 +180,7 @@ class Plugin:
         hidden = backbone.hidden_states
         checks.loss_targets(targets, hidden.shape[:-1], self.config)
         checks.token_weights(token_weights, hidden)
-        weights = None if token_weights is None else token_weights.reshape(-1)
-        call = HeadCall(None, targets.reshape(-1), loss_rows, weights)
+        call = HeadCall(None, targets, loss_rows, token_weights)
         loss_sum = self._through_heads(hidden, call, inputs)
         assert call.sums is not None
         self._measures.add(call.sums, router_loss)

@@ -17,7 +17,7 @@ from kd_plugin.loss import checks
 from kd_plugin.loss.from_hidden import loss_sums, make_problem
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.low_rank import LowRank
-from kd_plugin.loss.output import DistillOutput, LossSums, normalised, packed
+from kd_plugin.loss.output import DistillOutput, normalised, packed
 from kd_plugin.loss.teacher import HeadTeacher, TeacherSource
 from kd_plugin.plugin.plain_head import check_plain
 from kd_plugin.row_kernels.dispatch import LogitTransform
@@ -82,7 +82,7 @@ class DistillHead(nn.Linear):
             num_items: divides the sums over rows; default: the valid rows of this call.
         """
         if isinstance(targets, HeadCall):
-            return self._call(hidden_states, targets)
+            return self._loss_sum(hidden_states, targets)
         if targets is None and teacher is None:
             for original in self._taken_from:  # a subclass with a forward of its own, on the same parameters
                 return type(original).forward(original, hidden_states)
@@ -96,8 +96,10 @@ class DistillHead(nn.Linear):
         checks.floats("hidden_states", hidden_states, "what enters the head, not token ids")
         checks.loss_targets(targets, hidden_states.shape[:-1], self.distill_config)
         checks.token_weights(token_weights, hidden_states)
-        sums = self._sums(hidden_states, targets, teacher, token_weights, rows=None)
-        return normalised(sums, num_items)
+        call = HeadCall(teacher, targets, token_weights=token_weights)
+        self._loss_sum(hidden_states, call)
+        assert call.sums is not None
+        return normalised(call.sums, num_items)
 
     def set_after_head(self, transform: LogitTransform, logits_bias: Tensor | None) -> None:
         """What the model does to these logits, where it could not be measured when the head was made."""
@@ -105,80 +107,54 @@ class DistillHead(nn.Linear):
         self._logits_bias = None if logits_bias is None else (logits_bias,)  # a tuple: not registered as a buffer
 
     def on_shards(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
-        """The loss on the rows of the weight that FSDP2 left here. Not through `__call__`, which would gather them."""
-        assert call.vocab_slice is not None
-        cut = vocab_cut(self.weight)
-        assert cut is not None
+        """The loss sum, by the vocabulary slice of the weight that FSDP2 left here.
+
+        Not through `__call__`, which would gather the weight.
+        """
+        cut, vocab_slice = vocab_cut(self.weight), call.vocab_slice
+        assert cut is not None and vocab_slice is not None
         weight = slice_here(self.weight, cut.replicas)
         bias = None if self.bias is None else slice_here(self.bias, cut.replicas)
         if self._logits_bias is not None:
-            extra = self._logits_bias[0][call.vocab_slice.start : call.vocab_slice.stop].to(weight)
+            extra = self._logits_bias[0][vocab_slice.start : vocab_slice.stop].to(weight)
             bias = extra if bias is None else bias + extra
         # FSDP averages every other gradient over the ranks; this one already is the sum over all their rows
-        return self._vocab_parallel(hidden_states, weight, bias, call.low_rank, call, call.vocab_slice, 1 / cut.ranks)
+        return self._vocab_parallel(hidden_states, weight, bias, call, vocab_slice, call.low_rank, 1 / cut.ranks)
+
+    def _loss_sum(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
+        """The loss sum where the weight is whole; fills in `call.sums`."""
+        checks.whole_weight("lm_head.weight", self.weight)
+        if (vocab_slice := call.vocab_slice) is not None:
+            ids, bias, low_rank = slice(vocab_slice.start, vocab_slice.stop), self._whole_bias(), call.low_rank
+            bias = None if bias is None else bias[ids]
+            low_rank = None if low_rank is None else low_rank.vocab_slice(ids.start, ids.stop)
+            return self._vocab_parallel(hidden_states, self.weight[ids], bias, call, vocab_slice, low_rank, 1.0)
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        problem = make_problem(call, self.distill_config, hidden, self.weight.shape[0], transform=self.transform)
+        call.sums = loss_sums(problem, hidden, self.weight, self._whole_bias(), call.low_rank)
+        return call.sums.loss_sum
 
     def _vocab_parallel(
         self,
-        hidden_states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        low_rank: LowRank | None,
+        hidden_states: Tensor,  # [..., D]
+        weight: Tensor,  # [V_r, D]
+        bias: Tensor | None,  # [V_r]
         call: HeadCall,
         vocab_slice: VocabSlice,
+        low_rank: LowRank | None,  # of these token ids
         weight_scale: float,
     ) -> Tensor:
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        """The loss sum, each rank computing with its slice of the vocabulary; fills in `call.sums`."""
+        hidden, sizes = hidden_states.reshape(-1, hidden_states.shape[-1]), vocab_slice.sizes
         problem = make_problem(
-            flat,
-            vocab_slice.sizes.student,
-            call.teacher,
-            call.targets,
-            self.distill_config,
-            transform=self.transform,
-            token_weights=call.token_weights,
-            rows=call.rows,
-            teacher_size=vocab_slice.sizes.shared,
+            call, self.distill_config, hidden, sizes.student, transform=self.transform, teacher_size=sizes.shared
         )
         extra: tuple[Tensor, ...] = ()
         if low_rank is not None:
             bias, extra = low_rank.plus(bias), (low_rank.factor, low_rank.up)
-        loss_sum, sums = VocabParallelDistill.apply(flat, weight, bias, problem, vocab_slice, weight_scale, *extra)
+        loss_sum, sums = VocabParallelDistill.apply(hidden, weight, bias, problem, vocab_slice, weight_scale, *extra)
         call.sums = packed(loss_sum, sums, problem)
         return loss_sum
-
-    def _call(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
-        if (vocab_slice := call.vocab_slice) is not None:
-            rows = slice(vocab_slice.start, vocab_slice.stop)
-            checks.whole_weight("lm_head.weight", self.weight)
-            bias = self._whole_bias()
-            bias = None if bias is None else bias[rows]
-            low_rank = None if call.low_rank is None else call.low_rank.vocab_slice(rows.start, rows.stop)
-            return self._vocab_parallel(hidden_states, self.weight[rows], bias, low_rank, call, vocab_slice, 1.0)
-        call.sums = self._sums(hidden_states, call.targets, call.teacher, call.token_weights, call.rows, call.low_rank)
-        return call.sums.loss_sum
-
-    def _sums(
-        self,
-        hidden_states: Tensor,
-        targets: Tensor | None,
-        teacher: TeacherSource | None,
-        token_weights: Tensor | None,
-        rows: Tensor | None,
-        low_rank: LowRank | None = None,
-    ) -> LossSums:
-        checks.whole_weight("lm_head.weight", self.weight)
-        return loss_sums(
-            hidden_states,
-            self.weight,
-            self._whole_bias(),
-            teacher,
-            targets,
-            self.distill_config,
-            transform=self.transform,
-            token_weights=token_weights,
-            rows=rows,
-            low_rank=low_rank,
-        )
 
     def _whole_bias(self) -> Tensor | None:
         if self._logits_bias is None:

@@ -15,17 +15,16 @@ from kd_plugin.row_kernels import triton_kernel
 from kd_plugin.row_kernels.blocks import block_rows, compiled, in_blocks
 from kd_plugin.row_kernels.row_pass import (
     IDENTITY,
-    NUM_LOSSES,
-    STATISTICS,
     LogitTransform,
     RowSpec,
     row_pass,
     subtract_labels,
 )
+from kd_plugin.row_kernels.statistics import LOSSES, STATISTICS
 
 __all__ = [
     "IDENTITY",
-    "NUM_LOSSES",
+    "LOSSES",
     "STATISTICS",
     "LogitTransform",
     "RowSpec",

@@ -16,14 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd_plugin.divergences.objective import MEASURED, Objective
+from kd_plugin.divergences.objective import Objective
 from kd_plugin.divergences.registry import Row
-from kd_plugin.row_kernels.softmaxes import Softmaxes, Whole, parts_of, row_mean, row_sum, whole_row
-
-STATISTICS = ("soft_loss", "hard_loss", *MEASURED)
-"""Columns of the statistics that a row kernel returns."""
-NUM_LOSSES = 2
-"""The first so many of them are losses, the rest metrics."""
+from kd_plugin.row_kernels.softmaxes import Softmaxes, Whole, parts_of, row_sum, whole_row
+from kd_plugin.row_kernels.statistics import cross_entropy, in_columns, metric_sums
 
 
 class LogitTransform(NamedTuple):
@@ -92,39 +88,21 @@ def _soft(spec: RowSpec, rows: dict[float, Row], zero: Tensor) -> tuple[Tensor, 
     return value, gradient
 
 
-def _hard(spec: RowSpec, student: Whole, target_logits: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Cross-entropy (smoothed) and z-loss -> value `[n, 1]`, gradient of each part short of the label's own."""
-    objective = spec.objective
-    smoothing = objective.label_smoothing
-    value = student.log_sum - (spec.student.apply(target_logits) - student.maximum)
-    gradients = list(student.probs)
-    if smoothing:
-        value = (1 - smoothing) * value - smoothing * row_mean(student.log_probs)
-        size = sum(part.shape[-1] for part in student.probs)
-        gradients = [gradient - smoothing / size for gradient in gradients]
-    if objective.z_loss_weight:
-        lse = student.maximum + student.log_sum
-        value = value + objective.z_loss_weight * lse.square()
-        slope = (2 * objective.z_loss_weight) * lse
-        gradients = [gradient + slope * q for gradient, q in zip(gradients, student.probs, strict=True)]
-    return value, [objective.hard_weight * gradient for gradient in gradients]
-
-
-def _metrics(student: Softmaxes, whole: Whole, teacher: Softmaxes, zero: Tensor, by_rank: bool) -> list[Tensor]:
-    """Of the student's whole distribution, to which a teacher with fewer columns gives probability 0 in the others."""
-    row = _row(student, teacher, 1.0)
-    lq, (q, *rest) = whole.log_probs[0], whole.probs
-    terms = (-q * lq for q, lq in zip(whole.probs, whole.log_probs, strict=True))
-    entropies = [row_sum(-row.p * row.lp), row_sum(*terms)]
-    if by_rank:  # token ids do not correspond
-        return [*entropies, zero, zero, zero]
+def _agreement(student: Softmaxes, whole: Whole, teacher: Softmaxes) -> Tensor:
+    """Whether one token id is the most likely of both models, `[n, 1]` of 0 and 1."""
     # The most likely token's log-probability is log(1 / sum exp(logit - maximum)): no need to look for it again.
-    best_q, best_p = (-model.at(1.0)[1].log_sum for model in (student, teacher))
-    agree = ((row.lq == best_q) & (row.lp == best_p)).any(-1, keepdim=True)
-    if rest:
-        agree = agree & (student.at(1.0)[1].maximum == whole.maximum)
-    measured = [*entropies, agree.to(q.dtype), row_sum(torch.minimum(q, row.p))]
-    return [*measured, row_sum(row.p * (row.lp - lq) + (q - row.p), *rest)]
+    (_, of_student, _), (_, of_teacher, _) = (model.at(1.0) for model in (student, teacher))
+    tops = (of_student.log_probs == -of_student.log_sum) & (of_teacher.log_probs == -of_teacher.log_sum)
+    agree = tops.any(-1, keepdim=True)
+    if len(whole.probs) > 1:
+        agree = agree & (of_student.maximum == whole.maximum)
+    return agree.to(of_student.log_sum.dtype)
+
+
+def _metrics(student: Softmaxes, whole: Whole, teacher: Softmaxes, *, by_rank: bool) -> dict[str, Tensor]:
+    """The metrics by name, `[n, 1]`; to a teacher with fewer columns the student's others have probability 0."""
+    metrics = metric_sums(_row(student, teacher, 1.0), whole, by_rank=by_rank)
+    return metrics if by_rank else metrics | {"top1_agreement": _agreement(student, whole, teacher)}
 
 
 def write_gradient(
@@ -163,27 +141,28 @@ def row_pass(
     parts = parts_of(student_logits, shared)
     logits, *rest = (spec.student.apply(part) for part in parts)
     temperatures = {term.temperature for term in objective.terms} if objective.needs_teacher else set()
-    student = Softmaxes(logits, temperatures)
+    student, teacher = Softmaxes(logits, temperatures), None
     zero = torch.zeros_like(logits[:, :1])
-    soft, hard, teacher = zero, zero, None
+    values: dict[str, Tensor] = {}
     soft_gradient, hard_gradients = None, []
-    measured = [zero] * (len(STATISTICS) - NUM_LOSSES)
     if objective.needs_teacher:
         assert teacher_logits is not None
         teacher = Softmaxes(spec.teacher.apply(teacher_logits), temperatures)
         rows = {term.temperature: _row(student, teacher, term.temperature) for term in objective.terms}
-        soft, soft_gradient = _soft(spec, rows, zero)
+        values["soft_loss"], soft_gradient = _soft(spec, rows, zero)
     if objective.measured or objective.hard_weight:
         whole = whole_row(student, rest)
         if objective.measured:
             assert teacher is not None
-            measured = _metrics(student, whole, teacher, zero, objective.by_rank)
+            values |= _metrics(student, whole, teacher, by_rank=objective.by_rank)
         if objective.hard_weight:
             assert target_logits is not None
-            hard, hard_gradients = _hard(spec, whole, target_logits)
+            labels = spec.student.apply(target_logits)
+            value, smoothed, hard_gradients = cross_entropy(objective, whole, student_logits.shape[1], labels)
+            values["hard_loss"] = value if smoothed is None else value + smoothed
     if spec.with_gradient:
         write_gradient(spec, parts, soft_gradient, hard_gradients, row_weights)
-    return torch.cat([soft, hard, *measured], dim=-1)
+    return in_columns(values, zero)
 
 
 def subtract_labels(

@@ -36,7 +36,8 @@ from kd_plugin.row_kernels.sharded_numbers import (
     summed,
     teacher_temperatures,
 )
-from kd_plugin.row_kernels.softmaxes import parts_of, row_sum
+from kd_plugin.row_kernels.softmaxes import Whole, parts_of, row_sum
+from kd_plugin.row_kernels.statistics import cross_entropy, in_columns, metric_sums
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
@@ -165,12 +166,13 @@ class _Rows:
                 if t == 1.0 and objective.measured:
                     self.measured = found[Kind(1.0, sizes.unequal)]
 
-    def log_q(self) -> list[Tensor]:
-        """The student's at temperature 1 over all of its token ids, by parts."""
-        if not self.sizes.unequal and 1.0 in self.rows:
-            return [self.rows[1.0].lq]
+    def whole_student(self) -> Whole:
+        """The student's distribution at temperature 1 over all of its token ids, of which the parts here."""
         maximum, log_sum = self.student[Kind(1.0, self.sizes.unequal)]
-        return [((part - maximum) - log_sum).clamp_min(LOG_FLOOR) for part in self.logits]
+        if not self.sizes.unequal and (row := self.rows.get(1.0)) is not None:
+            return Whole((row.lq,), (row.q,), maximum, log_sum)
+        log_probs = tuple(((part - maximum) - log_sum).clamp_min(LOG_FLOOR) for part in self.logits)
+        return Whole(log_probs, tuple(part.exp() for part in log_probs), maximum, log_sum)
 
 
 def shard_sums(
@@ -195,30 +197,33 @@ def shard_finish(
     merged: Tensor,  # [n, M]
     sums: Tensor,  # [n, S], added over ranks
 ) -> Tensor:
-    """`[n, 2 * len(STATISTICS)]`: what is known of each whole row, then what these columns add; one holds zeros
-    where the other does not. The gradient is that of `row_pass`."""
+    """The last part: writes the gradient, as `row_pass` does, and returns two times the statistics, side by side.
+
+    `[n, 2 * len(STATISTICS)]`: first what every rank knows of the whole row, then what this rank's columns add to it.
+    """
     objective = spec.objective
     rows = _Rows(spec, student_logits, teacher_logits, merged, sizes)
     zero = merged.new_zeros(merged.shape[0], 1)
-    agreement = rows.others.pop(0) if objective.measured else zero
-    soft, soft_part, gradient = _soft(spec, rows, sums.split(1, -1) if sums.shape[-1] else (), zero)
-    hard, hard_part, of_hard = zero, zero, []
-    log_q = rows.log_q() if objective.hard_weight or objective.measured else []
-    if objective.hard_weight:
-        hard, hard_part, of_hard = _hard(spec, rows, log_q)
+    known: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+    hard_gradients: list[Tensor] = []
+    if objective.measured:
+        known["top1_agreement"] = rows.others.pop(0)
+    totals = sums.split(1, -1) if sums.shape[-1] else ()
+    known["soft_loss"], added["soft_loss"], soft_gradient = _soft(spec, rows, totals, zero)
+    if objective.hard_weight or objective.measured:
+        student = rows.whole_student()
+        if rows.measured is not None:
+            added |= metric_sums(rows.measured, student, by_rank=False)
+        if objective.hard_weight:
+            labels = spec.student.apply(rows.others[-1])
+            value, smoothed, hard_gradients = cross_entropy(objective, student, sizes.student, labels)
+            known["hard_loss"] = value
+            if smoothed is not None:
+                added["hard_loss"] = smoothed
     if spec.with_gradient:
-        write_gradient(spec, rows.parts, gradient, of_hard, row_weights)
-    parts = [zero] * 4 if rows.measured is None else _metrics(rows.measured, log_q)
-    whole = (soft, hard, zero, zero, agreement, zero, zero)
-    return torch.cat([*whole, soft_part, hard_part, *parts[:2], zero, *parts[2:]], -1)
-
-
-def _metrics(x: Row, log_q: list[Tensor]) -> list[Tensor]:
-    """What these columns add to both entropies, the acceptance rate and the KL; `log_q` as `_Rows.log_q` has it."""
-    rest = [part.exp() for part in log_q[1:]]  # to which the teacher gives probability 0
-    of_rest = ((), [-q * lq for q, lq in zip(rest, log_q[1:], strict=True)], (), rest)
-    elements = (-x.p * x.lp, -x.q * x.lq, torch.minimum(x.q, x.p), x.p * (x.lp - x.lq) + (x.q - x.p))
-    return [row_sum(element, *others) for element, others in zip(elements, of_rest, strict=True)]
+        write_gradient(spec, rows.parts, soft_gradient, hard_gradients, row_weights)
+    return torch.cat([in_columns(known, zero), in_columns(added, zero)], -1)
 
 
 def _soft(spec: RowSpec, rows: _Rows, sums: Iterable[Tensor], zero: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -240,22 +245,3 @@ def _soft(spec: RowSpec, rows: _Rows, sums: Iterable[Tensor], zero: Tensor) -> t
             of_term = factor * divergence.gradient(torch, row, known)
             gradient = of_term if gradient is None else gradient + of_term
     return whole, part, gradient
-
-
-def _hard(spec: RowSpec, rows: _Rows, log_q: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Cross-entropy (smoothed) and z-loss, likewise; the gradient, of each part, is short of the label's own."""
-    objective, vocab_size = spec.objective, rows.sizes.student
-    smoothing = objective.label_smoothing
-    maximum, log_sum = rows.student[Kind(1.0, rows.sizes.unequal)]
-    probs = [part.exp() for part in log_q]
-    value, part = log_sum - (spec.student.apply(rows.others[-1]) - maximum), torch.zeros_like(log_sum)
-    gradients = list(probs)
-    if smoothing:
-        value, part = (1 - smoothing) * value, -smoothing / vocab_size * row_sum(*log_q)
-        gradients = [gradient - smoothing / vocab_size for gradient in gradients]
-    if objective.z_loss_weight:
-        lse = maximum + log_sum
-        value = value + objective.z_loss_weight * lse.square()
-        slope = (2 * objective.z_loss_weight) * lse
-        gradients = [gradient + slope * q for gradient, q in zip(gradients, probs, strict=True)]
-    return value, part, [objective.hard_weight * gradient for gradient in gradients]

@@ -27,13 +27,6 @@ def row_sum(*parts: Tensor) -> Tensor:
     return total
 
 
-def row_mean(parts: Sequence[Tensor]) -> Tensor:
-    """Over the columns of all parts -> `[n, 1]`."""
-    if len(parts) == 1:
-        return parts[0].mean(-1, keepdim=True)
-    return row_sum(*parts) / sum(part.shape[-1] for part in parts)
-
-
 class Softmax(NamedTuple):
     """Log-probabilities `[n, V]`, floored, and what normalised them, `[n, 1]` each.
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from kd_plugin.row_kernels import codegen, expressions
-from kd_plugin.row_kernels.row_pass import STATISTICS, RowSpec
+from kd_plugin.row_kernels.row_pass import RowSpec
+from kd_plugin.row_kernels.statistics import STATISTICS
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kd_plugin.data.documents import Batch, TrainBatches
 from kd_plugin.distributed.collectives import of_others
+from kd_plugin.divergences.measures import MEASURED
 from kd_plugin.engines.process_group import Placement, reduce_numbers
 from kd_plugin.engines.protocol import Engine
 from kd_plugin.settings.run import DistillConfig, RunConfig
@@ -223,9 +224,9 @@ def evaluate(session: Session, step: int) -> dict[str, float]:
             measured = session.plugin.metrics()
         finally:
             engine.student.train()
-    names = ["hard_loss", "kl_t1", "top1_agreement", "acceptance_rate"]
-    if session.config.distill.soft_weight:  # else there is no teacher, and 0 would read as a perfect match
-        names.insert(1, "soft_loss")
+    # Without a teacher there is no soft loss, and 0 would read as a perfect match
+    losses = ("hard_loss", "soft_loss") if session.config.distill.soft_weight else ("hard_loss",)
+    names = (*losses, *MEASURED)
     values = {name: measured[name] for name in names if name in measured}
     values["perplexity"] = math.exp(min(values["hard_loss"], 700.0))  # beyond, a float would overflow
     session.writer.scalars(step, {f"eval/{name}": value for name, value in values.items()})

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from kd_plugin.divergences.measures import MEASURED
+
 __all__ = ["TAGS", "NullWriter", "TensorBoardWriter", "Writer", "make_writer", "tagged"]
 
 TAGS = {
@@ -19,16 +21,7 @@ TAGS = {
             *("loss", "soft_loss", "hard_loss", "router_loss"),
             *("grad_norm", "lr", "tokens_per_second", "step_time_ms"),
         ),
-        "distill": (
-            "teacher_entropy",
-            "student_entropy",
-            "top1_agreement",
-            "acceptance_rate",
-            "kl_t1",
-            "temperature",
-            "valid_tokens",
-            "chunk_size",
-        ),
+        "distill": (*MEASURED, "temperature", "valid_tokens", "chunk_size"),
         "memory": (
             "peak_allocated_gib",
             "peak_reserved_gib",

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.divergences.registry import DIVERGENCES
-from kd_plugin.loss.from_hidden import loss_sums
+from kd_plugin.loss.from_hidden import loss_sums, make_problem
+from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.row_kernels import dispatch
 from kd_plugin.row_kernels.dispatch import RowSpec
@@ -61,8 +62,8 @@ def test_a_step_whose_rows_are_given_does_not_wait_for_the_device(kernel: str) -
     weight.requires_grad_()
 
     def step() -> Tensor:
-        teacher = HeadTeacher(teacher_hidden, teacher_weight, None)
-        sums = loss_sums(hidden, weight, None, teacher, targets, config, rows=rows)
+        call = HeadCall(HeadTeacher(teacher_hidden, teacher_weight), targets, rows)
+        sums = loss_sums(make_problem(call, config, hidden, weight.shape[0]), hidden, weight, None)
         (sums.loss_sum / 150).backward()
         return sums.loss_sum
 

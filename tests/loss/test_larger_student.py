@@ -22,11 +22,11 @@ from kd_plugin.distributed.vocab_slice import cut
 from kd_plugin.exchange import vocab_parallel
 from kd_plugin.loss import chunk_loop, from_hidden
 from kd_plugin.loss.chunk_size import chunk_rows
-from kd_plugin.loss.from_hidden import loss_sums
+from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.plugin.metrics import GIB
 from kd_plugin.row_kernels.dispatch import LogitTransform
-from tests.loss_cases import check, config_of, run
+from tests.loss_cases import check, config_of, run, sums_of
 from tests.oracle import ALL_DIVERGENCES, Problem, gradients, make_problem, relative_error
 from tests.tiny_models import assert_same_gradients, gradients_of, make_model
 
@@ -141,10 +141,7 @@ def test_the_compiled_kernel() -> None:
 def test_scale_and_softcap_of_either_model() -> None:
     problem, transforms = problem_of(), (LogitTransform(0.5, 4.0), LogitTransform(2.0, 6.0))
     config = config_of("jsd", **EVERYTHING)
-    teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias, transforms[1])
-    sums = loss_sums(
-        problem.hidden, problem.weight, problem.bias, teacher, problem.targets, config, transform=transforms[0]
-    )
+    sums = sums_of(problem, config, transforms=transforms)
     raw = dense(problem)
     capped = [cap * torch.tanh(scale * z / cap) for z, (scale, cap) in zip(raw[:2], transforms, strict=True)]
     wanted = kd.reference.distill_logits(*capped, raw.targets, config=config).loss
@@ -278,21 +275,18 @@ def test_a_registered_divergence_sees_the_shared_ids() -> None:
 def test_the_bytes_of_each_heads_own_columns_are_counted() -> None:
     problem = make_problem(50, 8, 8, 1021, 300, dtype=torch.float32, ignored=())
     config = config_of(chunk_size="auto", loss_memory_mb=0.05)
-    teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight)
-    operands = (problem.hidden, problem.weight, None)
     rows = int(0.05 * 2**20) // (4 * (1021 + 300))
     assert rows == chunk_rows(config, 1021, 300) == 9 > chunk_rows(config, 1021, None)
-    sums = loss_sums(*operands, teacher, problem.targets, config)
+    sums = sums_of(problem, config)
     assert sums.workspace_bytes == 4 * (rows * (1021 + 300) + 50 * 8 + 1021 * 8)
     assert sums.dense_bytes == 4 * 50 * (1021 + 300)
-    alone = loss_sums(*operands, None, problem.targets, config_of(soft_weight=0.0))
+    alone = sums_of(problem, config_of(soft_weight=0.0))
     assert alone.dense_bytes == 4 * 50 * 1021
 
 
 def test_fp64_models_avoid_the_same_logits() -> None:
     problem = make_problem(50, 8, 8, 101, 30, ignored=())
-    teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight)
-    sums = loss_sums(problem.hidden, problem.weight, None, teacher, problem.targets, config_of())
+    sums = sums_of(problem, config_of())
     assert sums.dense_bytes == 4 * 50 * (101 + 30)
 
 
@@ -407,9 +401,8 @@ def in_shards(problem: Problem, config: kd.DistillConfig, rows: Tensor | None = 
     """Loss sum in exchange `stats`, and the bytes of its whole logits."""
     teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias)
     teacher = teacher if config.soft_weight else None
-    given = from_hidden.make_problem(
-        problem.hidden, V, teacher, problem.targets, config, rows=rows, teacher_size=SHARED
-    )
+    call = HeadCall(teacher, problem.targets, rows)
+    given = from_hidden.make_problem(call, config, problem.hidden, V, teacher_size=SHARED)
     vocab_slice = cut(V, None if teacher is None else SHARED, None)
     tensors = (problem.hidden, problem.weight, problem.bias)
     loss_sum, _ = vocab_parallel.VocabParallelDistill.apply(*tensors, given, vocab_slice, 1.0)

@@ -11,12 +11,10 @@ import kd_plugin as kd
 from kd_plugin.loss import matmul
 from kd_plugin.loss.buffers import release_workspace
 from kd_plugin.loss.chunk_size import rows_per_chunk
-from kd_plugin.loss.from_hidden import loss_sums
 from kd_plugin.loss.matmul import accumulate_outer
-from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.row_kernels import blocks
 from tests.allocations import NewTensors, allocator_record
-from tests.loss_cases import config_of, run
+from tests.loss_cases import config_of, run, sums_of
 from tests.oracle import DIVERGENCES, Problem, make_problem
 
 # V * D and C * V are far below N * V, and N * D below C * V, so that each size can be told from the others.
@@ -124,14 +122,7 @@ def test_peak_memory_grows_with_the_rows_by_the_hidden_gradient_alone() -> None:
 def test_the_reported_workspace_is_what_was_allocated() -> None:
     problem = problem_of(ignored=())
     config = config_of(chunk_size=CHUNK)
-    sums = loss_sums(
-        problem.hidden,
-        problem.weight,
-        None,
-        HeadTeacher(problem.teacher_hidden, problem.teacher_weight),
-        problem.targets,
-        config,
-    )
+    sums = sums_of(problem, config)
     assert sums.workspace_bytes == expected_peak(ROWS, CHUNK)
     assert sums.dense_bytes == 2 * BIG * FLOAT
 
@@ -143,12 +134,10 @@ def test_the_reported_workspace_is_what_the_allocator_saw(dtype: torch.dtype, mo
     monkeypatch.setitem(blocks._BLOCK_BYTES, "cpu", 2 * 8 * VOCAB)
     problem = problem_of(dtype, ignored=())
     config = config_of(chunk_size=CHUNK, row_kernel="compile")
-    teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight)
-    operands = (problem.hidden, problem.weight, None, teacher, problem.targets, config)
-    loss_sums(*operands)  # compiles
+    sums_of(problem, config)  # compiles
     release_workspace()
     sums = []
-    _, peak = allocator_record(lambda: sums.append(loss_sums(*operands)))
+    _, peak = allocator_record(lambda: sums.append(sums_of(problem, config)))
     gradient, hidden, total = torch.ones(CHUNK, VOCAB), torch.ones(CHUNK, WIDTH), torch.ones(VOCAB, WIDTH)
     _, packed = allocator_record(lambda: accumulate_outer(total, gradient, gradient, hidden, first=False))
     assert sums[0].workspace_bytes <= peak <= 1.25 * sums[0].workspace_bytes + packed

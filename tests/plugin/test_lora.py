@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import kd_plugin as kd
-from kd_plugin.loss.from_hidden import loss_sums
 from kd_plugin.loss.low_rank import LowRank
 from kd_plugin.loss.output import normalised
-from kd_plugin.loss.teacher import HeadTeacher
 from tests import oracle
 from tests.allocations import NewTensors
-from tests.loss_cases import config_of
+from tests.loss_cases import config_of, sums_of
 from tests.oracle import Problem, gradients, make_problem, relative_error
 from tests.tiny_models import assert_same_gradients, expected_loss, gradients_of, make_batch, make_model
 
@@ -55,11 +53,8 @@ def seeded(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
 # -- the low-rank term of the loss --------------------------------------------------------------------------------
 
 
-def low_rank_loss(problem: Problem, down: Tensor, up: Tensor, config: kd.DistillConfig) -> Tensor:
-    teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight)
-    term = LowRank(problem.hidden @ down.T, up)
-    sums = loss_sums(problem.hidden, problem.weight, problem.bias, teacher, problem.targets, config, low_rank=term)
-    return normalised(sums, None).loss
+def low_rank_loss(problem: Problem, term: LowRank, config: kd.DistillConfig) -> Tensor:
+    return normalised(sums_of(problem, config, low_rank=term), None).loss
 
 
 def dense_loss(problem: Problem, down: Tensor, up: Tensor, config: kd.DistillConfig) -> Tensor:
@@ -86,7 +81,8 @@ def test_a_low_rank_term_has_the_oracles_loss_and_gradients(
     problem.teacher_bias = None
     down, up = factors(rank)
     config = config_of(divergence, temperature=2.0, chunk_size=chunk_size)
-    found, wanted = (loss(problem, down, up, config) for loss in (low_rank_loss, dense_loss))
+    found = low_rank_loss(problem, LowRank(problem.hidden @ down.T, up), config)
+    wanted = dense_loss(problem, down, up, config)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
     leaves = [*problem.leaves, down, up]
     for pair in zip(gradients(found, leaves, 0.3), gradients(wanted, leaves, 0.3), strict=True):
@@ -100,7 +96,8 @@ def test_only_the_wanted_gradient_is_computed(trained: str) -> None:
     leaves = {"hidden": problem.hidden, "weight": problem.weight, "down": down, "up": up}
     for name, leaf in leaves.items():
         leaf.requires_grad_(name == trained)
-    found, wanted = (loss(problem, down, up, config_of()) for loss in (low_rank_loss, dense_loss))
+    found = low_rank_loss(problem, LowRank(problem.hidden @ down.T, up), config_of())
+    wanted = dense_loss(problem, down, up, config_of())
     pair = (torch.autograd.grad(loss, leaves[trained])[0] for loss in (found, wanted))
     assert relative_error(*pair) < 1e-12
 
@@ -111,11 +108,9 @@ def test_an_adapter_in_fp32_beside_a_bf16_head_is_multiplied_in_fp32() -> None:
     exact = problem.exact()
     exact_down, exact_up = (t.detach().double().requires_grad_() for t in (down, up))
     term = LowRank(problem.hidden.float() @ down.T, up)
-    teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight)
-    sums = loss_sums(problem.hidden, problem.weight, None, teacher, problem.targets, config_of(), low_rank=term)
     exact.teacher_hidden, exact.teacher_weight = exact.teacher_hidden.double(), exact.teacher_weight.double()
     wanted = dense_loss(exact, exact_down, exact_up, config_of())
-    found = normalised(sums, None).loss
+    found = low_rank_loss(problem, term, config_of())
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
     pairs = zip(gradients(found, [down, up]), gradients(wanted, [exact_down, exact_up]), strict=True)
     assert all(relative_error(*pair) < 1e-5 for pair in pairs)

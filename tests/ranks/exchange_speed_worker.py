@@ -21,8 +21,10 @@ from kd_plugin.distributed.vocab_slice import VocabSlice, cut
 from kd_plugin.exchange import row_gather, sharded_teachers
 from kd_plugin.exchange.sharded_teachers import ShardedHeadTeacher
 from kd_plugin.exchange.vocab_parallel import VocabParallelDistill
+from kd_plugin.loss.chunk_loop import Problem
 from kd_plugin.loss.from_hidden import loss_sums, make_problem
-from kd_plugin.loss.teacher import HeadTeacher
+from kd_plugin.loss.head_call import HeadCall
+from kd_plugin.loss.teacher import HeadTeacher, TeacherSource
 from tests.ranks.exchange_probes import make_student
 
 ROUNDS, ROWS, VOCAB, WIDTH = 5, 256, 16384, 576  # of the race; the ratio does not depend on V
@@ -99,14 +101,16 @@ class Heads:
     def logits(self) -> Tensor:
         """The loss with the teacher's logits on the wire."""
         teacher = ShardedHeadTeacher(self._teacher_slice(), self.vocab_slice.teacher_bounds, self.vocab_slice.group)
-        return loss_sums(self.hidden, self.weight, None, teacher, self.targets, self.config).loss_sum
+        return loss_sums(self._problem(teacher), self.hidden, self.weight, None).loss_sum
 
     def stats(self) -> Tensor:
         """The loss with statistics on the wire."""
-        problem = make_problem(self.hidden, CHUNK_VOCAB, None, self.targets, self.config)
-        problem.teacher = self._teacher_slice()
-        rows = self.weight[self.vocab_slice.start : self.vocab_slice.stop]
-        return VocabParallelDistill.apply(self.hidden, rows, None, problem, self.vocab_slice, 1.0)[0]
+        weight = self.weight[self.vocab_slice.start : self.vocab_slice.stop]
+        problem = self._problem(self._teacher_slice())
+        return VocabParallelDistill.apply(self.hidden, weight, None, problem, self.vocab_slice, 1.0)[0]
+
+    def _problem(self, teacher: TeacherSource) -> Problem:
+        return make_problem(HeadCall(teacher, self.targets), self.config, self.hidden, CHUNK_VOCAB)
 
 
 def overlap(rank: int) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ pytest.importorskip("tensorboard")
 OTHERS = ("memory/peak_allocated_gib", "memory/peak_reserved_gib", "train/router_loss")
 EXPECTED = {tag for tag in TAGS.values() if tag not in OTHERS}
 EVALUATED = {"hard_loss", "soft_loss", "kl_t1", "top1_agreement", "acceptance_rate", "perplexity"}
+EVALUATED |= {"teacher_entropy", "student_entropy"}
 
 
 def read(folder: Path) -> tuple[dict[str, dict[int, float]], list[str]]:
