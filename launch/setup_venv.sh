@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Make .venv and install kd_plugin into it, in place:   bash launch/setup_venv.sh [EXTRAS]
 # EXTRAS is a list as in pip's kd-plugin[EXTRAS]; default train,deepspeed. A second call with nothing changed
-# returns at once. PYTHON=/path/to/python chooses the interpreter (3.11 or newer).
+# returns at once. PYTHON=/path/to/python chooses the interpreter (3.11 or newer); TORCH=2.11.0 another torch than that
+# of constraints.txt, in .venv-torch-2.11.0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 extras="${1:-train,deepspeed}"
-stamp=".venv/kd_plugin-${extras//,/-}.stamp"
+venv=".venv${TORCH:+-torch-$TORCH}"
+stamp="$venv/kd_plugin-${extras//,/-}.stamp"
 want="$(pwd) $(cat pyproject.toml constraints.txt launch/setup_venv.sh | cksum)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then
     exit 0
@@ -17,11 +19,16 @@ run() {
     "$@"
 }
 
+[ -x "$venv/bin/python" ] || run "${PYTHON:-python3}" -m venv "$venv"
+constraints=constraints.txt
+if [ -n "${TORCH:-}" ]; then  # a torch of its own, and with it the triton that it asks for
+    constraints="$venv/constraints.txt"
+    sed -e "s/^torch==.*/torch==$TORCH/" -e "/^triton==/d" constraints.txt > "$constraints"
+fi
 quiet=()
 [ -t 1 ] || quiet=(--quiet)
-pip=(.venv/bin/python -m pip --disable-pip-version-check install "${quiet[@]}" -c constraints.txt)
+pip=("$venv/bin/python" -m pip --disable-pip-version-check install "${quiet[@]}" -c "$constraints")
 
-[ -x .venv/bin/python ] || run "${PYTHON:-python3}" -m venv .venv
 # DeepSpeed is built against the torch that is there already, hence first torch, then no build isolation.
 # DS_BUILD_OPS=0: its C++ and CUDA operators are compiled on first use instead.
 run "${pip[@]}" "setuptools>=77" wheel numpy ninja torch

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# Install everything into .venv and run the tests:   bash launch/test.sh [pytest arguments]
-# Without arguments, all but the slow ones; those are `bash launch/test.sh -m slow`.
+# Install everything into .venv and run the tests:   bash launch/test.sh [--torch VERSION] [pytest arguments]
+# Without arguments, all but the slow ones; those are `bash launch/test.sh -m slow`. `--torch 2.11.0` runs them on
+# another torch than that of constraints.txt, in a virtual environment of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+if [ "${1:-}" = "--torch" ]; then
+    export TORCH="${2:?--torch needs a version, such as 2.11.0}"
+    shift 2
+fi
 bash launch/setup_venv.sh train,deepspeed,dev
-. .venv/bin/activate
+. ".venv${TORCH:+-torch-$TORCH}/bin/activate"
 
 # Several test processes share the cores
 export OMP_NUM_THREADS=1
