@@ -1,9 +1,9 @@
 """Matrix products whose result is not rounded to the precision of the operands.
 
-CUDA multiplies bf16 and fp16 with an fp32 result (`out_dtype`). The CPU has no such product (torch 2.13), so
-the operands are upcast there: the head's weight once per call, the hidden states chunk by chunk. The hidden
-states' gradient is multiplied in the models' precision, unless the processor, or that of another rank, would only
-emulate it (`processor.multiplies`).
+CUDA multiplies bf16 and fp16 with an fp32 result (`out_dtype`, once that has proven exact). The CPU has no such
+product (torch 2.13), so the operands are upcast there: the head's weight once per call, the hidden states chunk by
+chunk. The hidden states' gradient is multiplied in the models' precision, unless the processor, or that of another
+rank, would only emulate it (`processor.multiplies`).
 
 Where it is the faster library, oneDNN multiplies in fp32 instead of MKL (see `fastest_fp32`).
 """
@@ -20,17 +20,25 @@ from torch import Tensor
 
 from kd_plugin.loss.buffers import buffer
 from kd_plugin.loss.processor import multiplies
+from kd_plugin.loss.proven import half_with_fp32_result, is_exact
 
 
 @functools.cache
 def _onednn_is_exact_and_faster() -> bool:
-    """Whether this is an AMD processor with AVX-512 and without matrix units.
+    """Whether this is an AMD processor with AVX-512 and without matrix units, whose oneDNN does not round.
 
     MKL does not use AVX-512 on AMD; oneDNN's fp32 product takes 0.65 to 0.75 times as long there (measured on
     Zen 4, D = 576, V = 49152). With matrix units (AMX) it would round the operands to bf16.
     """
     cpu = torch.cpu.get_capabilities()
-    return bool(cpu.get("avx512_f") and "AMD" in cpu.get("cpu_name", "") and not cpu.get("amx_tile"))
+    if not (cpu.get("avx512_f") and "AMD" in cpu.get("cpu_name", "")) or cpu.get("amx_tile"):
+        return False
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        with _as_bf16_if_there_is_a_kernel():
+            return torch.mm(left, right)
+
+    return is_exact("oneDNN's fp32 product", product, torch.float32, torch.device("cpu"), "MKL multiplies")
 
 
 class _Precision(Protocol):
@@ -51,11 +59,18 @@ def fastest_fp32() -> Iterator[None]:
     torch calls oneDNN for fp32 only when it may round operands to bf16; a processor for which oneDNN has no such
     kernel gets its fp32 kernel. A precision that the user chose stays.
     """
-    products = _onednn_products()
-    chosen = products.fp32_precision
-    if chosen not in ("none", "ieee") or not _onednn_is_exact_and_faster():
+    if _onednn_products().fp32_precision not in ("none", "ieee") or not _onednn_is_exact_and_faster():
         yield
         return
+    with _as_bf16_if_there_is_a_kernel():
+        yield
+
+
+@contextmanager
+def _as_bf16_if_there_is_a_kernel() -> Iterator[None]:
+    """Let oneDNN multiply, which it is asked to do by allowing it to round operands to bf16."""
+    products = _onednn_products()
+    chosen = products.fp32_precision
     products.fp32_precision = "bf16"
     try:
         yield
@@ -87,7 +102,9 @@ class Operand:
         half = weight.dtype in (torch.bfloat16, torch.float16)
         self.rounded = rounded and half
         alike = hidden_dtype in (None, weight.dtype)
-        self.native = weight.is_cuda and half and alike and dtype == torch.float32 and not self.rounded
+        self.native = (
+            weight.is_cuda and half and alike and dtype == torch.float32 and not self.rounded
+        ) and half_with_fp32_result(weight.dtype, weight.device)
         self.wide = weight
         if weight.dtype != dtype and not (self.native or self.rounded):
             rows, width = weight.shape
@@ -144,7 +161,7 @@ def accumulate_outer(
 
     `first` overwrites, which saves clearing the buffer and one pass of additions.
     """
-    if hidden.is_cuda and hidden.dtype != total.dtype:
+    if hidden.is_cuda and hidden.dtype != total.dtype and half_with_fp32_result(hidden.dtype, hidden.device):
         narrow = gradient.to(hidden.dtype) if narrow is None or narrow.dtype != hidden.dtype else narrow
         if first:
             torch.mm(narrow.t(), hidden, out_dtype=total.dtype, out=total)
