@@ -1,1 +1,1 @@
-"""Collectives with names; which part of a weight is here."""
+"""Collectives with names; which part of a weight is here; torch's private names."""

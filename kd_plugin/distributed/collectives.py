@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kd_plugin.distributed.torch_internals import gather_into, group_devices, reduce_scatter_into
+
 _CAUSE = (
     "Most likely another rank failed (then its own message comes first), ended its epoch early or did not call the "
     "student in this step: run the same number of steps on every rank (drop_last=True), or let a rank without data go "
@@ -107,10 +109,9 @@ def all_gather(
 ) -> Tensor | tuple[Tensor, Pending]:
     """`[n, ...]` of every rank -> `[W * n, ...]`; with `wait=False` also the `Pending` to wait for."""
     out = tensor.new_empty(dist.get_world_size(group) * tensor.shape[0], *tensor.shape[1:])
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
     what = f"all-gather of {what}"
     with named(what):
-        handle = gather(out, tensor.contiguous(), group=group, async_op=not wait)
+        handle = gather_into()(out, tensor.contiguous(), group=group, async_op=not wait)
     return out if wait else (out, Pending(handle, what))
 
 
@@ -126,10 +127,9 @@ def reduce_scatter(
     """Sum of `[W * n, ...]` over ranks -> this rank's `[n, ...]`; with `wait=False` also the `Pending`, until which
     `tensor` must stay as it is."""
     out = tensor.new_empty(tensor.shape[0] // dist.get_world_size(group), *tensor.shape[1:])
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
     what = f"reduce-scatter of {what}"
     with named(what):
-        handle = scatter(out, tensor, group=group, async_op=not wait)
+        handle = reduce_scatter_into()(out, tensor, group=group, async_op=not wait)
     return out if wait else (out, Pending(handle, what))
 
 
@@ -171,9 +171,7 @@ def all_gather_object(value: _Value, group: dist.ProcessGroup | None, what: str)
 def host_device(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
     """Where numbers of the host are best compared: the CPU if `group` reaches it, else `device`."""
     cpu = torch.device("cpu")
-    # What the group itself says: a group split off another may be described as more than it has
-    reached = getattr(dist.group.WORLD if group is None else group, "_device_types", ())
-    return cpu if cpu in reached else device
+    return cpu if cpu in group_devices(group) else device
 
 
 _THREADS = Path("/proc/self/task")

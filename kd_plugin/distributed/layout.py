@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from kd_plugin.distributed.collectives import all_reduce
+from kd_plugin.distributed.torch_internals import fsdp2_compute_dtype
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def held_slice(
     wanted = list(pairwise(bounds))
     if any(start < stop and not r * each <= start <= stop <= (r + 1) * each for r, (start, stop) in enumerate(wanted)):
         return None
-    computes_in = head._get_fsdp_state()._mp_policy.param_dtype or weight.dtype  # nothing public says it
+    computes_in = fsdp2_compute_dtype(head) or weight.dtype
     if weight.device != device or weight.dtype != computes_in:
         return None
     rank = dist.get_rank(group)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from kd_plugin.distributed import torch_internals
 from kd_plugin.distributed.collectives import all_reduce, end_process_groups, wait_for_gloo
 
 
@@ -53,11 +53,8 @@ def start_process_group(timeout_s: int) -> Placement:
 
 def share_timeout(timeout_s: int) -> None:
     """Give every process group the run's timeout: those that meshes and DeepSpeed made for themselves have torch's."""
-    world = getattr(dist.distributed_c10d, "_world", None)
-    for group in list(getattr(world, "pg_map", ())):
-        # On a rank outside of it, and in older releases, it stays as it is.
-        with suppress(AttributeError, ValueError):
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+    for group in torch_internals.process_groups():
+        torch_internals.set_timeout(timedelta(seconds=timeout_s), group)
 
 
 def reduce_numbers(values: Mapping[str, float], *, op: str = "sum") -> dict[str, float]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kd_plugin.distributed.torch_internals import storage_id
 from kd_plugin.engines.fsdp_units import decoder_layers, embedding_and_head
 from kd_plugin.models.loading import read_config
 from kd_plugin.models.students import config_with, freeze, student_from_layers
@@ -208,15 +209,15 @@ class _Kept:
 
     def __init__(self, model: nn.Module) -> None:
         self.num_bytes = 0
-        self._seen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self._seen = {storage_id(parameter) for parameter in model.parameters()}
         self._alive: list[Tensor] = []  # an address that is freed could be given to another storage
 
     def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
+        storage = storage_id(tensor)
+        if storage not in self._seen:
+            self._seen.add(storage)
             self._alive.append(tensor.detach())
-            self.num_bytes += storage.nbytes()
+            self.num_bytes += tensor.untyped_storage().nbytes()
         return tensor
 
 

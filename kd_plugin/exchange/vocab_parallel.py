@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.distributed.collectives import all_gather, all_reduce, reduce_scatter
+from kd_plugin.distributed.torch_internals import assert_on_device
 from kd_plugin.distributed.vocab_slice import VocabSlice
 from kd_plugin.exchange.row_gather import RowGather
 from kd_plugin.loss.autograd import Context, once_differentiable
@@ -92,9 +93,8 @@ class _Loop:
         assert labels is not None
         counted = labels if self.problem.rows is None else labels[self.problem.rows]
         foreign = (counted < 0) | (counted >= size)
-        if labels.is_cuda:  # asserted by the device, for which the host does not wait
-            message = foreign_labels(size, "on this rank")
-            torch._assert_async(~foreign.any(), message)  # pyright: ignore[reportPrivateImportUsage]  (no other way)
+        if labels.is_cuda:
+            assert_on_device(~foreign.any(), foreign_labels(size, "on this rank"))
         elif foreign.any():
             raise ValueError(foreign_labels(size, f"such as {int(counted[foreign][0])}"))
         return labels

@@ -7,12 +7,11 @@ import logging
 
 import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kd_plugin.distributed.layout import is_in_engine, is_zero3
+from kd_plugin.distributed.torch_internals import is_awaited_collective, is_wrapper_subclass
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.settings.run import DistillConfig
 
@@ -31,7 +30,7 @@ _TENSOR_PARALLEL = (
 
 def whole_weight(name: str, weight: Tensor) -> None:
     """Refuse a head weight that is sharded, partitioned, elsewhere or quantised."""
-    if isinstance(weight, (DTensor, AsyncCollectiveTensor)):
+    if isinstance(weight, DTensor) or is_awaited_collective(weight):
         kind = "a DTensor (of FSDP2 or tensor-parallel)" if isinstance(weight, DTensor) else "an AsyncCollectiveTensor"
         raise ValueError(
             f"{name} is {kind}: its full_tensor() would lose the gradient reduction. "
@@ -76,7 +75,7 @@ def _quantised(weight: Tensor) -> str | None:
     """What quantised kind of weight this is; None for one that can be multiplied as it is."""
     if isinstance(weight, DTensor):
         weight = weight.to_local()
-    if is_traceable_wrapper_subclass(weight) or type(weight).__module__.startswith("bitsandbytes"):
+    if is_wrapper_subclass(weight) or type(weight).__module__.startswith("bitsandbytes"):
         return f"{type(weight).__module__}.{type(weight).__qualname__}"
     return None if weight.dtype in _FLOATS else str(weight.dtype)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kd_plugin.distributed import torch_internals
 from kd_plugin.loss import checks, chunk_loop
 from kd_plugin.row_kernels import dispatch
 
@@ -81,12 +82,6 @@ def divisor(num_items: int | float | Tensor | None, num_valid: int | Tensor) -> 
     return items or 1
 
 
-def _graph_is_kept() -> bool:
-    """Whether backward may run again (`retain_graph=True`)."""
-    query = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
-    return True if query is None else query()
-
-
 def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     """`gradient * scale` in fp32, then cast; in blocks, so that a half-precision gradient is never held wide.
 
@@ -98,7 +93,7 @@ def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype | None) ->
         return None
     assert dtype is not None
     if gradient.dtype == scale.dtype == dtype:
-        return gradient * scale if _graph_is_kept() else gradient.mul_(scale)
+        return gradient * scale if torch_internals.graph_is_kept() else gradient.mul_(scale)
     result = torch.empty_like(gradient, dtype=dtype)
     for block, out in zip(gradient.split(1024), result.split(1024), strict=True):
         out.copy_(block.to(scale.dtype) * scale)

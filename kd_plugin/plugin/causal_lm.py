@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from kd_plugin.distributed.torch_internals import original_of_compiled
 from kd_plugin.loss.teacher import AfterHead
 from kd_plugin.plugin.logit_probe import NUM_ROWS, LogitsChanged, after_head, changed_by_place, known_rows, other_size
 from kd_plugin.plugin.token_ids import input_embeddings
@@ -30,8 +31,8 @@ class HeadCallsError(ValueError):
 def unwrap(model: Any) -> nn.Module:
     """The Hugging Face model inside DDP, FSDP1, a DeepSpeed engine or torch.compile's wrapper."""
     while True:
-        if "_orig_mod" in getattr(model, "_modules", {}):
-            model = model._orig_mod
+        if (original := original_of_compiled(model)) is not None:
+            model = original
         elif hasattr(model, "module") and isinstance(model.module, nn.Module):
             model = model.module
         else:

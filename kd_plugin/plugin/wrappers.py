@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook, register_m
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from kd_plugin.distributed.torch_internals import runs_outside_ddp
 from kd_plugin.distributed.uncompiled import uncompiled
 
 __all__ = ["BypassWatch", "before_first_step"]
@@ -61,9 +62,9 @@ class BypassWatch:
         if self._warned or self._wrapper is None or not torch.is_grad_enabled():
             return
         wrapper, model = self._wrapper(), self._model()
-        if wrapper is None or model is None or not model.training or wrapper._use_python_reducer:
+        if wrapper is None or model is None or not model.training:
             return
-        if DistributedDataParallel._get_active_ddp_module() is None:
+        if runs_outside_ddp(wrapper):
             self._warned = True
             logger.warning(
                 "the student is called past its DistributedDataParallel wrapper, so each rank keeps its own gradients "

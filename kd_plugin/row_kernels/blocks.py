@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kd_plugin.distributed import torch_internals
+
 # A chunk is passed to the compiled kernel in blocks of rows, given in bytes of both models' logits. On a CPU they
 # stay in the last-level cache, so that its five or so sweeps over the vocabulary read memory once (measured on 2
 # Zen cores at V = 49152: 1.6x faster). Everywhere they bound what the kernel keeps between its loops: up to three
@@ -19,17 +21,8 @@ _MAX_GRAPHS = 64
 
 
 def compiled(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`body` by torch.compile, as one graph with a code cache of its own.
-
-    On a GPU torch would otherwise time several shapes of a kernel's blocks, on which the last bits of sums depend.
-    """
-    return torch.compile(  # pyright: ignore[reportCallIssue]  (torch 2.13's overloads lack two of its own parameters)
-        body,
-        fullgraph=True,
-        isolate_recompiles=True,
-        recompile_limit=_MAX_GRAPHS,
-        options={"deterministic": True},
-    )
+    """`body` by torch.compile, as one graph with a code cache of its own."""
+    return torch_internals.compiled_alone(body, max_graphs=_MAX_GRAPHS)
 
 
 def block_rows(vocab_size: int, device_type: str) -> int:
@@ -54,7 +47,7 @@ def in_blocks(
     results = []
     start = 0
     # The objective's weights and temperatures are constants of the graph, not inputs that could vary.
-    with torch._dynamo.config.patch(specialize_float=True):
+    with torch_internals.floats_as_constants():
         while start < num_rows:
             stop = num_rows if num_rows - start <= block + 1 else start + block  # never leaves a single row over
             length = stop - start
@@ -69,5 +62,5 @@ def _piece(tensor: Tensor | None, start: int, length: int) -> Tensor | None:
     piece = tensor[start : start + length]
     if piece.shape[0] < length:  # one row of [num_rows, 1]: repeat it
         piece = piece.expand(length, -1).contiguous()
-    torch._dynamo.maybe_mark_dynamic(piece, 0)
+    torch_internals.mark_dim_dynamic(piece, 0)
     return piece

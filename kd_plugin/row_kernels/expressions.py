@@ -186,7 +186,8 @@ class _Converter:
     def _node(self, node: torch.fx.Node) -> Node:
         if (found := self.input_of(node)) is not None:
             return self.graph.input(*found)
-        name = node.target.overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else ""
+        packet = getattr(node.target, "overloadpacket", None)  # of an operator of ATen
+        name = "" if packet is None else packet.__name__
         args, kwargs = node.args, node.kwargs
         if name in _UNCHANGED:
             return self.convert(args[0])

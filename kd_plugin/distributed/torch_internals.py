@@ -1,0 +1,205 @@
+"""The names of torch that are private, or that only some releases have: each is used here alone.
+
+Notable decisions:
+- a name that is missing is said by name, with the release that is installed and the releases that are tested, instead
+  of an AttributeError from the middle of a step;
+- where kd_plugin can do without a name at no more than some memory, speed or advice, it does, and the function says so;
+- a newer or public name goes before an older or private one, so nothing here warns of a deprecation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import distributed_c10d, fsdp
+
+TESTED_TORCH = "2.13"
+"""The releases of torch that the tests run with."""
+
+
+class UnsupportedTorch(ValueError):
+    """The installed release of torch lacks a name that kd_plugin cannot do without."""
+
+
+def _required(owner: object, name: str, path: str) -> Any:
+    """`owner.name`, which a user knows as `path`.
+
+    Raises:
+        UnsupportedTorch: there is none.
+    """
+    found = getattr(owner, name, None)
+    if found is None:
+        raise UnsupportedTorch(
+            f"torch {torch.__version__} is installed and has no {path}, which kd_plugin needs; it is tested with torch "
+            f"{TESTED_TORCH}: pip install 'torch=={TESTED_TORCH}.*'"
+        )
+    return found
+
+
+# -- autograd and tensors -------------------------------------------------------------------------------------------
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward that is running may run again (`retain_graph=True`).
+
+    True where torch does not say: then no saved tensor is overwritten, at the price of a copy.
+    """
+    query = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
+    return True if query is None else query()
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Let the device, for which the host does not wait, end the process with `message` unless `condition` (0-d) holds.
+
+    Raises:
+        UnsupportedTorch: torch has no such assertion.
+    """
+    _required(torch, "_assert_async", "torch._assert_async")(condition, message)
+
+
+def is_awaited_collective(tensor: Tensor) -> bool:
+    """Whether `tensor` is the result of a functional collective, for which it waits when it is first read.
+
+    False where torch has no such class, and so no such tensor.
+    """
+    kind = getattr(getattr(dist, "_functional_collectives", None), "AsyncCollectiveTensor", None)
+    return kind is not None and isinstance(tensor, kind)
+
+
+def is_wrapper_subclass(tensor: Tensor) -> bool:
+    """Whether `tensor` is of a class that wraps other tensors, as torchao's quantised weights are.
+
+    Raises:
+        UnsupportedTorch: torch does not tell them apart.
+    """
+    from torch.utils import _python_dispatch
+
+    path = "torch.utils._python_dispatch.is_traceable_wrapper_subclass"
+    return _required(_python_dispatch, "is_traceable_wrapper_subclass", path)(tensor)
+
+
+def storage_id(tensor: Tensor) -> int:
+    """A number that tensors share exactly if they share memory, on the meta device too; good while one of them lives.
+
+    Raises:
+        UnsupportedTorch: torch does not number storages.
+    """
+    return _required(tensor.untyped_storage(), "_cdata", "torch.UntypedStorage._cdata")
+
+
+# -- process groups and collectives ---------------------------------------------------------------------------------
+
+
+def gather_into() -> Callable[..., Any]:
+    """`torch.distributed.all_gather_single`, called `all_gather_into_tensor` before torch 2.13."""
+    return getattr(dist, "all_gather_single", None) or _required(
+        dist, "all_gather_into_tensor", "torch.distributed.all_gather_single"
+    )
+
+
+def reduce_scatter_into() -> Callable[..., Any]:
+    """`torch.distributed.reduce_scatter_single`, called `reduce_scatter_tensor` before torch 2.13."""
+    return getattr(dist, "reduce_scatter_single", None) or _required(
+        dist, "reduce_scatter_tensor", "torch.distributed.reduce_scatter_single"
+    )
+
+
+def group_devices(group: dist.ProcessGroup | None) -> list[torch.device]:
+    """The kinds of device whose tensors `group` (None: all ranks) takes; empty where torch does not say.
+
+    It is asked of the group itself: one that was split off another may be described as more than it has.
+    """
+    return list(getattr(dist.group.WORLD if group is None else group, "_device_types", ()))
+
+
+def process_groups() -> list[dist.ProcessGroup | None]:
+    """All groups of this process, with those of meshes and of DeepSpeed; the default one where torch lists none."""
+    groups = getattr(getattr(distributed_c10d, "_world", None), "pg_map", None)
+    return [None] if groups is None else list(groups)
+
+
+def set_timeout(timeout: timedelta, group: dist.ProcessGroup | None) -> None:
+    """Let collectives of `group` (None: all ranks) wait so long: `torch.distributed.set_timeout`, public since 2.14.
+
+    A group that this rank is not in, or whose backend has no timeout, stays as it is.
+
+    Raises:
+        UnsupportedTorch: torch can set no timeout after a group was made.
+    """
+    public = getattr(dist, "set_timeout", None)
+    change = public or _required(distributed_c10d, "_set_pg_timeout", "torch.distributed.set_timeout")
+    with suppress(ValueError, RuntimeError):
+        change(timeout, group)
+
+
+# -- DDP, FSDP2 and torch.compile -----------------------------------------------------------------------------------
+
+
+def runs_outside_ddp(wrapper: nn.parallel.DistributedDataParallel) -> bool:
+    """Whether no DDP wrapper is in its forward, though `wrapper` prepares the reduction of gradients there.
+
+    False where torch does not say, so nobody is warned without reason.
+    """
+    active = getattr(type(wrapper), "_get_active_ddp_module", None)
+    by_hooks = getattr(wrapper, "_use_python_reducer", False)  # that reduce whoever called the forward
+    return active is not None and not by_hooks and active() is None
+
+
+def fsdp2_compute_dtype(unit: fsdp.FSDPModule) -> torch.dtype | None:
+    """The dtype to which FSDP2 casts the parameters of `unit` for its forward; None: it leaves them as they are.
+
+    Raises:
+        UnsupportedTorch: the unit does not tell its policy of mixed precision.
+    """
+    state = _required(unit, "_get_fsdp_state", "FSDPModule._get_fsdp_state")()
+    policy = _required(state, "_mp_policy", "FSDPState._mp_policy")
+    return policy.param_dtype
+
+
+def original_of_compiled(module: object) -> nn.Module | None:
+    """The module inside `torch.compile(module)`; None for one that is not compiled so."""
+    return cast("nn.Module | None", getattr(module, "_modules", {}).get("_orig_mod"))
+
+
+def compiled_alone(body: Callable[..., Tensor], *, max_graphs: int) -> Callable[..., Tensor]:
+    """`body` by `torch.compile`: whole graphs, at most `max_graphs`, apart from those of other calls with its code.
+
+    Before torch 2.13 all share one cache, and torch's own limit holds for them together. On a GPU torch would
+    otherwise time several shapes of a kernel's blocks, on which the last bits of sums depend.
+    """
+    wanted = {"isolate_recompiles": True, "recompile_limit": max_graphs}
+    known = inspect.signature(torch.compile).parameters
+    newer: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
+    return torch.compile(body, fullgraph=True, options={"deterministic": True}, **newer)
+
+
+def floats_as_constants() -> AbstractContextManager[None]:
+    """What is compiled in the body takes Python's floats for constants of the graph, not for inputs that could vary.
+
+    Raises:
+        UnsupportedTorch: torch.compile cannot be told so.
+    """
+    return _dynamo("config.patch")(specialize_float=True)
+
+
+def mark_dim_dynamic(tensor: Tensor, dim: int) -> None:
+    """Tell torch.compile that this size varies, unless it finds that the graph needs it constant.
+
+    Raises:
+        UnsupportedTorch: torch.compile cannot be told so.
+    """
+    _dynamo("maybe_mark_dynamic")(tensor, dim)
+
+
+def _dynamo(path: str) -> Any:
+    owner: Any = _required(torch, "_dynamo", "torch._dynamo")
+    for name in path.split("."):
+        owner = _required(owner, name, f"torch._dynamo.{path}")
+    return owner
