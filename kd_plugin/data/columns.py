@@ -59,7 +59,7 @@ def form_of(names: Iterable[str], text_column: str, where: str) -> Form:
 
 
 def columns_of(form: Form, text_column: str) -> set[str]:
-    """The columns that `record_of` looks at."""
+    """Names of the columns that `record_of` looks at in a row of this form."""
     also = looked_at(form, text_column)
     rendered = RENDERED if form == "messages" else ()
     return {*_wanted(form, text_column), *also.refused, *also.texts, *also.flags, *rendered}
@@ -113,9 +113,9 @@ def _text(value: Any, column: str, where: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            found = value[error.start].encode("unicode_escape").decode()
+            half = value[error.start].encode("unicode_escape").decode()
             raise DataError(
-                f"{where}: {column!r} holds {found} at character {error.start}, half of a character: repair the text"
+                f"{where}: {column!r} holds {half} at character {error.start}, half of a character: repair the text"
             ) from None
     return value
 
@@ -124,7 +124,15 @@ def _conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     messages = row["messages"]
     if not isinstance(messages, list) or not all(isinstance(turn, Mapping) and "role" in turn for turn in messages):
         raise DataError(f"{where}: 'messages' has to be a list of {{role, content}}, found {str(messages)[:60]!r}")
-    roles = {str(turn["role"]) for turn in messages}
+    _check_roles({str(turn["role"]) for turn in messages}, where)
+    places = [f"{where}, turn {number}" for number in range(1, len(messages) + 1)]
+    untrained = {index for index, turn in enumerate(messages) if not _is_trained(turn, places[index])}
+    turns = [_turn(turn, place) for turn, place in zip(messages, places, strict=True)]
+    return {"messages": turns, "untrained": untrained, **_for_template(row, where)}
+
+
+def _check_roles(roles: set[str], where: str) -> None:
+    """Refuse a conversation in which the assistant has another name, and would not be trained on."""
     if "assistant" not in roles and (strange := sorted(roles - {*_TEXT_ROLES, *_OTHER_ROLES})):
         raise DataError(
             f"{where}: no turn is of role 'assistant', whose turns are trained on; found {', '.join(strange)}: "
@@ -135,15 +143,14 @@ def _conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: turns of role {', '.join(foreign)} would not be trained on, as those of role assistant are: "
             "give them one name, assistant"
         )
-    places = [f"{where}, turn {number}" for number in range(1, len(messages) + 1)]
-    untrained = {index for index, turn in enumerate(messages) if not _is_trained(turn, places[index])}
-    values: dict[str, Any] = {
-        "messages": [_turn(turn, place) for turn, place in zip(messages, places, strict=True)],
-        "untrained": untrained,
-    }
+
+
+def _for_template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What `row` gives the chat template beside the turns."""
+    values: dict[str, Any] = {}
     for column in LISTS:
-        if found := _parsed(row.get(column), column, where):
-            values[column] = _list_of_objects(found, column, where)
+        if parsed := _parsed(row.get(column), column, where):
+            values[column] = _list_of_objects(parsed, column, where)
     if settings := _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs", where):
         if not isinstance(settings, Mapping):
             raise DataError(f"{where}: 'chat_template_kwargs' has to be an object, found {str(settings)[:60]!r}")
@@ -163,7 +170,7 @@ def _is_trained(turn: Mapping[str, Any], place: str) -> bool:
 
 
 def _turn(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """What the template sees of a turn; a null is what its absence is."""
+    """What the template sees of a turn: a value that is null is left out."""
     for key in REFUSED_ANYWHERE:
         if counts(turn.get(key), "messages", key):
             raise DataError(f"{place}: {key!r} changes what a turn means and cannot be heeded: {REFUSED_ANYWHERE[key]}")
@@ -186,8 +193,8 @@ def _content(content: Any, role: str, place: str) -> Any:
         return content  # what a tool has returned, which templates print as JSON
     strange = next((part for part in parts if not (isinstance(part, Mapping) and _is_text(part))), content)
     kind = strange.get("type") if isinstance(strange, Mapping) else None
-    found = f"a part of type {kind!r}" if kind else f"{type(strange).__name__} {str(strange)[:40]!r}"
-    raise DataError(f"{place}: 'content' holds {found}, wanted text or a list of {{type: text, text: ...}}")
+    what = f"a part of type {kind!r}" if kind else f"{type(strange).__name__} {str(strange)[:40]!r}"
+    raise DataError(f"{place}: 'content' holds {what}, wanted text or a list of {{type: text, text: ...}}")
 
 
 def _is_text(part: Mapping[str, Any]) -> bool:
@@ -195,7 +202,7 @@ def _is_text(part: Mapping[str, Any]) -> bool:
 
 
 def _parsed(value: Any, column: str, where: str) -> Any:
-    """`value`, or what it says where it is JSON in a string, which tables with one type per column need."""
+    """`value`, parsed if it is JSON in a string, as tables with one type per column have it; None for nothing."""
     if not isinstance(value, str):
         return value or None
     if not value.strip():
@@ -206,10 +213,10 @@ def _parsed(value: Any, column: str, where: str) -> Any:
         raise DataError(f"{where}: {column!r} is text and no JSON ({error})") from None
 
 
-def _list_of_objects(found: Any, column: str, where: str) -> list[dict[str, Any]]:
-    items = [_parsed(item, column, where) for item in found] if isinstance(found, list) else [found]
-    if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in items):
-        raise DataError(f"{where}: {column!r} has to be a list of objects, found {str(found)[:60]!r}")
+def _list_of_objects(value: Any, column: str, where: str) -> list[dict[str, Any]]:
+    items = [_parsed(item, column, where) for item in value] if isinstance(value, list) else [value]
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in items):
+        raise DataError(f"{where}: {column!r} has to be a list of objects, found {str(value)[:60]!r}")
     return [dict(item) for item in items]
 
 

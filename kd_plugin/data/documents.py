@@ -56,7 +56,7 @@ _AFTER_THE_END = 4  # tokens: the end token, what a template leaves behind it, w
 
 
 def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents; the same on every rank.
+    """Load training and held-out documents, the same on every rank.
 
     Raises:
         DataError: nothing found, no accepted columns, nothing to train on, or a setting without effect.
@@ -76,7 +76,11 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
 def load_datasets(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, ignore_index: int
 ) -> tuple[PackedDataset, PackedDataset]:
-    """Training and held-out sequences of `seq_len` tokens; errors as of `load_documents` and `PackedDataset`."""
+    """Load training and held-out sequences of `config.seq_len` tokens.
+
+    Raises:
+        DataError: the documents cannot be loaded, or fill no sequence.
+    """
     train, held_out = load_documents(config, tokenizer)
     return (
         PackedDataset(train, config.seq_len, ignore_index),
@@ -90,7 +94,7 @@ def check_all_ids(
     datasets: tuple[PackedDataset, PackedDataset],
     embedded: Mapping[str, int],
 ) -> None:
-    """Look at every id that a model will be given; without a soft loss the teacher reads the sample prompt only.
+    """Refuse ids that a model will be given and cannot embed; without a soft loss the teacher reads the prompt only.
 
     Args:
         config: the run.
@@ -119,12 +123,7 @@ def split_documents(documents: Sequence[Document], fraction: float) -> tuple[lis
         return _cut_in_two(documents[0], fraction)
     digests = [hashlib.sha256(document.input_ids.tobytes()).digest() for document in documents]
     copies = Counter(digests)
-    wanted = max(1, round(len(documents) * fraction))
-    chosen: set[bytes] = set()
-    for digest in sorted(copies):
-        if sum(copies[taken] for taken in chosen) >= wanted:
-            break
-        chosen.add(digest)
+    chosen = _chosen(copies, max(1, round(len(documents) * fraction)))
     train = [document for document, digest in zip(documents, digests, strict=True) if digest not in chosen]
     held_out = [document for document, digest in zip(documents, digests, strict=True) if digest in chosen]
     if not train:
@@ -136,8 +135,18 @@ def split_documents(documents: Sequence[Document], fraction: float) -> tuple[lis
     return train, held_out
 
 
+def _chosen(copies: Counter[bytes], wanted: int) -> set[bytes]:
+    """Digests, in their order, until their documents (copies counted) are `wanted` or more."""
+    chosen: set[bytes] = set()
+    for digest in sorted(copies):
+        if sum(copies[taken] for taken in chosen) >= wanted:
+            break
+        chosen.add(digest)
+    return chosen
+
+
 def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document | None]:
-    """Tokenise records in order; None for one that holds nothing to train on.
+    """Tokenise records in order; a record that holds nothing to train on gives None.
 
     Raises:
         DataError: a conversation that the chat template cannot render, or renders unlike its beginning.
@@ -171,9 +180,9 @@ def _read(
     documents = [document for document in encode(counted(), tokenizer) if document is not None]
     if not documents:
         raise DataError(f"{name}: {source} has no text to train on ({sum(forms.values())} records read)")
-    found = ", ".join(f"{count} x {form}" for form, count in forms.items())
+    by_form = ", ".join(f"{count} x {form}" for form, count in forms.items())
     num_tokens = sum(len(document.input_ids) for document in documents)
-    logger.info("%s: %s in %s; %d documents, %d tokens", name, found, source, len(documents), num_tokens)
+    logger.info("%s: %s in %s; %d documents, %d tokens", name, by_form, source, len(documents), num_tokens)
     if skipped := sum(forms.values()) - len(documents):
         logger.warning("%s: %d record(s) without a token to train on were left out", name, skipped)
     if tokenizer.eos_token_id is None:
@@ -234,13 +243,13 @@ def _marked(
 
 
 class Added(NamedTuple):
-    """What a tokenizer adds to every text by itself."""
+    """Ids that a tokenizer adds to every text by itself, before and after it."""
 
     before: list[int]
     after: list[int]
 
     def once(self, ids: list[int], *, closed: bool = False) -> slice:
-        """The part of a text's `ids` without what the text had at its beginning or, if it is `closed`, end already."""
+        """The part of `ids` without added ids that the text itself begins with or, if it is `closed`, ends with."""
         begin, end = len(self.before), len(self.after)
         begun = begin and ids[:begin] == ids[begin : 2 * begin] == self.before
         return slice(begin if begun else 0, len(ids) - (end if closed else 0))
@@ -272,7 +281,7 @@ def _ended(
     *,
     trained_end: bool = True,
 ) -> Document:
-    """The document, ended once: texts often have the end token already, and templates a line feed behind it."""
+    """Make a document that ends with one end token: texts often have it, and templates a line feed behind it."""
     end = tokenizer.eos_token_id
     if isinstance(end, int) and ids[-1:] != [end] and not _is_closed(text, ids, tokenizer):
         ids, trained = [*ids, end], [*trained, trained_end]

@@ -42,9 +42,9 @@ def check_ids(
     for role, rows in embedded.items():
         places = np.flatnonzero(ids >= rows)
         if len(places):
-            first, found = int(places[0]), int(ids[places[0]])
+            first, unknown = int(places[0]), int(ids[places[0]])
             faults.append(
-                f"{what}: {where(first)} is id {found} ({token(found)!r}), but the {role} embeds ids 0 to "
+                f"{what}: {where(first)} is id {unknown} ({token(unknown)!r}), but the {role} embeds ids 0 to "
                 f"{rows - 1} only ({len(places)} such token(s) in all): {_CURES[role]}"
             )
     if faults:

@@ -8,26 +8,12 @@ from typing import Any, NamedTuple
 from kd_plugin.data.record import DataError, Form
 
 LISTS = ("tools", "documents")
-
-
 RENDERED = (*LISTS, "chat_template_kwargs")
-
-
 _AS_TOOLS = "rename it 'tools', a list of {type: function, function: ...}"
-
-
 _NO_MEDIA = "the models read text only: leave such rows out"
-
-
 _NO_MASK = "what is trained on follows from the form of the row: remove the column if that is meant"
-
-
 _BY_TEMPLATE = "it reaches a model through a chat template: give 'messages', or remove it if the text has it already"
-
-
 _FUNCTIONS = dict.fromkeys(("functions", "available_tools", "tool_definitions"), _AS_TOOLS)
-
-
 REFUSED_ANYWHERE = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _NO_MEDIA),
     **dict.fromkeys(("assistant_masks", "completion_mask", "labels", "loss_mask"), _NO_MASK),
@@ -37,19 +23,13 @@ REFUSED_ANYWHERE = {
     "history": "write earlier turns into 'messages'",
     "refusal": "write it as the turn's 'content'",
 }
-
-
 _REFUSED: dict[Form, dict[str, str]] = {
     "messages": {**_FUNCTIONS, **REFUSED_ANYWHERE},
     "prompt + completion": {**_FUNCTIONS, **REFUSED_ANYWHERE, **dict.fromkeys(RENDERED, _BY_TEMPLATE)},
     "text": {**_FUNCTIONS, **dict.fromkeys(RENDERED, _BY_TEMPLATE)},
 }
 """Columns that would change prompt or mask and cannot be heeded -> what to do."""
-
-
 _IN_FRONT = ("system", "system_prompt", "system_message", "developer", "instructions", "context")
-
-
 _TEXTS: dict[Form, tuple[str, ...]] = {
     "messages": _IN_FRONT,
     "prompt + completion": (*_IN_FRONT, "instruction", "input", "passage", "document"),
@@ -59,11 +39,14 @@ _TEXTS: dict[Form, tuple[str, ...]] = {
 
 
 class _Looked(NamedTuple):
-    """The other columns that matter: refused by name, texts that the prompt should hold, weights and verdicts."""
+    """The other columns that matter for a row."""
 
     refused: dict[str, str]
+    """Columns that are refused by name -> what to do."""
     texts: tuple[str, ...]
+    """Columns whose text the prompt should hold."""
     flags: tuple[str, ...]
+    """Columns that weigh or judge the row."""
 
 
 def looked_at(form: Form, text_column: str) -> _Looked:
@@ -76,7 +59,7 @@ def looked_at(form: Form, text_column: str) -> _Looked:
 def refuse_other_columns(
     row: Mapping[str, Any], form: Form, values: dict[str, Any], text_column: str, where: str
 ) -> None:
-    """Look at the columns of `row` beside those that became `values`.
+    """Refuse columns of `row`, beside those that became `values`, that cannot be heeded.
 
     Raises:
         DataError: one of them changes what the row means, or marks it as one to leave out.
@@ -98,7 +81,10 @@ def refuse_other_columns(
 
 
 def counts(value: Any, form: Form, column: str) -> bool:
-    """Whether `value` says something; beside plain text only what templates are given, and not a word or number."""
+    """Whether the `value` of a column says something.
+
+    Beside plain text only what templates are given does (lists, objects, JSON), and no word or number.
+    """
     if form == "text":
         first = value[0] if isinstance(value, list | str) and value else value
         return first in ("[", "{") if isinstance(value, str) else isinstance(first, Mapping) and bool(first)

@@ -32,7 +32,7 @@ class Document(NamedTuple):
     """One tokenised document."""
 
     input_ids: np.ndarray
-    """int32 [n]."""
+    """Token ids, int32 [n]."""
 
     trained: np.ndarray
     """bool [n]: whether the token is a target."""
@@ -80,7 +80,7 @@ class PackedDataset:
         )
 
     def place(self, index: int) -> str:
-        """Where token `index` of all comes from: document and position in it, both from 1."""
+        """The document that token `index` of all tokens comes from, and its position there, both counted from 1."""
         document = int(np.searchsorted(self.starts, index, side="right")) - 1
         name = f"document {document + 1}" + (f" ({self.places[document]})" if self.places[document] else "")
         return f"{name}, token {index - self.starts[document] + 1}"
@@ -108,7 +108,7 @@ class Batch:
     Attributes:
         input_ids: int64 [B, S].
         labels: int64 [B, S], unshifted.
-        shift_labels: int64 [B, S], of each row: the label of the next token.
+        shift_labels: int64 [B, S], for each position the label of the next token.
         loss_rows: int64 [N], the rows b * S + s of the flattened hidden states whose next token is a target.
         num_valid: N as a number of the host, so that nobody has to ask the device for it.
     """
@@ -119,7 +119,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the models read, targets or not."""
+        """Number of tokens that the models read, targets or not."""
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
@@ -136,7 +136,7 @@ class Batch:
 
 
 def collate(items: Sequence[Item], ignore_index: int = -100) -> Batch:
-    """Stack items of equal length and find the rows that enter the loss."""
+    """Stack items of equal length into a batch, and find the rows that enter the loss."""
     input_ids = np.stack([item["input_ids"] for item in items])
     labels = np.stack([item["labels"] for item in items])
     shifted = np.full_like(labels, ignore_index)
@@ -146,7 +146,7 @@ def collate(items: Sequence[Item], ignore_index: int = -100) -> Batch:
 
 
 def indices_for_step(num_items: int, step: int, sequences_per_step: int, seed: int) -> np.ndarray:
-    """Which items optimizer step `step` (from 0) reads: int64 [sequences_per_step].
+    """Indices of the items that optimizer step `step` (from 0) reads: int64 [sequences_per_step].
 
     Items are taken in epochs, each in an order drawn from (seed, epoch); an epoch may end within a step.
     """
@@ -189,7 +189,7 @@ class TrainBatches:
         return [_batch(self.dataset, share) for share in shares[:, self.rank]]
 
     def epochs(self, num_steps: int) -> float:
-        """How often `num_steps` steps read the data."""
+        """How many times `num_steps` steps read the data."""
         return num_steps * self.sequences_per_step / len(self.dataset)
 
 

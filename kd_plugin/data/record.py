@@ -21,4 +21,4 @@ class Record(NamedTuple):
     where given, `tools`, `documents` (lists of dicts) and `chat_template_kwargs`."""
 
     where: str
-    """Its place, for error messages."""
+    """The place that it comes from, for error messages."""

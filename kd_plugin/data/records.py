@@ -41,7 +41,7 @@ _FILE_ENDINGS = {
 
 
 def read_records(source: str, config: DataConfig, *, name: str, split: str) -> Iterator[Record]:
-    """The records of `source`, lazily, in an order that never changes.
+    """Read the records of `source`, lazily, in an order that never changes.
 
     Args:
         source: `python_docs`, a .txt/.jsonl/.parquet file, a directory or glob of them, or a dataset name.
@@ -78,10 +78,10 @@ def check_source(source: str, name: str) -> None:
 
 
 def refuse_unused(config: DataConfig) -> None:
-    """No setting about datasets of the hub is accepted where there is none.
+    """Refuse settings about datasets of the hub where nothing is read from it.
 
     Raises:
-        DataError: `subset`, `split` or `eval_split` is given and nothing is read from the hub.
+        DataError: `subset`, `split` or `eval_split` is given and neither source is a dataset of the hub.
     """
     if is_hub_dataset(config.train) or (config.eval and is_hub_dataset(config.eval)):
         return
@@ -100,13 +100,13 @@ def _files(source: str, name: str) -> list[Path]:
             raise DataError(f"{name}: {source} ends in {path.suffix!r}; give a file that ends in one of {accepted}")
         return [path]
     if path.is_dir():
-        found = path.rglob("*")
+        candidates = path.rglob("*")
     elif re.search(r"[*?\[]", source):
         root = Path(path.anchor)
-        found = root.glob(str(path.relative_to(root)))
+        candidates = root.glob(str(path.relative_to(root)))
     else:
         raise DataError(f"{name}: no such file or directory: {source}")
-    files = sorted(file for file in found if file.is_file() and file.suffix in _READERS)
+    files = sorted(file for file in candidates if file.is_file() and file.suffix in _READERS)
     if not files:
         raise DataError(f"{name}: no file that ends in one of {accepted} in {source}")
     return files
@@ -169,18 +169,18 @@ def _hub_dataset(source: str, config: DataConfig, name: str, split: str) -> Iter
 
     try:
         # Streaming downloads no more than the documents asked for.
-        found = datasets.load_dataset(source, config.subset, split=split, streaming=config.max_documents is not None)
+        dataset = datasets.load_dataset(source, config.subset, split=split, streaming=config.max_documents is not None)
     except Exception as error:  # not found, no such split or subset, no connection, or whatever a builder raises
         raise DataError(
             f"{name}: no file {source!r} here, and as a dataset it cannot be loaded: {_first_line(error)}"
         ) from error
-    rows = cast("Iterable[Mapping[str, Any]]", found)  # of one split, and one by one
+    rows = cast("Iterable[Mapping[str, Any]]", dataset)  # of one split, and one by one
     for number, row in enumerate(_read_through(rows, f"{name}: {source} ({split}) cannot be read to its end"), 1):
         yield record_of(row, config.text_column, f"{source} ({split}): row {number}", padded=True)
 
 
 def _read_through(rows: Iterable[Mapping[str, Any]], what: str) -> Iterator[Mapping[str, Any]]:
-    """`rows`, with whatever their library raises on the way made one line."""
+    """Yield `rows`, and turn whatever their library raises on the way into one line."""
     try:
         yield from rows
     except Exception as error:

@@ -41,7 +41,7 @@ __all__ = ["FsdpEngine"]
 
 
 class FsdpEngine:
-    """Student under FSDP2, teacher under FSDP2 or whole on each rank; see `engines.protocol.Engine`."""
+    """An `Engine` with the student under FSDP2, and the teacher under FSDP2 or whole on each rank."""
 
     student: nn.Module
     """FSDP2: `module` itself, now an FSDPModule; FSDP1: the wrapper around it."""
@@ -73,12 +73,12 @@ class FsdpEngine:
     def _shard_student(
         self, student: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float
     ) -> tuple[nn.Module, list[dict[str, Any]]]:
-        """-> (what to call, parameter groups)."""
+        """Shard the student; returns the module to call, and the optimizer's parameter groups."""
         fsdp_units.shard_student(student, mesh, dtype=dtype)
         return student, parameter_groups(student, weight_decay)
 
     def _shard_teacher(self, teacher: PreTrainedModel, mesh: DeviceMesh, *, offload: bool) -> nn.Module:
-        """-> what to call."""
+        """Shard the frozen teacher; returns the module to call."""
         fsdp_units.shard_teacher(teacher, mesh, offload=offload)
         return teacher
 
@@ -94,7 +94,7 @@ class FsdpEngine:
         return fsdp_units.make_mesh(self.place.device.type, world_size, replicate=replicate, shard_size=shard_size)
 
     def _place_teacher(self, teacher: PreTrainedModel, config: TeacherConfig) -> nn.Module:
-        """-> what to call."""
+        """Put the teacher where `config` wants it, whole or sharded; returns the module to call."""
         placed: nn.Module = teacher
         shard_size = self._shard_size if config.sharding == "shard" else 1
         if shard_size > 1 or config.offload:
@@ -107,7 +107,7 @@ class FsdpEngine:
         return placed
 
     def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> Tensor:
-        """See `Engine`; times world_size, because FSDP averages the gradients over the ranks."""
+        """Run one micro-batch; its gradients are scaled by world_size, because FSDP averages them over the ranks."""
         if self._has_replicas:
             self._reduce_over_copies(is_last)
         loss = self.student(**inputs, num_items_in_batch=num_items).loss
@@ -119,7 +119,7 @@ class FsdpEngine:
         self.student.set_requires_all_reduce(now)
 
     def step(self, learning_rate: float) -> Tensor:
-        """See `Engine`."""
+        """Clip the gradients and take one AdamW step, which fp16's loss scaling may leave out."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self._scaler.unscale_(self.optimizer)
@@ -140,22 +140,22 @@ class FsdpEngine:
 
     @torch.no_grad()
     def evaluate(self, inputs: Mapping[str, Tensor], *, num_items: int) -> Tensor:
-        """See `Engine`."""
+        """Run one held-out micro-batch through the sharded student, without gradients."""
         return self.student(**inputs, num_items_in_batch=num_items).loss
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """See `Engine`."""
+        """Gather the student's shards on rank 0's CPU with torch's distributed state dict."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return cast("dict[str, Tensor]", get_model_state_dict(self.student, options=options))
 
     def save(self, folder: Path) -> None:
-        """See `Engine`; torch.distributed.checkpoint, readable at any number of ranks."""
+        """Write model, optimizer and loss scale with torch.distributed.checkpoint, readable at any number of ranks."""
         model, optimizer = get_state_dict(self.student, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "scaler": self._scaler.state_dict()}
         save(state, checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
-        """See `Engine`."""
+        """Read a checkpoint of torch.distributed.checkpoint, written by any number of ranks."""
         model, optimizer = get_state_dict(self.student, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "scaler": self._scaler.state_dict()}
         load(state, checkpoint_id=folder)

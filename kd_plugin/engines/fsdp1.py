@@ -1,4 +1,4 @@
-"""The FSDP1 adapter: as the FSDP2 one, but for what FSDP1 has of its own."""
+"""The FSDP1 adapter: the FSDP2 one with FSDP1's units, loss scaler, clipping and state dict."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Fsdp1Engine"]
 
 
 class Fsdp1Engine(FsdpEngine):
-    """Student in FSDP1, teacher in FSDP1 or whole on each rank; see `engines.protocol.Engine`."""
+    """An `Engine` with the student in FSDP1, and the teacher in FSDP1 or whole on each rank."""
 
     def _shard_student(
         self, student: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float
@@ -41,10 +41,10 @@ class Fsdp1Engine(FsdpEngine):
         return not fp16  # the flag of ShardedGradScaler has a shape that fused AdamW cannot read
 
     def _reduce_over_copies(self, now: bool) -> None:
-        """In every micro-batch: putting it off (`no_sync`) would keep whole gradients."""
+        """Do nothing: FSDP1 reduces in every micro-batch, and putting it off (`no_sync`) would keep whole gradients."""
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """See `Engine`. On a CPU, FSDP1 would hand out views of what it frees (`cpu_offload`)."""
+        """Gather the student on rank 0's CPU; on a CPU, `cpu_offload` would hand out views of freed memory."""
         on_cpu = self.place.device.type == "cpu"
         options = StateDictOptions(full_state_dict=True, cpu_offload=not on_cpu)
         state = cast("dict[str, Tensor]", get_model_state_dict(self.student, options=options))

@@ -31,7 +31,7 @@ def wrap_student(
 ) -> FullyShardedDataParallel:
     """Wrap a trainable model with fp32 parameters; it computes in `dtype` and reduces in fp32.
 
-    `mesh` as of `fsdp.make_mesh`: one dimension, or two for HSDP. The parameters stay the same objects.
+    `mesh` comes from `fsdp_units.make_mesh`: one axis, or two for HSDP. The parameters stay the same objects.
     """
     narrow = None if dtype == torch.float32 else MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32)
     return _wrap(model, mesh, device, mixed_precision=narrow)

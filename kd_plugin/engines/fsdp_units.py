@@ -37,10 +37,10 @@ class ShardingError(ValueError):
 def make_mesh(
     device_type: str, world_size: int, *, replicate: bool = False, shard_size: int | None = None
 ) -> DeviceMesh:
-    """All ranks as one group of shards, or groups of `shard_size` consecutive ranks that replicate each other (HSDP).
+    """A mesh of all ranks as one group of shards, or as groups of `shard_size` ranks that replicate each other (HSDP).
 
-    Gradients are averaged over the groups. `replicate` is short for groups of one rank: DDP's layout, as FSDP2, so
-    that every mode computes in the same precision.
+    A group is of consecutive ranks, and gradients are averaged over the groups. `replicate` is short for groups of one
+    rank: DDP's layout, as FSDP2, so that every mode computes in the same precision.
 
     Raises:
         ShardingError: `shard_size` does not divide `world_size`.
@@ -55,7 +55,11 @@ def make_mesh(
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The blocks that Transformers says must not be split. Raises ShardingError when there are none."""
+    """The blocks that Transformers says must not be split.
+
+    Raises:
+        ShardingError: the model names none.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
@@ -67,7 +71,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def embedding_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    """Of a model that has both, as each that is trained here has."""
+    """The input embedding and the LM head of a model that has both, as every causal LM that is trained here has."""
     head = model.get_output_embeddings()
     assert head is not None
     return model.get_input_embeddings(), head

@@ -58,7 +58,7 @@ def share_timeout(timeout_s: int) -> None:
 
 
 def reduce_numbers(values: Mapping[str, float], *, op: str = "sum") -> dict[str, float]:
-    """Sum or maximum (`op` "sum" or "max") over all ranks, by one collective on the host."""
+    """The sum or maximum (`op` "sum" or "max") of each number over all ranks, by one collective on the host."""
     if dist.get_world_size() == 1:
         return dict(values)
     packed = torch.tensor(list(values.values()), dtype=torch.float64, device="cpu")

@@ -31,29 +31,33 @@ class Engine(Protocol):
     """A student and a teacher on their devices, and the optimizer that trains the student."""
 
     student: nn.Module
-    """What to call: the sharded student, or DeepSpeed's engine around it."""
+    """The module to call: the sharded student, or DeepSpeed's engine around it."""
     teacher: nn.Module
+    """The module to call for the teacher."""
     module: nn.Module
     """The Hugging Face student itself, whose forward the plugin owns."""
     torch_optimizer: torch.optim.Optimizer | None
-    """Whose state is this rank's, without padding; None where only its backend knows that (DeepSpeed)."""
+    """The optimizer, if its state is this rank's without padding; None where only the backend knows (DeepSpeed)."""
     applied_notes: list[str]
     """Lines for the log: what was filled in or could not be applied."""
 
     def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> Tensor:
-        """One micro-batch: its loss, summed and divided by `num_items`, into the gradients; returns it (0-d)."""
+        """Add the gradients of one micro-batch's loss, summed and divided by `num_items`; returns that loss (0-d).
+
+        `is_last` marks the last micro-batch of an optimizer step.
+        """
         ...
 
     def step(self, learning_rate: float) -> Tensor | None:
-        """One optimizer step at this rate; returns the global gradient norm before clipping (0-d), if it is known."""
+        """Take one optimizer step; returns the global gradient norm before clipping (0-d), if it is known."""
         ...
 
     def evaluate(self, inputs: Mapping[str, Tensor], *, num_items: int) -> Tensor:
-        """The forward pass of one held-out micro-batch; its numbers are in the plugin's metrics. Returns its loss."""
+        """Run one held-out micro-batch forward; the plugin's metrics have its numbers. Returns its loss (0-d)."""
         ...
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The whole student on rank 0's CPU (empty elsewhere). All ranks must call this."""
+        """The student's whole state dict on rank 0's CPU, and an empty one elsewhere. All ranks must call this."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -69,6 +73,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Trainable parameters in two groups: matrices decay, vectors (norms, biases) do not.
 
     Call this before DeepSpeed or FSDP: a ZeRO-3 parameter is flat and would look like a vector.
+
+    Raises:
+        EngineError: no parameter is trainable.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:

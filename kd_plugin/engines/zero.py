@@ -36,7 +36,7 @@ _TAG = "state"
 
 
 class DeepSpeedEngine:
-    """Student and teacher under DeepSpeed, inside `deepspeed_settings()`; see `engines.protocol.Engine`."""
+    """An `Engine` with student and teacher under DeepSpeed; it lives inside `deepspeed_settings()`."""
 
     torch_optimizer: torch.optim.Optimizer | None
     teacher: nn.Module
@@ -55,16 +55,18 @@ class DeepSpeedEngine:
             accumulation=accumulation,
             hidden_size=student.config.get_text_config().hidden_size,
         )
-        groups = parameter_groups(student, config.train.weight_decay)
-        if self.config.get("optimizer"):
-            client: dict[str, Any] = {"model_parameters": groups}
-        else:
-            train = config.train
-            # lr 0 until the first step: some of DeepSpeed's wrappers make states by a step on zero gradients.
-            client = {"optimizer": torch.optim.AdamW(groups, lr=0.0, betas=train.adam_betas, eps=train.adam_eps)}
-        self.student = _initialize(deepspeed, student, config=self.config, **client)
+        self.student = _initialize(deepspeed, student, config=self.config, **self._optimizer(student, config))
         _forget_warm_up_step(self.student.basic_optimizer)
         self.teacher = self._place_teacher(deepspeed, teacher, config)
+
+    def _optimizer(self, student: nn.Module, config: RunConfig) -> dict[str, Any]:
+        """What DeepSpeed is given: an optimizer, or parameters for the one that the `deepspeed:` block names."""
+        train = config.train
+        groups = parameter_groups(student, train.weight_decay)
+        if self.config.get("optimizer"):
+            return {"model_parameters": groups}
+        # lr 0 until the first step: some of DeepSpeed's wrappers make states by a step on zero gradients.
+        return {"optimizer": torch.optim.AdamW(groups, lr=0.0, betas=train.adam_betas, eps=train.adam_eps)}
 
     def _place_teacher(self, deepspeed: Any, teacher: nn.Module, config: RunConfig) -> nn.Module:
         teacher.requires_grad_(False).eval()
@@ -77,14 +79,18 @@ class DeepSpeedEngine:
         return engine
 
     def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> Tensor:
-        """See `Engine`; times world_size, because DeepSpeed averages the gradients over the ranks."""
+        """Run one micro-batch; its gradients are scaled by world_size, because DeepSpeed averages them over ranks."""
         self.student.set_gradient_accumulation_boundary(is_last)
         loss = self.student(**inputs, num_items_in_batch=num_items).loss
         self.student.backward(loss * self.place.world_size, scale_wrt_gas=False)
         return loss.detach()
 
     def step(self, learning_rate: float) -> Tensor | None:
-        """See `Engine`; no norm where the `deepspeed:` block says that none is computed."""
+        """Take DeepSpeed's step; no norm is known where the `deepspeed:` block says that none is computed.
+
+        Raises:
+            EngineError: fp16's gradients overflow at any loss scale.
+        """
         for group in self.student.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._plain_norm()
@@ -109,11 +115,11 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, inputs: Mapping[str, Tensor], *, num_items: int) -> Tensor:
-        """See `Engine`."""
+        """Run one held-out micro-batch through DeepSpeed's engine, without gradients."""
         return self.student(**inputs, num_items_in_batch=num_items).loss
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """See `Engine`; ZeRO-3 parameters are gathered one at a time."""
+        """Copy the student to rank 0's CPU; ZeRO-3 parameters are gathered one at a time."""
         import deepspeed
 
         full: dict[str, Tensor] = {}
@@ -125,22 +131,26 @@ class DeepSpeedEngine:
         return full
 
     def save(self, folder: Path) -> None:
-        """See `Engine`; DeepSpeed's own format, which wants the same number of ranks again."""
+        """Write a checkpoint in DeepSpeed's own format, which wants the same number of ranks again."""
         self.student.save_checkpoint(str(folder), tag=_TAG)
 
     def load(self, folder: Path) -> None:
-        """See `Engine`."""
-        found, _ = self.student.load_checkpoint(str(folder), tag=_TAG)
-        if found is None:
+        """Read a checkpoint in DeepSpeed's own format.
+
+        Raises:
+            EngineError: there is none in `folder`.
+        """
+        loaded, _ = self.student.load_checkpoint(str(folder), tag=_TAG)
+        if loaded is None:
             raise EngineError(f"{folder} holds no DeepSpeed checkpoint: was it written by another train.parallel?")
 
 
 @contextmanager
 def deepspeed_settings() -> Iterator[None]:
-    """What a process needs while it trains under DeepSpeed; put back afterwards.
+    """Set what a process needs while it trains under DeepSpeed, and put it back afterwards.
 
-    LOCAL_RANK, which DeepSpeed wants also without a launcher; its log below WARNING off, whose hundreds of lines
-    hide ours; and its use of collectives by names that torch 2.13 renamed is not the user's affair.
+    DeepSpeed wants LOCAL_RANK also without a launcher; the hundreds of lines that it logs below WARNING would hide
+    ours; and that it calls collectives by names which torch 2.13 renamed is not the user's affair.
     """
     log, given = logging.getLogger("DeepSpeed"), os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = given or "0"
@@ -170,14 +180,14 @@ def _import_deepspeed() -> Any:
 
 
 def _forget_warm_up_step(optimizer: torch.optim.Optimizer) -> None:
-    """Uncount DeepSpeed's step on zero gradients: Adam's bias correction would start one step late."""
+    """Set back the count of DeepSpeed's step on zero gradients, after which Adam's bias correction starts late."""
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"].zero_()
 
 
 def _initialize(deepspeed: Any, model: nn.Module, **options: Any) -> Any:
-    """deepspeed.initialize, with the buffers' dtypes kept."""
+    """Call deepspeed.initialize and put the buffers back as they were; returns DeepSpeed's engine."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(model=model, **options)
     for name, buffer in model.named_buffers():

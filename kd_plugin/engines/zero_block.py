@@ -77,7 +77,10 @@ def student_config(
 
 
 def conflicts(config: RunConfig, *, world_size: int | None = None, accumulation: int | None = None) -> list[str]:
-    """What `student_config` would refuse, before any model is there; with None what depends on it is left out."""
+    """One line for each thing that `student_config` would refuse, before any model is there.
+
+    What depends on `world_size` or `accumulation` is left out where they are None.
+    """
     block = copy.deepcopy(config.deepspeed or {})
     problems = _take_out_faulty(block)
     wanted = _wanted(config, world_size or 1, accumulation or 1, zero_stage(block)) | _sizes(block, hidden_size=1)
@@ -91,20 +94,16 @@ def conflicts(config: RunConfig, *, world_size: int | None = None, accumulation:
 
 
 def _take_out_faulty(block: dict[str, Any]) -> list[str]:
-    """Remove what no value can be read from, and say why: keys that another setting governs, keys that DeepSpeed
-    does not know, scalars where it wants a mapping."""
+    """Remove from `block` what no value can be read from; returns one line for each such key, which says why.
+
+    These are keys that another setting governs or DeepSpeed does not know, and scalars where it wants a mapping.
+    """
     problems = _refusals(block)
     for key, value in list(block.items()):
         if key in _GOVERNED and (value or key in KNOWN_KEYS):
             del block[key]
-        elif key not in KNOWN_KEYS:
-            near = difflib.get_close_matches(str(key), sorted(KNOWN_KEYS), n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            problems.append(f"deepspeed.{key} is no key that DeepSpeed reads{hint}")
-            del block[key]
-        elif key in _SECTIONS and value is not None and not isinstance(value, Mapping):
-            example = {"zero_optimization": "{stage: 3}", "optimizer": "{type: AdamW}"}.get(key, "{enabled: true}")
-            problems.append(f"deepspeed.{key} is {value!r}, wanted a mapping such as {example}")
+        elif fault := _fault(key, value):
+            problems.append(fault)
             del block[key]
     optimizer = block.get("optimizer")
     if optimizer and not isinstance(optimizer.get("params", {}), Mapping):
@@ -114,31 +113,53 @@ def _take_out_faulty(block: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _fault(key: str, value: Any) -> str:
+    """What is wrong with a top-level key that nothing else governs; empty for nothing."""
+    if key not in KNOWN_KEYS:
+        near = difflib.get_close_matches(str(key), sorted(KNOWN_KEYS), n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        return f"deepspeed.{key} is no key that DeepSpeed reads{hint}"
+    if key in _SECTIONS and value is not None and not isinstance(value, Mapping):
+        example = {"zero_optimization": "{stage: 3}", "optimizer": "{type: AdamW}"}.get(key, "{enabled: true}")
+        return f"deepspeed.{key} is {value!r}, wanted a mapping such as {example}"
+    return ""
+
+
 def _fill(
     block: dict[str, Any], config: RunConfig, wanted: Mapping[str, tuple[Any, str]]
 ) -> tuple[list[str], list[str]]:
-    """Put `wanted` into `block`; returns one line for each value filled in, and one for each that contradicts."""
-    filled: list[str] = []
-    problems: list[str] = []
-    for key, (value, reason) in wanted.items():
-        found = _get(block, key)
-        if found is None or found == AUTO:
-            _set(block, key, value)
-            filled.append(f"deepspeed.{key}: {value} ({reason})")
-        elif not _agree(found, value):
-            problems.append(f"deepspeed.{key} is {found} but {reason} makes it {value}")
+    """Put `wanted`, and the optimizer's parameters, into `block`.
+
+    Returns one line for each value filled in, and one for each that contradicts or is left on "auto".
+    """
+    filled, problems = _fill_in(block, wanted)
     stage = zero_stage(block)
     if stage not in (0, 1, 2, 3):
         problems.append(f"deepspeed.zero_optimization.stage is {stage!r}, wanted 0, 1, 2 or 3")
-    problems += _fill_optimizer(block, config, filled)
+    optimizer_filled, contradictions = _fill_in(block, _wanted_of_optimizer(block, config))
+    problems += contradictions
     problems += [f"deepspeed.{key} is 'auto', which nothing here determines" for key in _autos(block)]
-    return filled, problems
+    return filled + optimizer_filled, problems
+
+
+def _fill_in(block: dict[str, Any], wanted: Mapping[str, tuple[Any, str]]) -> tuple[list[str], list[str]]:
+    """Put each value of `wanted`, which has its reason beside it, where `block` has none or "auto"."""
+    filled: list[str] = []
+    contradictions: list[str] = []
+    for key, (value, reason) in wanted.items():
+        given = _get(block, key)
+        if given is None or given == AUTO:
+            _set(block, key, value)
+            filled.append(f"deepspeed.{key}: {value} ({reason})")
+        elif not _agree(given, value):
+            contradictions.append(f"deepspeed.{key} is {given} but {reason} makes it {value}")
+    return filled, contradictions
 
 
 def teacher_config(student: Mapping[str, Any], *, precision: str, offload: bool = False) -> dict[str, Any]:
-    """ZeRO-3 without optimizer for the frozen teacher, gathering as the student's block says.
+    """A DeepSpeed configuration for the frozen teacher: ZeRO-3 without optimizer, gathering as the student's says.
 
-    `offload` keeps its parameters in host memory, by the student's `offload_param` where that says how.
+    `offload` keeps the teacher's parameters in host memory, by the student's `offload_param` where that says how.
     """
     source = student.get("zero_optimization", {})
     zero = {key: copy.deepcopy(source[key]) for key in _GATHERING_OPTIONS if key in source}
@@ -173,7 +194,7 @@ def _wanted(config: RunConfig, world_size: int, accumulation: int, stage: Any) -
 
 
 def _sizes(block: Mapping[str, Any], hidden_size: int) -> dict[str, tuple[Any, str]]:
-    """What Transformers puts for "auto" in ZeRO-3's sizes; without "auto" DeepSpeed's defaults stay."""
+    """ZeRO-3's sizes where they are "auto", by the rules of Transformers; without "auto" DeepSpeed's defaults stay."""
     rules = {
         "zero_optimization.reduce_bucket_size": (hidden_size**2, "hidden_size ** 2"),
         "zero_optimization.stage3_prefetch_bucket_size": (int(0.9 * hidden_size**2), "0.9 hidden_size ** 2"),
@@ -191,14 +212,14 @@ _GOVERNED = {
 
 
 def _refusals(block: Mapping[str, Any]) -> list[str]:
-    """Blocks that would take over what the training loop does."""
+    """One line for each block that would take over what the training loop does."""
     return [f"deepspeed.{key} is set but {owner} does this" for key, owner in _GOVERNED.items() if block.get(key)]
 
 
-def _fill_optimizer(block: dict[str, Any], config: RunConfig, filled: list[str]) -> list[str]:
-    """Fill the parameters of the user's own `optimizer:` block; returns what contradicts `train.*`."""
+def _wanted_of_optimizer(block: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[Any, str]]:
+    """What `train.*` makes of the user's own `optimizer:` block, if there is one."""
     if not block.get("optimizer"):
-        return []
+        return {}
     train = config.train
     wanted: dict[str, tuple[Any, str]] = {
         "lr": (train.learning_rate, "train.learning_rate"),
@@ -207,16 +228,7 @@ def _fill_optimizer(block: dict[str, Any], config: RunConfig, filled: list[str])
     if "adam" in str(block["optimizer"].get("type", "")).lower():
         wanted["betas"] = (list(train.adam_betas), "train.adam_betas")
         wanted["eps"] = (train.adam_eps, "train.adam_eps")
-    problems = []
-    for name, (value, reason) in wanted.items():
-        key = f"optimizer.params.{name}"
-        found = _get(block, key)
-        if found is None or found == AUTO:
-            _set(block, key, value)
-            filled.append(f"deepspeed.{key}: {value} ({reason})")
-        elif not _agree(found, value):
-            problems.append(f"deepspeed.{key} is {found} but {reason} makes it {value}")
-    return problems
+    return {f"optimizer.params.{name}": value for name, value in wanted.items()}
 
 
 def _settle_offload(block: dict[str, Any], filled: list[str]) -> None:
@@ -246,12 +258,12 @@ def _set(block: dict[str, Any], key: str, value: Any) -> None:
     block[last] = value
 
 
-def _agree(found: Any, wanted: Any) -> bool:
+def _agree(given: Any, wanted: Any) -> bool:
     if isinstance(wanted, float):
-        return isinstance(found, (int, float)) and abs(found - wanted) <= 1e-12 * max(1.0, abs(wanted))
+        return isinstance(given, (int, float)) and abs(given - wanted) <= 1e-12 * max(1.0, abs(wanted))
     if isinstance(wanted, list):
-        return isinstance(found, (list, tuple)) and list(found) == wanted
-    return found == wanted
+        return isinstance(given, (list, tuple)) and list(given) == wanted
+    return given == wanted
 
 
 def _autos(block: Any, prefix: str = "") -> list[str]:

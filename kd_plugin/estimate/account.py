@@ -34,23 +34,23 @@ class Choice:
     exchange: str
     peak_bytes: float
     step_bytes: float
-    """Received per rank and optimizer step."""
+    """Bytes that one rank receives per optimizer step."""
     fits: bool | None
-    """None where the memory of a GPU was not given."""
+    """Whether `peak_bytes` fit into a GPU; None where its memory was not given."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The account of one configuration."""
+    """What one configuration will need on so many ranks."""
 
     setup: Setup
     memory: Memory
     exchanges: dict[str, Volume]
-    """Per micro-batch, under the configured sharding."""
+    """Name -> bytes per micro-batch of every possible exchange, under the configured sharding."""
     exchange: str
-    """The recommended one of them."""
+    """The name of the exchange with the fewest bytes, which is recommended."""
     parameters: tuple[Line, ...]
-    """Other traffic per optimizer step."""
+    """All other traffic per optimizer step."""
     choices: tuple[Choice, ...]
     """Ways to spread the models, least traffic first."""
     gpu_memory_gib: float | None
@@ -69,13 +69,13 @@ def estimate(
     gpu_memory_gib: float | None = None,
     device: str = "cuda",
 ) -> Estimate:
-    """Estimate one run of `config`.
+    """Estimate memory and traffic of one run of `config`.
 
     Args:
         config: as for training; both models are built without weights. `dtype: auto` counts as bfloat16 on GPUs.
-        world_size: ranks.
+        world_size: number of ranks.
         rows: rows in the loss per rank and micro-batch; default: all its tokens.
-        gpu_memory_gib: memory of one GPU, to say what fits.
+        gpu_memory_gib: memory of one GPU in GiB, to say what fits.
         device: `cuda` or `cpu`; a CPU holds half-precision heads in fp32 as well.
 
     Raises:
@@ -83,9 +83,7 @@ def estimate(
     """
     if gpu_memory_gib is not None and gpu_memory_gib <= 0:
         raise EstimateError(f"--gpu-memory-gib is {gpu_memory_gib:g}: give the memory of one GPU, above 0")
-    config = with_dtypes(config, "bfloat16" if device == "cuda" else automatic_dtype(torch.device(device))[0])
-    setup = make_setup(config, load_sizes(config), world_size=world_size, rows=rows, device=device)
-    setup = replace(setup, exchange=settled(setup))
+    setup = _settled_setup(config, world_size, rows, device)
     return Estimate(
         setup=setup,
         memory=memory(setup),
@@ -97,20 +95,30 @@ def estimate(
     )
 
 
+def _settled_setup(config: RunConfig, world_size: int, rows: int | None, device: str) -> Setup:
+    """The setup of `config` with nothing left on `auto`."""
+    config = with_dtypes(config, "bfloat16" if device == "cuda" else automatic_dtype(torch.device(device))[0])
+    setup = make_setup(config, load_sizes(config), world_size=world_size, rows=rows, device=device)
+    return replace(setup, exchange=settled(setup))
+
+
 def _choices(setup: Setup, gpu_memory_gib: float | None) -> tuple[Choice, ...]:
+    sharded = (False, True) if setup.world_size > 1 and setup.teacher is not None else (False,)
+    choices = [_choice(setup, layout, cut, gpu_memory_gib) for layout in _layouts(setup) for cut in sharded]
+    return tuple(sorted(choices, key=lambda choice: (choice.step_bytes, choice.peak_bytes)))
+
+
+def _layouts(setup: Setup) -> list[tuple[str, int]]:
+    """Ways to spread the student under the backend of `setup`: its mode, and the ranks that one copy is cut over."""
     world, grouped = setup.world_size, setup.shard_ranks
     if world == 1:
-        layouts = [(setup.mode, world)]
-    elif setup.is_zero:
-        layouts = [(f"zero{stage}", world) for stage in (1, 2, 3)]
-    else:
-        node = {_NODE} if world % _NODE == 0 else set()
-        groups = sorted({grouped, world, *node} - {1})
-        cut = "fsdp1" if setup.mode == "fsdp1" else "fsdp"
-        layouts = [("ddp", grouped if grouped > 1 else world), *((cut, size) for size in groups)]
-    sharded = (False, True) if world > 1 and setup.teacher is not None else (False,)
-    found = [_choice(setup, layout, cut, gpu_memory_gib) for layout in layouts for cut in sharded]
-    return tuple(sorted(found, key=lambda choice: (choice.step_bytes, choice.peak_bytes)))
+        return [(setup.mode, world)]
+    if setup.is_zero:
+        return [(f"zero{stage}", world) for stage in (1, 2, 3)]
+    node = {_NODE} if world % _NODE == 0 else set()
+    groups = sorted({grouped, world, *node} - {1})
+    cut = "fsdp1" if setup.mode == "fsdp1" else "fsdp"
+    return [("ddp", grouped if grouped > 1 else world), *((cut, size) for size in groups)]
 
 
 def _choice(setup: Setup, layout: tuple[str, int], teacher_sharded: bool, gpu_memory_gib: float | None) -> Choice:

@@ -2,8 +2,6 @@
 
 Notable decisions:
 - the peak is what stays plus the worst phase; phases follow one another, so they are never added;
-- FSDP2 cuts dimension 0, so rank 0 has ceil(rows / W) rows: with many ranks and small matrices that is more
-  than 1 / W. FSDP1 and ZeRO cut flat ranges, and ZeRO leaves parameters below its threshold whole;
 - buffers that a library takes and no formula here covers (NCCL, cuBLAS, fragmentation, the CUDA context) are
   left out and said to be.
 """
@@ -13,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kd_plugin.estimate.setup import Line, Setup
-from kd_plugin.estimate.sizes import ModelSizes, Weight
+from kd_plugin.estimate.sizes import ModelSizes
+from kd_plugin.estimate.states import host_states, student_states, teacher_states
 from kd_plugin.row_kernels.dispatch import block_rows
 
 _FLOAT = 4
@@ -21,35 +20,37 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class Memory:
-    """Of the fullest rank."""
+    """Bytes on the fullest rank, with what they are for."""
 
     lasting: tuple[Line, ...]
+    """What stays from step to step."""
     phases: dict[str, tuple[Line, ...]]
+    """Phase of a step -> what it adds."""
     host: tuple[Line, ...] = ()
     """What waits in host memory, and is in no other figure."""
 
     @property
     def lasting_bytes(self) -> float:
-        """Held from step to step."""
+        """Bytes held from step to step."""
         return _total(self.lasting)
 
     @property
     def worst_phase(self) -> str:
-        """The phase that needs most."""
+        """Name of the phase that adds most."""
         return max(self.phases, key=lambda name: _total(self.phases[name]))
 
     @property
     def peak_bytes(self) -> float:
-        """What stays, and the worst phase."""
+        """Bytes held from step to step, plus those that the worst phase adds."""
         return self.lasting_bytes + _total(self.phases[self.worst_phase])
 
     def phase_bytes(self, name: str) -> float:
-        """What phase `name` adds."""
+        """Bytes that the phase `name` adds."""
         return _total(self.phases[name])
 
 
 def memory(setup: Setup) -> Memory:
-    """The whole account of one rank."""
+    """Count the bytes on the fullest rank of `setup`."""
     held = [*_activations(setup), *_kept_gathered(setup)]
     phases: dict[str, tuple[Line, ...]] = {}
     if setup.teacher is not None:
@@ -60,7 +61,7 @@ def memory(setup: Setup) -> Memory:
     phases["layers' backward"] = (*held, *_layers_backward(setup))
     if setup.is_zero:
         phases["optimizer step"] = _zero_step(setup)
-    return Memory((*_student_states(setup), *_teacher_states(setup)), phases, _host(setup))
+    return Memory((*student_states(setup), *teacher_states(setup)), phases, host_states(setup))
 
 
 def heads(setup: Setup) -> tuple[Line, ...]:
@@ -79,7 +80,7 @@ def heads(setup: Setup) -> tuple[Line, ...]:
 
 
 def _whole_head(setup: Setup, side: str, model: ModelSizes, item: int, vocab: str, *, gathered: bool) -> Line:
-    """FSDP2 keeps the buffer of its last gather in a forward pass, beside the copy that the module reads."""
+    """A head's whole weight: twice under FSDP2, which keeps the buffer of its last gather beside what is read."""
     copies = 2 if gathered and not setup.is_zero and setup.mode != "fsdp1" else 1
     width = "D" if side == "student" else "E"
     how = f"{vocab} {model.vocab_size} x {width} {model.width} x {item} B"
@@ -88,7 +89,7 @@ def _whole_head(setup: Setup, side: str, model: ModelSizes, item: int, vocab: st
 
 
 def _upcast_heads(setup: Setup, is_cut: bool) -> list[Line]:
-    """The CPU has no product of halves with an fp32 result, so its operands are made wide."""
+    """Copies of the heads in fp32: a CPU has no product of halves with an fp32 result."""
     if setup.device == "cuda" or setup.distill.logits_dtype == "input":
         return []
     lines, cut = [], setup.exchange != "weight" and setup.world_size > 1
@@ -104,7 +105,7 @@ def _upcast_heads(setup: Setup, is_cut: bool) -> list[Line]:
 
 
 def loss(setup: Setup) -> tuple[Line, ...]:
-    """What the loss allocates above its inputs (hidden states and heads)."""
+    """Bytes that the loss allocates beyond its inputs (hidden states and heads)."""
     student, teacher, chunk, ranks = setup.student, setup.teacher, setup.chunk, setup.exchange_ranks
     by_rows = setup.exchange == "stats" and ranks > 1
     rows = ranks * chunk if by_rows else max(chunk, 2)
@@ -117,14 +118,18 @@ def loss(setup: Setup) -> tuple[Line, ...]:
         size = 3 * _FLOAT * chunk * setup.teacher_columns
         lines.append(Line("teacher logits under way", size, "3 x 4 C V': one chunk arrived, one sent, one arriving"))
     if by_rows:
-        lines += _gathered(setup)
-    item = setup.student_item
-    lines.append(Line("dX", setup.rows * student.width * item, f"n {setup.rows} x D {student.width} x {item} B"))
+        lines += _gathered_states(setup)
+    return (*lines, *_gradients_of_loss(setup, columns))
+
+
+def _gradients_of_loss(setup: Setup, columns: int) -> list[Line]:
+    """Gradients that the loss keeps until backward: of its hidden states, and of `columns` token ids of the head."""
+    student, item = setup.student, setup.student_item
+    lines = [Line("dX", setup.rows * student.width * item, f"n {setup.rows} x D {student.width} x {item} B")]
     if student.head_trainable:
-        kept = setup.slice_size if by_rows else student.vocab_size
-        size = kept * student.width * _FLOAT
-        lines.append(Line("dW", size, f"{kept} rows x D {student.width} x 4 B"))
-    return tuple(lines)
+        size = columns * student.width * _FLOAT
+        lines.append(Line("dW", size, f"{columns} rows x D {student.width} x 4 B"))
+    return lines
 
 
 def _chunk_buffers(setup: Setup, rows: int, by_rows: bool) -> Line:
@@ -135,7 +140,7 @@ def _chunk_buffers(setup: Setup, rows: int, by_rows: bool) -> Line:
     return Line("chunk buffers", _FLOAT * rows * (own + other), f"{sides} token ids ({why})")
 
 
-def _gathered(setup: Setup) -> list[Line]:
+def _gathered_states(setup: Setup) -> list[Line]:
     """Hidden states of all ranks, and the gradient that goes back to them."""
     rows, width, item = setup.exchange_ranks * setup.chunk, setup.student.width, setup.student_item
     wide = 0 if setup.teacher is None else setup.teacher.width * setup.teacher_item
@@ -146,97 +151,20 @@ def _gathered(setup: Setup) -> list[Line]:
     return [Line("all ranks' hidden states", size, how)]
 
 
-def shard_numel(setup: Setup, weight: Weight) -> int:
-    """Elements of `weight` on the fullest rank."""
-    ranks = setup.group_ranks
-    if setup.mode == "fsdp":
-        return -(-weight.rows // ranks) * weight.columns
-    if setup.mode == "fsdp1":
-        return -(-weight.numel // ranks)
-    if setup.mode == "zero3":
-        return weight.numel if weight.numel <= setup.persistence else -(-weight.numel // ranks)
-    return weight.numel
-
-
-def _student_states(setup: Setup) -> list[Line]:
-    every = [weight for unit in setup.student.units for weight in unit.weights]
-    trained = [weight for weight in every if weight.trainable]
-    kept = sum(shard_numel(setup, weight) for weight in every)
-    if not setup.is_zero:
-        learnt = sum(shard_numel(setup, weight) for weight in trained)
-        cuts = {"fsdp": f"ceil(rows / {setup.group_ranks}) of each", "fsdp1": f"1 / {setup.group_ranks}"}
-        cut = cuts.get(setup.mode, "whole")
-        return [
-            Line("student parameters", _FLOAT * kept, f"{kept:,} x 4 B (fp32 masters), {cut}"),
-            Line("student gradients", _FLOAT * learnt, f"{learnt:,} x 4 B, reduced in fp32"),
-            Line("AdamW", 2 * _FLOAT * learnt, f"{learnt:,} x 8 B (two moments)"),
-        ]
-    stage, item, ranks = int(setup.mode[-1]), setup.student_item, setup.world_size
-    whole = sum(weight.numel for weight in trained)
-    part = -(-whole // ranks) if stage else whole
-    gradients = part if stage >= 2 else whole
-    masters = part if stage or item < _FLOAT else 0
-    masters_how = f"{masters:,} x 4 B" + (f", 1 / {ranks}" if stage else "")
-    return [
-        Line("student parameters", item * kept, f"{kept:,} x {item} B, {_zero_cut(setup)}"),
-        Line("student gradients", item * gradients, f"{gradients:,} x {item} B" + (" (1 / W)" if stage >= 2 else "")),
-        *([Line("fp32 masters", _FLOAT * masters, masters_how)] if masters else []),
-        Line("AdamW", 2 * _FLOAT * part, f"{part:,} x 8 B" + (f", 1 / {ranks}" if stage else "")),
-        Line(
-            "ZeRO's gradient bucket", item * min(setup.reduce_bucket, whole), f"reduce_bucket_size x {item} B at most"
-        ),
-    ]
-
-
-def _zero_cut(setup: Setup) -> str:
-    if setup.mode != "zero3":
-        return "whole"
-    return f"1 / {setup.world_size}, parameters up to {setup.persistence:,} elements whole"
-
-
-def _teacher_states(setup: Setup) -> list[Line]:
-    teacher, item = setup.teacher, setup.teacher_item
-    if teacher is None:
-        return []
-    lines = [] if setup.teacher_streamed else [_teacher_parameters(setup, teacher)]
-    if setup.exchange != "weight" and not setup.teacher_slice_held:
-        rows = setup.teacher_slice_size
-        how = f"{rows} x E {teacher.width} x {item} B, a copy"
-        lines.append(Line("teacher head, own rows", rows * teacher.width * item, how))
-    return lines
-
-
-def _teacher_parameters(setup: Setup, teacher: ModelSizes) -> Line:
-    item, ranks = setup.teacher_item, setup.teacher_ranks
-    if ranks == 1:
-        return Line("teacher", item * teacher.numel, f"{teacher.numel:,} x {item} B, whole on each rank")
-    sharded = {"ddp": "fsdp"}.get(setup.mode, "zero3" if setup.is_zero else setup.mode)
-    spread = setup.spread(mode=sharded, teacher_sharded=True)
-    kept = sum(shard_numel(spread, weight) for unit in teacher.units for weight in unit.weights)
-    return Line("teacher", item * kept, f"{kept:,} x {item} B, cut over {ranks} ranks")
-
-
-def _host(setup: Setup) -> tuple[Line, ...]:
-    if setup.teacher is None or not setup.teacher_streamed:
-        return ()
-    line = _teacher_parameters(setup, setup.teacher)
-    return (line._replace(how=f"{line.how}; copied to the GPU layer by layer in every micro-batch"),)
-
-
 def _activations(setup: Setup) -> list[Line]:
-    found = setup.student.activations
-    if found is None:
+    kept = setup.student.activations
+    if kept is None:
         return []
-    layers = len(found.layers)
+    layers = len(kept.layers)
     if not setup.config.train.activation_checkpointing:
-        how = f"{layers} layers x {max(found.layers) / 2**20:,.1f} MiB + {found.outside / 2**20:,.1f} MiB, counted"
-        return [Line("student activations", found.outside + sum(found.layers), how)]
-    how = f"{layers} layer inputs x {found.boundary / 2**20:,.1f} MiB + {found.outside / 2**20:,.1f} MiB, counted"
-    return [Line("student activations", found.outside + layers * found.boundary, how)]
+        how = f"{layers} layers x {max(kept.layers) / 2**20:,.1f} MiB + {kept.outside / 2**20:,.1f} MiB, counted"
+        return [Line("student activations", kept.outside + sum(kept.layers), how)]
+    how = f"{layers} layer inputs x {kept.boundary / 2**20:,.1f} MiB + {kept.outside / 2**20:,.1f} MiB, counted"
+    return [Line("student activations", kept.outside + layers * kept.boundary, how)]
 
 
 def _kept_gathered(setup: Setup) -> list[Line]:
-    """ZeRO-3 frees nothing that it will need again soon, which for a small student is everything."""
+    """Parameters that ZeRO-3 does not free, since it needs them again soon: all of a small student's."""
     if setup.mode != "zero3" or setup.world_size == 1:
         return []
     student, item = setup.student, setup.student_item
@@ -245,7 +173,7 @@ def _kept_gathered(setup: Setup) -> list[Line]:
 
 
 def _working_copy(model: ModelSizes, item: int) -> Line:
-    """Gathered parameters: this layer, and the next while it arrives."""
+    """Gathered parameters of one layer, and of the next while it arrives."""
     size = 2 * model.largest_layer
     return Line("gathered parameters", size * item, f"2 x {model.largest_layer:,} x {item} B: this layer and the next")
 

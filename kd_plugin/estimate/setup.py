@@ -36,7 +36,7 @@ class Setup:
 
     student: ModelSizes
     teacher: ModelSizes | None
-    """None where `soft_weight` is 0: the loss never asks it."""
+    """None where `soft_weight` is 0: the loss never asks the teacher."""
     config: RunConfig
     mode: str
     """single, ddp, fsdp (FSDP2), fsdp1, zero0, zero1, zero2 or zero3."""
@@ -55,7 +55,7 @@ class Setup:
 
     @property
     def distill(self) -> DistillConfig:
-        """The objective's section."""
+        """The settings of the objective."""
         return self.config.distill
 
     @property
@@ -87,17 +87,17 @@ class Setup:
 
     @property
     def slice_size(self) -> int:
-        """Most rows of the student's head on one rank."""
+        """Token ids of the student's head in the largest vocabulary slice of a rank."""
         return -(-self.student.vocab_size // self.exchange_ranks)
 
     @property
     def teacher_slice_size(self) -> int:
-        """Likewise of the teacher's, cut at the student's boundaries."""
+        """Token ids of the teacher's head in that slice: it is cut at the student's boundaries."""
         return min(self.slice_size, self.teacher_columns)
 
     @property
     def exchange_ranks(self) -> int:
-        """Ranks that exchange for the heads: a group that shares one copy, which only FSDP2's parameters tell."""
+        """Ranks that exchange for the heads: those that share a copy; all under FSDP1, which does not tell them."""
         return self.world_size if self.mode == "fsdp1" else self.group_ranks
 
     @property
@@ -124,15 +124,12 @@ class Setup:
 
     @property
     def teacher_gathered(self) -> bool:
-        """Whether its layers are made whole one by one, from other ranks or from host memory."""
+        """Whether the teacher's layers are made whole one by one, from other ranks or from host memory."""
         return self.teacher_sharded or self.config.teacher.offload
 
     @property
     def teacher_slice_held(self) -> bool:
-        """Whether `logits` and `stats` multiply the rows of the teacher's head that FSDP2 leaves on a rank as they are.
-
-        Else each rank keeps a copy of its rows.
-        """
+        """Whether a rank's FSDP2 shard of the teacher's head is its vocabulary slice; else it keeps a copy of that."""
         teacher, ranks = self.teacher, self.group_ranks
         if teacher is None or self.mode != "fsdp" or not self.teacher_sharded or self.teacher_streamed or teacher.tied:
             return False
@@ -164,7 +161,7 @@ class Setup:
         return self.mode == "fsdp" and not self.student.tied
 
     def zero_option(self, name: str, default: int) -> int:
-        """A size of the `deepspeed:` block, in elements."""
+        """The size `name` of the `deepspeed:` block, in elements; `default` where it gives no number."""
         block = (self.config.deepspeed or {}).get("zero_optimization") or {}
         value = block.get(name, default)
         return int(value) if isinstance(value, int | float) else default
@@ -181,13 +178,13 @@ class Setup:
 
     @property
     def persistence(self) -> int:
-        """ZeRO-3 leaves parameters of at most so many elements whole."""
+        """Elements of the largest parameter that ZeRO-3 leaves whole."""
         return self.zero_option("stage3_param_persistence_threshold", _PERSISTENCE)
 
     def spread(
         self, *, mode: str, teacher_sharded: bool, exchange: str = "weight", shard_ranks: int | None = None
     ) -> Setup:
-        """The same run spread otherwise."""
+        """This run with its models spread over the ranks in another way."""
         ranks = self.shard_ranks if shard_ranks is None else shard_ranks
         return replace(self, mode=mode, teacher_sharded=teacher_sharded, exchange=exchange, shard_ranks=ranks)
 
@@ -195,30 +192,24 @@ class Setup:
 def make_setup(
     config: RunConfig, sizes: tuple[ModelSizes, ModelSizes], *, world_size: int, rows: int | None, device: str
 ) -> Setup:
-    """`config` on `world_size` ranks; `rows` defaults to every token of a micro-batch.
+    """Describe how a run of `config` spreads over `world_size` ranks.
+
+    Args:
+        config: the run, without `dtype: auto`.
+        sizes: student and teacher.
+        world_size: number of ranks.
+        rows: rows in the loss per rank and micro-batch; None for every token of a micro-batch.
+        device: `cuda` or `cpu`.
 
     Raises:
         EstimateError: fewer than one rank or row, more rows than tokens, or groups that do not divide the ranks.
         EngineError: `train` does not fit `world_size`.
     """
     student, teacher = sizes
-    tokens = config.train.micro_batch_size * config.data.seq_len
-    rows = tokens if rows is None else rows
     if world_size < 1:
         raise EstimateError(f"--world-size is {world_size}: give the number of ranks, 1 or more")
-    if not 1 <= rows <= tokens:
-        raise EstimateError(
-            f"--rows is {rows}, but a micro-batch has micro_batch_size {config.train.micro_batch_size} x seq_len "
-            f"{config.data.seq_len} = {tokens} tokens: give 1 to {tokens}"
-        )
-    mode = parallel_mode(config, world_size)
-    if problems := layout_problems(config, mode, world_size):
-        raise EstimateError("\n".join(problems))
-    shard_ranks = world_size if mode in ("single", "deepspeed") else config.train.shard_size or world_size
-    if mode == "deepspeed":
-        mode = f"zero{zero_stage(config.deepspeed)}"
-    elif mode == "fsdp" and shard_ranks < min(2, world_size):
-        mode = "ddp"  # the same layout
+    rows = _rows(config, rows)
+    mode, shard_ranks = _layout(config, world_size)
     setup = Setup(
         student=student,
         teacher=teacher if config.distill.soft_weight else None,
@@ -236,7 +227,32 @@ def make_setup(
     return replace(setup, chunk=min(chunk_rows(setup, config.distill.chunk_size), rows))
 
 
+def _rows(config: RunConfig, rows: int | None) -> int:
+    tokens = config.train.micro_batch_size * config.data.seq_len
+    if rows is None:
+        return tokens
+    if not 1 <= rows <= tokens:
+        raise EstimateError(
+            f"--rows is {rows}, but a micro-batch has micro_batch_size {config.train.micro_batch_size} x seq_len "
+            f"{config.data.seq_len} = {tokens} tokens: give 1 to {tokens}"
+        )
+    return rows
+
+
+def _layout(config: RunConfig, world_size: int) -> tuple[str, int]:
+    """`Setup.mode` and `Setup.shard_ranks` of the run."""
+    mode = parallel_mode(config, world_size)
+    if problems := layout_problems(config, mode, world_size):
+        raise EstimateError("\n".join(problems))
+    if mode == "deepspeed":
+        return f"zero{zero_stage(config.deepspeed)}", world_size
+    shard_ranks = world_size if mode == "single" else config.train.shard_size or world_size
+    if mode == "fsdp" and shard_ranks < min(2, world_size):
+        mode = "ddp"  # the same layout
+    return mode, shard_ranks
+
+
 def chunk_rows(setup: Setup, chunk_size: int | str) -> int:
-    """Rows of a chunk by `chunk_size`, as the plugin computes them."""
+    """Rows of one chunk that `distill.chunk_size: chunk_size` comes to, as the plugin computes them."""
     student, columns = setup.student.vocab_size, setup.teacher_columns or None
     return rows_per_chunk(chunk_size, setup.distill.loss_memory_mb, student, columns)

@@ -40,19 +40,20 @@ class Weight(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return self.rows * self.columns
 
 
 class Unit(NamedTuple):
-    """What is gathered together."""
+    """Parameters that are gathered together."""
 
-    name: str  # layer, embedding, head, rest; or "embedding and head" where they are tied
+    name: str
+    """layer, embedding, head or rest; "embedding and head" where they are tied."""
     weights: tuple[Weight, ...]
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return sum(weight.numel for weight in self.weights)
 
 
@@ -61,11 +62,11 @@ class Activations:
     """Bytes that autograd keeps for the backward pass of one micro-batch."""
 
     layers: tuple[int, ...]
-    """Of each decoder layer."""
+    """Bytes kept by each decoder layer."""
     outside: int
-    """Of the rest of the backbone."""
+    """Bytes kept by the rest of the backbone."""
     boundary: int
-    """One hidden state `[B, S, D]`: what a checkpointed layer keeps."""
+    """Bytes of one hidden state `[B, S, D]`, which is what a checkpointed layer keeps."""
 
 
 @dataclass(frozen=True)
@@ -81,33 +82,34 @@ class ModelSizes:
     activations: Activations | None
     """None if the backbone does not run on the meta device."""
     why_unknown: str = ""
+    """Why it does not run there."""
 
     @property
     def numel(self) -> int:
-        """Parameters."""
+        """Number of parameters."""
         return sum(unit.numel for unit in self.units)
 
     @property
     def trainable(self) -> int:
-        """Parameters with a gradient."""
+        """Number of parameters that get a gradient."""
         return sum(weight.numel for unit in self.units for weight in unit.weights if weight.trainable)
 
     @property
     def head_numel(self) -> int:
-        """Elements of the head's weight."""
+        """Number of elements of the head's weight."""
         return self.vocab_size * self.width
 
     @property
     def largest_layer(self) -> int:
-        """Elements of the largest decoder layer."""
+        """Number of elements of the largest decoder layer."""
         return max(unit.numel for unit in self.units if unit.name == "layer")
 
 
 def load_sizes(config: RunConfig) -> tuple[ModelSizes, ModelSizes]:
-    """Student and teacher of `config`; reads configurations or GGUF metadata, never weights.
+    """Sizes of the student and the teacher of `config`; reads configurations or GGUF metadata, never weights.
 
     Raises:
-        ModelError, StudentError, ShardingError: not found, or not to be made as configured.
+        ModelError, StudentError, ShardingError: a model is not found, or cannot be made as configured.
     """
     teacher = _on_meta(config.teacher, read_config(config.teacher))
     student = _student(config, teacher)
@@ -148,24 +150,30 @@ def _on_meta(source: ModelSource, config: PreTrainedConfig, like: PreTrainedMode
 
 def _sizes(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int]) -> ModelSizes:
     embedding, head = embedding_and_head(model)
-    tied = embedding.weight is head.weight
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    tied, trainable, (vocab_size, width) = embedding.weight is weight, weight.requires_grad, weight.shape
+    units = _units(model, embedding, head)
+    kind, frozen = type(model).__name__, [p for p in model.parameters() if not p.requires_grad]
+    activations, why = _activations(model, dtype, batch)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return ModelSizes(kind, units, vocab_size, width, tied, trainable, activations, why)
+
+
+def _units(model: PreTrainedModel, embedding: nn.Module, head: nn.Module) -> tuple[Unit, ...]:
     parts: list[tuple[str, nn.Module]] = [("layer", layer) for layer in decoder_layers(model)]
-    parts += [("embedding and head", head)] if tied else [("embedding", embedding), ("head", head)]
+    if embedding.weight is head.weight:
+        parts.append(("embedding and head", head))
+    else:
+        parts += [("embedding", embedding), ("head", head)]
     seen: set[Tensor] = set()
     units = []
     for name, module in (*parts, ("rest", model)):
         own = [parameter for parameter in module.parameters() if parameter not in seen]
         seen.update(own)
         units.append(Unit(name, tuple(_weight(parameter) for parameter in own)))
-    weight = head.weight
-    assert isinstance(weight, Tensor)
-    vocab_size, width = weight.shape
-    trainable = weight.requires_grad
-    kind, frozen = type(model).__name__, [p for p in model.parameters() if not p.requires_grad]
-    activations, why = _activations(model, dtype, batch)
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    return ModelSizes(kind, tuple(units), vocab_size, width, tied, trainable, activations, why)
+    return tuple(units)
 
 
 def _weight(parameter: Tensor) -> Weight:
@@ -239,7 +247,7 @@ class _Valueless(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what fused attention keeps; never run backward."""
+    """Attention that keeps for backward what fused attention keeps; its backward is never run."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

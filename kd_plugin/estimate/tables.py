@@ -22,25 +22,25 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
 
 
-def show(found: Estimate) -> None:
-    """Print `found`."""
-    tables, notes = tables_of(found), notes_of(found)
+def show(estimate: Estimate) -> None:
+    """Print the tables and notes of `estimate`."""
+    tables, notes = tables_of(estimate), notes_of(estimate)
     if sys.stdout.isatty():
         _show_rich(tables, notes)
     else:
         print(plain(tables, notes))
 
 
-def tables_of(found: Estimate) -> list[Table]:
-    """Models, memory, wire, and the ways to spread the models."""
-    tables = [_models(found.setup), _memory(found), _wire(found)]
-    return [*tables, _choices(found)] if len(found.choices) > 1 else tables
+def tables_of(estimate: Estimate) -> list[Table]:
+    """The tables of `estimate`: models, memory, traffic, and the ways to spread the models if there are several."""
+    tables = [_models(estimate.setup), _memory(estimate), _wire(estimate)]
+    return [*tables, _choices(estimate)] if len(estimate.choices) > 1 else tables
 
 
-def notes_of(found: Estimate) -> list[str]:
-    """What to choose and why, then what is not known."""
-    setup = found.setup
-    notes = [f"chunk size: {_chunk(setup)}", f"exchange: {_exchange(found)}", f"sharding: {_sharding(found)}"]
+def notes_of(estimate: Estimate) -> list[str]:
+    """The lines below the tables: what to choose and why, then what is not known."""
+    setup = estimate.setup
+    notes = [f"chunk size: {_chunk(setup)}", f"exchange: {_exchange(estimate)}", f"sharding: {_sharding(estimate)}"]
     for side, model in (("student", setup.student), ("teacher", setup.teacher)):
         if model is not None and model.activations is None:
             notes.append(f"unknown: {side} activations, so the peak is too low by them: {model.why_unknown}")
@@ -48,7 +48,7 @@ def notes_of(found: Estimate) -> list[str]:
 
 
 def plain(tables: list[Table], notes: list[str]) -> str:
-    """Aligned text."""
+    """Tables and notes as text in aligned columns, for whatever is no terminal."""
     blocks = []
     for table in tables:
         rows = [table.columns, *table.rows]
@@ -98,16 +98,16 @@ def _model(side: str, model: ModelSizes, dtype: str) -> tuple[str, ...]:
     return (side, f"{model.numel / 1e6:,.1f}M", head, f"{model.kind}, {dtype}{trained}")
 
 
-def _memory(found: Estimate) -> Table:
-    rows = [_line(line) for line in found.memory.lasting]
-    rows.append(("held from step to step", _size(found.memory.lasting_bytes), ""))
-    rows += [_line(line._replace(name=f"in host memory: {line.name}")) for line in found.memory.host]
-    for name, lines in found.memory.phases.items():
-        worst = " (the worst phase)" if name == found.memory.worst_phase else ""
-        rows.append((f"+ {name}", _size(found.memory.phase_bytes(name)), f"of which:{worst}"))
+def _memory(estimate: Estimate) -> Table:
+    rows = [_line(line) for line in estimate.memory.lasting]
+    rows.append(("held from step to step", _size(estimate.memory.lasting_bytes), ""))
+    rows += [_line(line._replace(name=f"in host memory: {line.name}")) for line in estimate.memory.host]
+    for name, lines in estimate.memory.phases.items():
+        worst = " (the worst phase)" if name == estimate.memory.worst_phase else ""
+        rows.append((f"+ {name}", _size(estimate.memory.phase_bytes(name)), f"of which:{worst}"))
         rows += [_line(line, indent="    ") for line in lines]
-    limit = "" if found.gpu_memory_gib is None else f"; {_limit(found)}"
-    rows.append(("peak", _size(found.memory.peak_bytes), f"held + {found.memory.worst_phase}{limit}"))
+    limit = "" if estimate.gpu_memory_gib is None else f"; {_limit(estimate)}"
+    rows.append(("peak", _size(estimate.memory.peak_bytes), f"held + {estimate.memory.worst_phase}{limit}"))
     return Table("memory of the fullest rank", ("", "bytes", "how"), rows)
 
 
@@ -115,30 +115,32 @@ def _line(line: Line, indent: str = "") -> tuple[str, ...]:
     return (indent + line.name, _size(line.num_bytes), line.how)
 
 
-def _wire(found: Estimate) -> Table:
-    setup, times = found.setup, found.setup.accumulation
+def _wire(estimate: Estimate) -> Table:
+    setup, times = estimate.setup, estimate.setup.accumulation
     rows = []
-    for name, volume in found.exchanges.items():
-        marks = [text for text, on in (("this run", name == setup.exchange), ("fewest", name == found.exchange)) if on]
+    for name, volume in estimate.exchanges.items():
+        marks = [
+            text for text, on in (("this run", name == setup.exchange), ("fewest", name == estimate.exchange)) if on
+        ]
         shown = f"heads: {name}" + (f" ({', '.join(marks)})" if marks else "")
         how = f"{times} x {_decimal(volume.num_bytes)} = {volume.how}" if times > 1 else volume.how
         rows.append((shown, _decimal(times * volume.num_bytes), how))
-    rows += [(line.name, _decimal(line.num_bytes), line.how) for line in found.parameters]
-    total = times * found.exchanges[setup.exchange].num_bytes if setup.exchange in found.exchanges else 0.0
-    total += sum(line.num_bytes for line in found.parameters)
+    rows += [(line.name, _decimal(line.num_bytes), line.how) for line in estimate.parameters]
+    total = times * estimate.exchanges[setup.exchange].num_bytes if setup.exchange in estimate.exchanges else 0.0
+    total += sum(line.num_bytes for line in estimate.parameters)
     rows.append(("all, as configured", _decimal(total), f"exchange {setup.exchange}; f = (W - 1) / W, ring"))
     return Table("received per rank and optimizer step", ("", "bytes", "how"), rows)
 
 
-def _choices(found: Estimate) -> Table:
+def _choices(estimate: Estimate) -> Table:
     rows = [
         (
-            f"{_layout(found, choice)}, teacher {_teacher(choice)}, {choice.exchange}",
+            f"{_layout(estimate, choice)}, teacher {_teacher(choice)}, {choice.exchange}",
             _size(choice.peak_bytes),
             _decimal(choice.step_bytes),
             {None: "unknown", True: "yes", False: "no"}[choice.fits],
         )
-        for choice in found.choices
+        for choice in estimate.choices
     ]
     title = "ways to spread the models, least traffic first, each with its best exchange"
     return Table(title, ("student, teacher, exchange", "peak", "wire per step", "fits"), rows)
@@ -160,49 +162,48 @@ def _chunk(setup: Setup) -> str:
     return f"{text}, {-(-setup.rows // full)} chunks of at most {full}"
 
 
-def _exchange(found: Estimate) -> str:
-    setup, volumes = found.setup, found.exchanges
+def _exchange(estimate: Estimate) -> str:
+    setup, volumes = estimate.setup, estimate.exchanges
     if setup.world_size == 1:
         return "none, one rank"
     listed = ", ".join(f"{name} {_decimal(volume.num_bytes)}" for name, volume in volumes.items())
-    text = f"{found.exchange}, the fewest bytes per micro-batch ({listed})"
-    if setup.exchange == found.exchange:
+    text = f"{estimate.exchange}, the fewest bytes per micro-batch ({listed})"
+    if setup.exchange == estimate.exchange:
         return text
     how = "auto takes" if setup.distill.exchange == "auto" else "this configuration says"
     return f"{text}; {how} {setup.exchange}"
 
 
-def _sharding(found: Estimate) -> str:
-    if found.setup.world_size == 1 and found.gpu_memory_gib is not None:
-        return f"one rank; {_limit(found)}"
-    leanest = min(found.choices, key=lambda choice: choice.peak_bytes)
-    if found.gpu_memory_gib is None:
-        text = f"give --gpu-memory-gib to have one chosen; least memory: {_described(found, leanest)}"
-        return text
-    if found.chosen is None:
-        lacking = f"nothing fits {_limit(found)}; the leanest is {_described(found, leanest)}"
+def _sharding(estimate: Estimate) -> str:
+    if estimate.setup.world_size == 1 and estimate.gpu_memory_gib is not None:
+        return f"one rank; {_limit(estimate)}"
+    leanest = min(estimate.choices, key=lambda choice: choice.peak_bytes)
+    if estimate.gpu_memory_gib is None:
+        return f"give --gpu-memory-gib to have one chosen; least memory: {_described(estimate, leanest)}"
+    if estimate.chosen is None:
+        lacking = f"nothing fits {_limit(estimate)}; the leanest is {_described(estimate, leanest)}"
         return f"{lacking}: more ranks, activation_checkpointing, a smaller micro_batch_size or seq_len"
-    return f"{_described(found, found.chosen)}: the least traffic of what fits {found.gpu_memory_gib:g} GiB"
+    return f"{_described(estimate, estimate.chosen)}: the least traffic of what fits {estimate.gpu_memory_gib:g} GiB"
 
 
-def _described(found: Estimate, choice: Choice) -> str:
+def _described(estimate: Estimate, choice: Choice) -> str:
     sizes = f"{_size(choice.peak_bytes)}, {_decimal(choice.step_bytes)} per step"
-    return f"{_layout(found, choice)}, teacher {_teacher(choice)}, exchange {choice.exchange} ({sizes})"
+    return f"{_layout(estimate, choice)}, teacher {_teacher(choice)}, exchange {choice.exchange} ({sizes})"
 
 
-def _limit(found: Estimate) -> str:
-    assert found.gpu_memory_gib is not None
-    usable = USABLE * found.gpu_memory_gib
-    verdict = "fits" if found.memory.peak_bytes <= usable * GIB else "does not fit"
-    return f"this {verdict} 90 % of {found.gpu_memory_gib:g} GiB = {usable:.3g} GiB"
+def _limit(estimate: Estimate) -> str:
+    assert estimate.gpu_memory_gib is not None
+    usable = USABLE * estimate.gpu_memory_gib
+    verdict = "fits" if estimate.memory.peak_bytes <= usable * GIB else "does not fit"
+    return f"this {verdict} 90 % of {estimate.gpu_memory_gib:g} GiB = {usable:.3g} GiB"
 
 
 def _teacher(choice: Choice) -> str:
     return "shard" if choice.teacher_sharded else "replicate"
 
 
-def _layout(found: Estimate, choice: Choice) -> str:
-    return _mode(choice.mode, found.setup.world_size // choice.shard_ranks)
+def _layout(estimate: Estimate, choice: Choice) -> str:
+    return _mode(choice.mode, estimate.setup.world_size // choice.shard_ranks)
 
 
 def _mode(mode: str, copies: int) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.estimate.setup import Line, Setup
-from kd_plugin.estimate.sizes import ModelSizes
+from kd_plugin.estimate.sizes import ModelSizes, Unit
 from kd_plugin.exchange import cost
 from kd_plugin.exchange.cost import Head, stats_bytes, teacher_logits_bytes
 from kd_plugin.row_kernels import sharded_dispatch
@@ -27,28 +27,28 @@ class Volume(NamedTuple):
 
 
 def exchanges(setup: Setup) -> dict[str, Volume]:
-    """Every exchange that this objective allows -> its bytes per micro-batch, as this wrapper does it."""
-    found = {"weight": _weight(setup)}
+    """Bytes per micro-batch of every exchange that the objective allows, by name, under the wrapper of `setup`."""
+    volumes = {"weight": _weight(setup)}
     if setup.world_size > 1 and not setup.by_rank:
         if setup.teacher is not None:
-            found["logits"] = _logits(setup)
-        found["stats"] = _stats(setup)
-    return found
+            volumes["logits"] = _logits(setup)
+        volumes["stats"] = _stats(setup)
+    return volumes
 
 
 def recommended(setup: Setup) -> str:
-    """The exchange with the fewest bytes; `weight`, the simplest, where they are equal."""
-    found = exchanges(setup)
-    return min(found, key=lambda name: found[name].num_bytes)
+    """The name of the exchange with the fewest bytes; `weight`, the simplest, where they are equal."""
+    volumes = exchanges(setup)
+    return min(volumes, key=lambda name: volumes[name].num_bytes)
 
 
 def settled(setup: Setup) -> str:
-    """The exchange that the run will take: as configured, or by the plugin's own rule for `auto`."""
+    """The name of the exchange that the run will take: as configured, or by the plugin's own rule for `auto`."""
     settled_by, teacher = cost.by_settings(setup.distill, ranks=setup.world_size), setup.teacher
     if settled_by is not None:
         return settled_by
     assert teacher is not None  # else no soft loss, which the settings settle
-    item = setup.student_item  # of both heads: the plugin's rule knows the hidden states' only
+    item = setup.student_item  # for both heads: the plugin's rule knows the dtype of hidden states only
     own, other = _student_head(setup), _teacher_head(setup, teacher)._replace(item_bytes=item)
     own = own if setup.student_head_is_cut else own._replace(ranks=1)
     other = other._replace(ranks=1) if teacher.tied else other
@@ -66,7 +66,7 @@ def _teacher_head(setup: Setup, teacher: ModelSizes) -> Head:
 
 
 def _student_gathered(setup: Setup) -> tuple[float, str]:
-    """Gathering the student's head and reducing its gradient, where that happens per micro-batch."""
+    """Bytes per micro-batch to gather the student's head and to reduce its gradient, and how they come about."""
     head = _student_head(setup)
     if not setup.gathers_student:
         return 0.0, f"student's head is whole under {setup.mode}"
@@ -93,7 +93,7 @@ def _weight(setup: Setup) -> Volume:
 
 
 def _tied_teacher(setup: Setup) -> tuple[float, str]:
-    """A tied teacher's head is gathered with its embedding, whatever the exchange."""
+    """Bytes of a tied teacher's head, which is gathered with its embedding whatever the exchange is."""
     assert setup.teacher is not None
     if not (setup.teacher.tied and setup.teacher_sharded):
         return 0.0, ""
@@ -140,7 +140,7 @@ def parameters(setup: Setup) -> tuple[Line, ...]:
 
 
 def _copies(setup: Setup) -> list[Line]:
-    """HSDP's all-reduce: once per step; in every micro-batch under FSDP1, and of rows that `stats` leaves cut."""
+    """HSDP's all-reduce: once per step, but in every micro-batch under FSDP1 and for a head that `stats` leaves cut."""
     if setup.copies == 1:
         return []
     ranks, copies, student = setup.group_ranks, setup.copies, setup.student
@@ -162,33 +162,56 @@ def _times(setup: Setup) -> str:
 
 
 def _student(setup: Setup) -> list[Line]:
-    student, item, times = setup.student, setup.student_item, setup.accumulation
+    if setup.gathers_student:
+        return _gathered_student(setup)
+    item, times, trained = setup.student_item, setup.accumulation, setup.student.trainable
     share = (setup.group_ranks - 1) / setup.group_ranks
-    trained = student.trainable
     if setup.mode == "ddp":
         return [Line("student gradients", 2 * share * trained * _FLOAT, f"2 f x {trained:,} x 4 B, once per step")]
     if setup.mode == "zero0":
         return [Line("student gradients", 2 * share * trained * item, f"2 f x {trained:,} x {item} B, once per step")]
-    if setup.mode in ("zero1", "zero2"):
-        every = times if setup.mode == "zero2" else 1
-        return [
-            Line("student gradients", every * share * trained * item, f"f x {trained:,} x {item} B, {every} per step"),
-            Line("student parameters", share * trained * item, f"f x {trained:,} x {item} B after each step"),
-        ]
-    rest = student.numel - student.head_numel
-    rest_trained = trained - student.head_numel * student.head_trainable
-    # FSDP leaves its root whole. Neither embedding nor head need their weights in backward, which FSDP1 does not know.
-    again = sum(unit.numel for unit in student.units if unit.name == "layer")
-    if setup.mode == "fsdp1":
-        learning = [unit for unit in student.units if any(weight.trainable for weight in unit.weights)]
-        again += sum(unit.numel for unit in learning if unit.name == "embedding")
-        rest_trained = sum(unit.numel for unit in learning) - student.head_numel * student.head_trainable  # flat, whole
-    twice = rest if setup.is_zero else again
-    gathered = times * share * (rest + twice) * item
-    reduced_item = item if setup.is_zero else _FLOAT
-    reduced = times * share * rest_trained * reduced_item
-    how = f"{_times(setup)}f x ({rest:,} forward + {twice:,} backward) x {item} B"
+    every = times if setup.mode == "zero2" else 1  # else zero1
     return [
-        Line("student gathered", gathered, how),
-        Line("student gradients", reduced, f"{_times(setup)}f x {rest_trained:,} x {reduced_item} B"),
+        Line("student gradients", every * share * trained * item, f"f x {trained:,} x {item} B, {every} per step"),
+        Line("student parameters", share * trained * item, f"f x {trained:,} x {item} B after each step"),
     ]
+
+
+def _gathered_student(setup: Setup) -> list[Line]:
+    """All but the head of a student that is cut over the ranks: gathered, and its gradients reduced."""
+    student, item, times = setup.student, setup.student_item, setup.accumulation
+    share = (setup.group_ranks - 1) / setup.group_ranks
+    rest = student.numel - student.head_numel
+    again = rest if setup.is_zero else _gathered_again(setup)
+    trained, trained_item = _reduced_numel(setup), item if setup.is_zero else _FLOAT
+    how = f"{_times(setup)}f x ({rest:,} forward + {again:,} backward) x {item} B"
+    return [
+        Line("student gathered", times * share * (rest + again) * item, how),
+        Line(
+            "student gradients",
+            times * share * trained * trained_item,
+            f"{_times(setup)}f x {trained:,} x {trained_item} B",
+        ),
+    ]
+
+
+def _gathered_again(setup: Setup) -> int:
+    """Elements that FSDP gathers once more for backward; it leaves its root whole.
+
+    Neither embedding nor head need their weights there, which FSDP1 does not know.
+    """
+    again = sum(unit.numel for unit in setup.student.units if unit.name == "layer")
+    if setup.mode == "fsdp1":
+        again += sum(unit.numel for unit in _learning(setup.student) if unit.name == "embedding")
+    return again
+
+
+def _reduced_numel(setup: Setup) -> int:
+    """Elements of the gradients that are reduced, without the head's; FSDP1 reduces whole flat units."""
+    student = setup.student
+    trained = sum(unit.numel for unit in _learning(student)) if setup.mode == "fsdp1" else student.trainable
+    return trained - student.head_numel * student.head_trainable
+
+
+def _learning(model: ModelSizes) -> list[Unit]:
+    return [unit for unit in model.units if any(weight.trainable for weight in unit.weights)]

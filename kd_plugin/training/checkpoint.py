@@ -48,8 +48,8 @@ class CheckpointError(ValueError):
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints below `output_dir`, oldest first."""
-    found = output_dir.glob(f"checkpoints/step_*/{_RUN}")
-    return sorted(path.parent for path in found if path.parent.name.removeprefix("step_").isdigit())
+    runs = output_dir.glob(f"checkpoints/step_*/{_RUN}")
+    return sorted(path.parent for path in runs if path.parent.name.removeprefix("step_").isdigit())
 
 
 def to_continue(config: RunConfig, world_size: int) -> Path | None:
@@ -62,19 +62,8 @@ def to_continue(config: RunConfig, world_size: int) -> Path | None:
     names = [path.name for path in checkpoints(folder)]
     everyone = all_gather_object(names, None, "names of checkpoints") if world_size > 1 else [names]
     newest = folder / "checkpoints" / everyone[0][-1] if everyone[0] else None
-    others = [f"rank {rank} sees {seen[-1]}" for rank, seen in enumerate(everyone) if seen]
-    if newest is None and others and config.train.resume:
-        raise CheckpointError(
-            f"train.resume: rank 0 sees no checkpoint below {folder}, but {others[0]}: log.output_dir must be a folder "
-            "that all machines share"
-        )
-    lacking = [rank for rank, seen in enumerate(everyone) if newest is not None and newest.name not in seen]
-    if lacking and config.train.resume:
-        raise CheckpointError(
-            f"train.resume: {newest}, the newest checkpoint that rank 0 sees, is not there on rank "
-            f"{', '.join(map(str, lacking))}: log.output_dir must be a folder that all machines share"
-        )
     if config.train.resume:
+        _check_is_shared(folder, newest, everyone)
         if newest is None:
             logger.info("train.resume: no checkpoint below %s, starting at step 1", folder)
         return newest
@@ -86,23 +75,38 @@ def to_continue(config: RunConfig, world_size: int) -> Path | None:
     return None
 
 
+def _check_is_shared(folder: Path, newest: Path | None, everyone: list[list[str]]) -> None:
+    """Refuse a `folder` in which a rank sees other checkpoints than rank 0; `everyone` has their names by rank."""
+    others = [f"rank {rank} sees {seen[-1]}" for rank, seen in enumerate(everyone) if seen]
+    if newest is None and others:
+        raise CheckpointError(
+            f"train.resume: rank 0 sees no checkpoint below {folder}, but {others[0]}: log.output_dir must be a folder "
+            "that all machines share"
+        )
+    lacking = [rank for rank, seen in enumerate(everyone) if newest is not None and newest.name not in seen]
+    if lacking:
+        raise CheckpointError(
+            f"train.resume: {newest}, the newest checkpoint that rank 0 sees, is not there on rank "
+            f"{', '.join(map(str, lacking))}: log.output_dir must be a folder that all machines share"
+        )
+
+
 def latest_finite(output_dir: Path) -> Path | None:
     """The newest complete checkpoint that says that its weights are finite, if there is one."""
     return next((folder for folder in reversed(checkpoints(output_dir)) if _is_finite(folder)), None)
 
 
 def _is_finite(folder: Path) -> bool | None:
-    """What the checkpoint says of itself; None for an old one, which says nothing."""
+    """Whether a checkpoint says that its weights are finite; None for an old one, which says nothing."""
     return json.loads((folder / _RUN).read_text()).get("finite")
 
 
 def save(engine: Engine, config: RunConfig, *, mode: str, step: int) -> Path:
-    """Write the checkpoint of `step`, remove those beyond `train.keep_checkpoints`. All ranks call this.
+    """Write the checkpoint of `step` and remove those beyond `train.keep_checkpoints`; returns its folder.
 
-    The caller has seen that the student is finite (`finite.has_finite_parameters`).
+    All ranks call this. The caller has seen that the student is finite (`finite.has_finite_parameters`).
     """
-    output_dir, rank = Path(config.log.output_dir), dist.get_rank()
-    final = output_dir / "checkpoints" / f"step_{step:08d}"
+    rank, final = dist.get_rank(), Path(config.log.output_dir) / "checkpoints" / f"step_{step:08d}"
     partial = final.with_name(final.name + _PARTIAL)
     if rank == 0:
         for stale in [*final.parent.glob(f"*{_PARTIAL}"), final]:
@@ -118,11 +122,15 @@ def save(engine: Engine, config: RunConfig, *, mode: str, step: int) -> Path:
         run["config"] = config.model_dump(mode="json")
         (partial / _RUN).write_text(json.dumps(run, indent=1))
         partial.rename(final)
-        for old in checkpoints(output_dir)[: -config.train.keep_checkpoints]:
-            if old != final:  # which is finite; one of a later step may be older, and not
-                shutil.rmtree(old)
+        _prune(config, final)
     dist.barrier()
     return final
+
+
+def _prune(config: RunConfig, newest: Path) -> None:
+    for old in checkpoints(Path(config.log.output_dir))[: -config.train.keep_checkpoints]:
+        if old != newest:  # which is finite; one of a later step may be older, and not
+            shutil.rmtree(old)
 
 
 def resume(engine: Engine, config: RunConfig, folder: Path, *, mode: str) -> int:
@@ -133,13 +141,8 @@ def resume(engine: Engine, config: RunConfig, folder: Path, *, mode: str) -> int
             of ranks; or its weights are not finite.
     """
     run = json.loads((folder / _RUN).read_text())
-    _check(run, folder, mode)
-    for section, keys in _changed_sections(run["config"], config).items():
-        logger.warning("resume: section %s differs from the one that wrote %s (%s)", section, folder, keys)
-    for name, now in _numerics(config).items():
-        before = run.get("numerics", {}).get(name, now)
-        if before != now:
-            logger.warning("resume: %s was %s, now it is %s: last bits may differ", name, before, now)
+    _check_backend(run, folder, mode)
+    _warn_of_differences(run, folder, config)
     if not _loads_finite(engine, folder):
         raise CheckpointError(_refusal(engine, config, folder))
     mine = folder / f"random_{dist.get_rank()}.pt"
@@ -152,7 +155,16 @@ def resume(engine: Engine, config: RunConfig, folder: Path, *, mode: str) -> int
     return run["step"]
 
 
-def _check(run: dict[str, Any], folder: Path, mode: str) -> None:
+def _warn_of_differences(run: dict[str, Any], folder: Path, config: RunConfig) -> None:
+    for section, keys in _changed_sections(run["config"], config).items():
+        logger.warning("resume: section %s differs from the one that wrote %s (%s)", section, folder, keys)
+    for name, now in _numerics(config).items():
+        before = run.get("numerics", {}).get(name, now)
+        if before != now:
+            logger.warning("resume: %s was %s, now it is %s: last bits may differ", name, before, now)
+
+
+def _check_backend(run: dict[str, Any], folder: Path, mode: str) -> None:
     before, now = run["parallel"] == "deepspeed", mode == "deepspeed"
     if before != now:
         raise CheckpointError(
@@ -174,7 +186,7 @@ def _loads_finite(engine: Engine, folder: Path) -> bool:
 
 
 def _refusal(engine: Engine, config: RunConfig, folder: Path) -> str:
-    """Says which checkpoint could be continued from; tries old ones that do not say themselves."""
+    """The message that names the checkpoint to continue from instead; old ones that say nothing are tried."""
     everything = checkpoints(Path(config.log.output_dir))
     older = reversed([other for other in everything if other.name < folder.name])
     finite = next((other for other in older if _is_finite(other) or _loads_finite(engine, other)), None)
@@ -187,18 +199,18 @@ def _refusal(engine: Engine, config: RunConfig, folder: Path) -> str:
 def _numerics(config: RunConfig) -> dict[str, str]:
     """What the last bits of a run depend on besides its settings."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    found = {"torch": str(torch.__version__), "row_kernel": dispatch.choose(config.distill.row_kernel, kind)}
+    numerics = {"torch": str(torch.__version__), "row_kernel": dispatch.choose(config.distill.row_kernel, kind)}
     if kind == "cuda":
-        return found | {"device": torch.cuda.get_device_name()}
+        return numerics | {"device": torch.cuda.get_device_name()}
     name = torch.cpu.get_capabilities().get("cpu_name", kind)
-    found["device"] = f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    numerics["device"] = f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     for name, dtype in processor.HALVES.items():
-        found[f"{name} products"] = processor.describe(dtype)
-    return found
+        numerics[f"{name} products"] = processor.describe(dtype)
+    return numerics
 
 
 def _changed_sections(before: dict[str, Any], config: RunConfig) -> dict[str, str]:
-    """Sections that differ, and which of their settings do."""
+    """Name of each section that differs -> those of its settings that do."""
     now, changed = config.model_dump(mode="json"), {}
     for name in _SAME:
         old, new = before.get(name) or {}, now[name] or {}

@@ -27,7 +27,7 @@ _PARTS = {
 
 
 class _Lines(logging.Handler):
-    """The bare message on stdout, above a progress bar where there is one."""
+    """Prints the bare message on stdout, above a progress bar where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
@@ -66,7 +66,7 @@ def run_log(rank: int) -> Iterator[None]:
 
 
 def progress(first: int, last: int, *, rank: int) -> Iterator[int]:
-    """Steps `first` to `last`; with a bar on rank 0 of a terminal."""
+    """Iterate over the steps `first` to `last`, with a progress bar on rank 0 of a terminal."""
     for step in _steps(first, last, rank=rank):
         reached(step, last)
         yield step
@@ -87,13 +87,13 @@ def _steps(first: int, last: int, *, rank: int) -> Iterator[int]:
 
 
 def step_line(step: int, last: int, values: Mapping[str, float], *, eta_s: float) -> str:
-    """`step 12/40 loss 2.4113 soft 1.9012 ... eta 1m20s`; what was not measured is left out."""
+    """The line of a logged step, without what was not measured: `step 12/40 loss 2.4113 soft 1.9012 ... eta 1m20s`."""
     parts = [f"{label} {form.format(values[name])}" for name, (label, form) in _PARTS.items() if name in values]
     return " ".join([f"step {step}/{last}", *parts, f"eta {duration(eta_s)}"])
 
 
 def duration(seconds: float) -> str:
-    """45s, 1m20s or 2h05m."""
+    """`seconds` as text: 45s, 1m20s or 2h05m."""
     minutes, rest = divmod(round(seconds), 60)
     if not minutes:
         return f"{rest}s"

@@ -44,11 +44,7 @@ def export_student(
         ExportError: on all ranks, when a weight is NaN or infinite; nothing is written.
     """
     state = engine.full_state_dict()
-    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    count = reduce_numbers({"broken": len(broken)}, op="max")["broken"]  # rank 0 holds the weights, all must stop
-    if count:
-        example = f", the first is {broken[0]}" if broken else ""
-        raise ExportError(f"{count:.0f} of the student's tensors hold NaN or infinity{example}: not exported")
+    _refuse_broken(state)
     if dist.get_rank() == 0:
         model = build().to(dtype)  # pyright: ignore[reportArgumentType]  (its decorator loses `self`)
         model.load_state_dict(state)
@@ -59,3 +55,11 @@ def export_student(
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     dist.barrier()
+
+
+def _refuse_broken(state: dict[str, torch.Tensor]) -> None:
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    count = reduce_numbers({"broken": len(broken)}, op="max")["broken"]  # rank 0 holds the weights, all must stop
+    if count:
+        example = f", the first is {broken[0]}" if broken else ""
+        raise ExportError(f"{count:.0f} of the student's tensors hold NaN or infinity{example}: not exported")

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 CHECK_EVERY = 8
-"""Steps."""
+"""Steps from one look at the device to the next."""
 # Steps in a row, of (NaN losses, gradients that are not finite). A NaN loss was not scaled yet: no scale cures it. A
 # scale starts at 2 ** 16 and is halved at each step that is left out: after 40 of them it has nothing to offer.
 _UNSCALED_LIMITS, _SCALED_LIMITS = (1, 1), (CHECK_EVERY, 40)
@@ -56,9 +56,12 @@ class FiniteWatch:
         self._first: Tensor | None = None  # int64, 0 for never
 
     def add(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
-        """One optimizer step, counted from 1: the sum of this rank's losses and the gradient's norm, both 0-d.
+        """Remember one optimizer step.
 
-        `norm` is None where it is not known.
+        Args:
+            step: counted from 1.
+            loss: 0-d, the sum of this rank's losses.
+            norm: 0-d, of the gradient; None where it is not known.
         """
         self._last = step
         broken = [loss.detach().isnan()]
@@ -68,12 +71,12 @@ class FiniteWatch:
         first = torch.zeros((), dtype=torch.int64, device=loss.device) if self._first is None else self._first
         self._in_a_row = (self._in_a_row + 1) * torch.stack(broken)
         for count, limit in zip(self._in_a_row, self._limits, strict=True):
-            found = (first == 0) & (count >= limit)
-            first = torch.where(found, step + 1 - count, first)
+            begins = (first == 0) & (count >= limit)
+            first = torch.where(begins, step + 1 - count, first)
         self._first = first
 
     def first_broken_step(self) -> int:
-        """The step with which it began, over all ranks; 0 while all is well. One collective; waits for the device."""
+        """The first broken step of any rank; 0 while all is well. One collective; waits for the device."""
         first = 0 if self._first is None else int(self._first.item())
         since = {"steps since the first that is not finite": self._last + 1 - first if first else 0}
         most = int(max(reduce_numbers(since, op="max").values()))
@@ -108,10 +111,10 @@ def check_weights(model: nn.Module, side: str, source: str) -> None:
     Args:
         model: loaded, sharded or not.
         side: "student" or "teacher".
-        source: where it comes from, for the message.
+        source: where the model comes from, for the message.
 
     Raises:
-        BrokenWeightsError: on all ranks.
+        BrokenWeightsError: on all ranks, where any rank holds such a weight.
     """
     broken = [name for name, parameter in model.named_parameters() if not _is_finite(values_here(parameter))]
     anywhere = reduce_numbers({"weights that are not finite": float(len(broken))}, op="max").popitem()[1]

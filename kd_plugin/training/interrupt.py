@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TypeAlias
 
@@ -54,7 +54,7 @@ def reached(step: int, last: int) -> None:
 
 
 def last_step() -> tuple[int, int] | None:
-    """The step that `reached` was called with last in this run, and how many there are."""
+    """The step that this run has begun last, and the number of all; None before the first."""
     return _State.step
 
 
@@ -73,16 +73,8 @@ def one_line_end(line: Callable[[str], str | None], *, several: bool) -> Iterato
     watch = _Watch(line)
     watch.start()
     try:
-        try:
+        with _waits_for_signal(watch) if several else nullcontext():
             yield
-        except RuntimeError as error:
-            if not several or watch.came:
-                raise
-            with suppress(Interrupted):
-                time.sleep(_LATE_S)
-            if watch.came == signal.SIGTERM:  # perhaps because of this error, so that it must not be lost
-                watch.why = f" after {type(error).__name__}: {' '.join(str(error).split())}"
-            raise
     except BaseException:  # once a signal has come, whatever else fails on the way out is its consequence
         if watch.came is None:
             raise
@@ -90,6 +82,21 @@ def one_line_end(line: Callable[[str], str | None], *, several: bool) -> Iterato
         raise Ended(128 + watch.came) from None
     finally:
         watch.stop()
+
+
+@contextmanager
+def _waits_for_signal(watch: _Watch) -> Iterator[None]:
+    """Wait a moment after a RuntimeError of the body: a signal may have been its cause, or may follow from it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if watch.came:
+            raise
+        with suppress(Interrupted):
+            time.sleep(_LATE_S)
+        if watch.came == signal.SIGTERM:  # perhaps because of this error, so that it must not be lost
+            watch.why = f" after {type(error).__name__}: {' '.join(str(error).split())}"
+        raise
 
 
 class _Watch:
@@ -118,7 +125,7 @@ class _Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Put everything back."""
+        """Put the handlers back and end the thread."""
         self.restore()
         self._writer.close()  # which the thread reads as the end
         self._thread.join()

@@ -1,4 +1,4 @@
-"""The steps of a run: train, measure, evaluate, save, export; written against the engine protocol.
+"""The steps of a run: train, measure, evaluate, save; written against the engine protocol.
 
 Notable decisions:
 - a logged number is about all tokens since the last log line, over all ranks and micro-batches;
@@ -11,98 +11,83 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kd_plugin.data.documents import Batch, TrainBatches
 from kd_plugin.distributed.collectives import of_others
 from kd_plugin.divergences.measures import MEASURED
-from kd_plugin.engines.process_group import Placement, reduce_numbers
-from kd_plugin.engines.protocol import Engine
+from kd_plugin.engines.process_group import reduce_numbers
 from kd_plugin.settings.run import DistillConfig, RunConfig
 from kd_plugin.training import checkpoint
 from kd_plugin.training.console import progress, step_line
 from kd_plugin.training.finite import CHECK_EVERY, DivergedError, FiniteWatch, has_finite_parameters, scales_loss
 from kd_plugin.training.memory import memory_readings
 from kd_plugin.training.schedule import learning_rate_at
-from kd_plugin.training.tensorboard import Writer, tagged
+from kd_plugin.training.session import Session
+from kd_plugin.training.tensorboard import tagged
 
-if TYPE_CHECKING:
-    from kd_plugin.plugin.attach import Plugin
-
-__all__ = ["Session", "evaluate", "run_steps"]
+__all__ = ["evaluate", "run_steps"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Session:
-    """Everything that a run holds while it lasts."""
+class _Window:
+    """The steps since the last logged one, and the time that they took."""
 
-    config: RunConfig
-    place: Placement
-    mode: str
-    engine: Engine
-    plugin: Plugin
-    batches: TrainBatches
-    held_out: Callable[[], Iterator[Batch]]
-    writer: Writer
-    history: list[dict[str, float]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    memory: dict[str, float] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.steps = 0
+        self.start = time.perf_counter()
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the wall time of the body to `seconds[name]`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the body out."""
+        pause = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - pause
 
 
 def run_steps(session: Session, first: int, before: dict[str, float]) -> dict[str, float]:
-    """Steps `first` to `max_steps`; returns the last evaluation (`before` when nothing is left to do).
+    """Run the steps `first` to `max_steps`; returns the last evaluation (`before` when nothing is left to do).
 
     Raises:
         DivergedError: on all ranks, a few steps after a loss or a gradient that is not a number.
     """
-    train, log = session.config.train, session.config.log
+    train = session.config.train
     session.plugin.metrics()  # the window starts here
-    started = window_start = time.perf_counter()
-    window, result, finite = 0, before, FiniteWatch(scaled=scales_loss(session.config))
+    started, window = time.perf_counter(), _Window()
+    result, finite = before, FiniteWatch(scaled=scales_loss(session.config))
     for step in progress(first, train.max_steps, rank=session.place.rank):
         with of_others(f"in step {step}"):
             loss, gradient_norm = _train_step(session, step)
             finite.add(step, loss, gradient_norm)
-        window += 1
-        last = step == train.max_steps
-        evaluated = last or (train.eval_every > 0 and step % train.eval_every == 0)
-        if evaluated or step % log.every == 0:
-            norm = _number(gradient_norm)  # waits for the device, so that the window's time is the window's
-            elapsed = time.perf_counter() - window_start
-            values = _measure(session, step, norm, elapsed, window)
+        window.steps += 1
+        evaluated, logged, saved = _due(session.config, step)
+        if logged:
+            values = _measure(session, step, gradient_norm, window)
             eta = (time.perf_counter() - started) / (step - first + 1) * (train.max_steps - step)
             _log(session, step, values, eta)
-            window, window_start = 0, time.perf_counter()
-        saved = train.save_every > 0 and step % train.save_every == 0
-        if evaluated or saved or step % log.every == 0 or step % CHECK_EVERY == 0:
+            window = _Window()
+        if logged or saved or step % CHECK_EVERY == 0:
             # Waits for the device: the step's own work is over, what follows is no part of its time
             _stop_if_broken(session, finite, step, loss, gradient_norm)
-        if evaluated or saved:
-            pause = time.perf_counter()
+        with window.paused():
             if evaluated:
                 result = evaluate(session, step)
             if saved:
                 _save(session, step)
-            window_start += time.perf_counter() - pause
     return result
+
+
+def _due(config: RunConfig, step: int) -> tuple[bool, bool, bool]:
+    """Whether `step` is followed by an evaluation, by a log line, and by a checkpoint."""
+    train = config.train
+    evaluated = step == train.max_steps or (train.eval_every > 0 and step % train.eval_every == 0)
+    saved = train.save_every > 0 and step % train.save_every == 0
+    return evaluated, evaluated or step % config.log.every == 0, saved
 
 
 def _number(norm: Tensor | None) -> float:
@@ -112,7 +97,7 @@ def _number(norm: Tensor | None) -> float:
 def _stop_if_broken(
     session: Session, finite: FiniteWatch, step: int, loss: Tensor, gradient_norm: Tensor | None
 ) -> None:
-    """Raises on all ranks if the student has broken in one of the last steps. One collective."""
+    """Raise DivergedError on all ranks if the student has broken in one of the last steps. One collective."""
     if first := finite.first_broken_step():
         _stop(session, f"at step {first} (step {step}: loss {loss.item()}, gradient norm {_number(gradient_norm)})")
 
@@ -151,7 +136,7 @@ def _save(session: Session, step: int) -> None:
 
 
 def _train_step(session: Session, step: int) -> tuple[Tensor, Tensor | None]:
-    """One optimizer step; returns this rank's loss and the gradient norm, if it is known, on the device."""
+    """Take one optimizer step; returns this rank's loss and the gradient norm, if it is known, 0-d on the device."""
     engine = session.engine
     batches = session.batches.step(step - 1)
     # One count for the whole step: tokens weigh the same wherever they fall.
@@ -164,36 +149,36 @@ def _train_step(session: Session, step: int) -> tuple[Tensor, Tensor | None]:
     return loss, engine.step(learning_rate_at(step, session.config.train))
 
 
-def _measure(session: Session, step: int, norm: float, elapsed: float, window: int) -> dict[str, float]:
+def _measure(session: Session, step: int, gradient_norm: Tensor | None, window: _Window) -> dict[str, float]:
     """All numbers of the window that ends with this step. All ranks call this."""
     train, distill = session.config.train, session.config.distill
+    norm = _number(gradient_norm)  # waits for the device, so that the window's time is the window's
+    elapsed = time.perf_counter() - window.start
     values = session.plugin.metrics()
     for name, weight in (("soft_loss", distill.soft_weight), ("hard_loss", distill.hard_weight)):
         if not weight:
             values.pop(name, None)  # not computed, so its 0 says nothing
-    memory = reduce_numbers(memory_readings(), op="max")
-    session.memory = memory
-    tokens = session.batches.sequences_per_step * session.batches.dataset.seq_len * window
-    values |= memory
-    values |= {
+    session.memory = memory = reduce_numbers(memory_readings(), op="max")
+    tokens = session.batches.sequences_per_step * session.batches.dataset.seq_len * window.steps
+    values |= memory | {
         "lr": learning_rate_at(step, train),
         "grad_norm": norm,
-        "step_time_ms": 1e3 * elapsed / window,
+        "step_time_ms": 1e3 * elapsed / window.steps,
         "tokens_per_second": tokens / elapsed,
         "memory_gib": next(iter(memory.values())),
     }
-    _split_time(session, values, elapsed, window)
+    _split_time(session, values, elapsed, window.steps)
     return values
 
 
-def _split_time(session: Session, values: dict[str, float], elapsed: float, window: int) -> None:
-    """Times of the window to times per step; the student's is the rest, backward and optimizer included."""
+def _split_time(session: Session, values: dict[str, float], elapsed: float, steps: int) -> None:
+    """Turn the times of a window of `steps` into times per step; the student's is the rest, backward included."""
     values.pop("student_ms", None)  # of its forward alone
-    parts = {name: values.get(f"{name}_ms", 0.0) / window for name in ("teacher", "loss")}
-    parts["student"] = max(0.0, 1e3 * elapsed / window - sum(parts.values()))
+    parts = {name: values.get(f"{name}_ms", 0.0) / steps for name in ("teacher", "loss")}
+    parts["student"] = max(0.0, 1e3 * elapsed / steps - sum(parts.values()))
     for name, milliseconds in parts.items():
         values[f"{name}_ms"] = milliseconds
-        session.seconds[name] = session.seconds.get(name, 0.0) + milliseconds * window / 1e3
+        session.seconds[name] = session.seconds.get(name, 0.0) + milliseconds * steps / 1e3
 
 
 def _log(session: Session, step: int, values: dict[str, float], eta_s: float) -> None:
@@ -205,7 +190,7 @@ def _log(session: Session, step: int, values: dict[str, float], eta_s: float) ->
 
 
 def _plain(config: DistillConfig) -> DistillConfig:
-    """The same divergences at temperature 1 and the cross-entropy alone, all of it measured."""
+    """The objective of an evaluation: the divergences of `config` at temperature 1, and the plain cross-entropy."""
     # A term's own temperature goes before the objective's.
     terms = config.terms and tuple(term.model_copy(update={"temperature": 1.0}) for term in config.terms)
     neutral = {"temperature": 1.0, "hard_weight": 1.0, "label_smoothing": 0.0, "z_loss_weight": 0.0}
@@ -213,17 +198,9 @@ def _plain(config: DistillConfig) -> DistillConfig:
 
 
 def evaluate(session: Session, step: int) -> dict[str, float]:
-    """Held-out perplexity, losses at temperature 1, agreement, over all ranks. All ranks call this."""
-    engine = session.engine
+    """Measure held-out perplexity, losses at temperature 1 and agreement, over all ranks. All ranks call this."""
     with session.timed("eval"), session.plugin.objective(_plain(session.config.distill)):
-        engine.student.eval()
-        try:
-            for batch in session.held_out():
-                inputs = batch.to(session.place.device, non_blocking=True).model_inputs()
-                engine.evaluate(inputs, num_items=max(1, batch.num_valid))
-            measured = session.plugin.metrics()
-        finally:
-            engine.student.train()
+        measured = _run_held_out(session)
     # Without a teacher there is no soft loss, and 0 would read as a perfect match
     losses = ("hard_loss", "soft_loss") if session.config.distill.soft_weight else ("hard_loss",)
     names = (*losses, *MEASURED)
@@ -233,3 +210,16 @@ def evaluate(session: Session, step: int) -> dict[str, float]:
     shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())
     logger.info("eval step %d %s", step, shown)
     return values
+
+
+def _run_held_out(session: Session) -> dict[str, float]:
+    """Run the student over the held-out sequences; returns what the plugin has measured."""
+    engine = session.engine
+    engine.student.eval()
+    try:
+        for batch in session.held_out():
+            inputs = batch.to(session.place.device, non_blocking=True).model_inputs()
+            engine.evaluate(inputs, num_items=max(1, batch.num_valid))
+        return session.plugin.metrics()
+    finally:
+        engine.student.train()

@@ -17,13 +17,13 @@ __all__ = ["automatic_dtype", "settled_precision", "slow_dtype", "with_dtypes"]
 
 
 def automatic_dtype(device: torch.device) -> tuple[str, str]:
-    """What `dtype: auto` means on `device`, and why: bfloat16 unless it would be emulated there."""
+    """What `dtype: auto` means on `device`, and why: "bfloat16", or "float32" where bfloat16 would be emulated."""
     if device.type == "cuda":
         if checks.has_bfloat16(device):
             return "bfloat16", "the GPU multiplies it"
         return "float32", f"{torch.cuda.get_device_name(device)} does not have bfloat16"
-    if device.type == "cpu" and (found := processor.instructions(torch.bfloat16)):
-        return "bfloat16", f"this processor multiplies it ({found})"
+    if device.type == "cpu" and (instructions := processor.instructions(torch.bfloat16)):
+        return "bfloat16", f"this processor multiplies it ({instructions})"
     return "float32", f"this processor has none of {processor.wanted(torch.bfloat16)}"
 
 
@@ -46,7 +46,11 @@ def with_dtypes(config: RunConfig, dtype: str) -> RunConfig:
 
 
 def settled_precision(config: RunConfig, place: Placement) -> RunConfig:
-    """`config` with `dtype: auto` replaced, alike on all ranks; raises ValueError for one that the device lacks."""
+    """`config` with `dtype: auto` replaced, alike on all ranks.
+
+    Raises:
+        ValueError: a half precision that the device lacks.
+    """
     if place.device.type == "cpu" and place.world_size > 1:
         processor.settle([reduce_numbers(processor.emulated_here(), op="max")])
     if "auto" in (config.student.dtype, config.teacher.dtype):

@@ -39,7 +39,7 @@ def early_problems(
 
     Args:
         config: the run.
-        mode: resolved `train.parallel`, where the launch is known; likewise the others.
+        mode: `train.parallel`, resolved; this and what follows are None where the launch is not known.
         world_size: number of ranks.
         accumulation: micro-batches per rank and step.
     """
@@ -53,10 +53,10 @@ def early_problems(
 
 
 def idle_settings(config: RunConfig, mode: str | None = None) -> list[str]:
-    """`SETTING has no effect: WHY`, for each that differs from its default and changes nothing in this run."""
-    found = [*_idle_sources(config), *_idle_data(config.data), *_idle_objective(config.distill), *_idle_run(config)]
-    found += _idle_layout(config, mode)
-    return [f"{name} has no effect: {why}" for name, why in found]
+    """One line `SETTING has no effect: WHY` for each that differs from its default and changes nothing in this run."""
+    idle = [*_idle_sources(config), *_idle_data(config.data), *_idle_objective(config.distill), *_idle_run(config)]
+    idle += _idle_layout(config, mode)
+    return [f"{name} has no effect: {why}" for name, why in idle]
 
 
 _Arguments = TypeVarTuple("_Arguments")
@@ -90,7 +90,10 @@ def _data_problems(data: DataConfig) -> list[str]:
 
 
 def _output_problems(folder: Path) -> list[str]:
-    """Whether the run can write: tried, since permissions say nothing to root nor of file systems like /proc."""
+    """What keeps the run from writing into `folder`.
+
+    It is tried, since permissions say nothing to root nor of file systems like /proc.
+    """
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir():
@@ -104,21 +107,10 @@ def _output_problems(folder: Path) -> list[str]:
 
 
 def layout_problems(config: RunConfig, mode: str | None, world_size: int | None) -> list[str]:
-    """One line for each setting that cannot lay the models out as it says; arguments as of `early_problems`."""
-    size, sharding = config.train.shard_size, config.teacher.sharding
+    """One line for each setting that cannot spread the models as it says, under the resolved `mode` if it is known."""
+    size = config.train.shard_size
     if _wants_deepspeed(config, mode):
-        problems = []
-        if size is not None:
-            problems.append(
-                f"train.shard_size is {size}, which is FSDP's: remove it, and set "
-                "deepspeed.zero_optimization.zero_hpz_partition_size to gather within groups of ranks"
-            )
-        if config.teacher.offload and sharding == "replicate":
-            problems.append(
-                "teacher.offload is true, which is ZeRO-3's work under deepspeed, but teacher.sharding is replicate: "
-                "set teacher.sharding to shard, or teacher.offload to false"
-            )
-        return problems
+        return _deepspeed_layout_problems(config)
     if size == 1 and (mode or config.train.parallel) == "fsdp1":
         return [
             "train.shard_size is 1, which FSDP1 takes for one process and reduces nothing: set train.parallel to ddp"
@@ -127,6 +119,21 @@ def layout_problems(config: RunConfig, mode: str | None, world_size: int | None)
         return []
     divisors = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
     return [f"train.shard_size is {size}, wanted a divisor of the {world_size} ranks: set it to {divisors} or null"]
+
+
+def _deepspeed_layout_problems(config: RunConfig) -> list[str]:
+    problems, size = [], config.train.shard_size
+    if size is not None:
+        problems.append(
+            f"train.shard_size is {size}, which is FSDP's: remove it, and set "
+            "deepspeed.zero_optimization.zero_hpz_partition_size to gather within groups of ranks"
+        )
+    if config.teacher.offload and config.teacher.sharding == "replicate":
+        problems.append(
+            "teacher.offload is true, which is ZeRO-3's work under deepspeed, but teacher.sharding is replicate: "
+            "set teacher.sharding to shard, or teacher.offload to false"
+        )
+    return problems
 
 
 def _wants_deepspeed(config: RunConfig, mode: str | None) -> bool:
@@ -144,8 +151,8 @@ def _deepspeed_problems(
             "pip install --no-build-isolation 'kd-plugin[deepspeed]'"
         )
     if wanted or (mode is None and config.train.parallel == "auto" and config.deepspeed is not None):
-        found = zero_block.conflicts(config, world_size=world_size, accumulation=accumulation)
-        problems += [f"{line}; change or remove the key, or write auto" for line in found]
+        conflicts = zero_block.conflicts(config, world_size=world_size, accumulation=accumulation)
+        problems += [f"{conflict}; change or remove the key, or write auto" for conflict in conflicts]
     return problems
 
 
@@ -192,6 +199,17 @@ def _idle_objective(distill: DistillConfig) -> Idle:
         soft = ["divergence", "terms", "temperature", "temperature_power", "beta", "alpha"]
         yield from _each_changed(distill, soft, "distill.soft_weight is 0")
         return
+    yield from _idle_options(distill)
+    terms = distill.terms or ()
+    own = [term.temperature for term in terms]
+    if terms and None not in own:
+        yield from _each_changed(distill, ["temperature"], "each term has its own")
+    if all((temperature or distill.temperature) == 1 for temperature in own or [None]):
+        yield from _each_changed(distill, ["temperature_power"], "the temperature is 1")
+
+
+def _idle_options(distill: DistillConfig) -> Idle:
+    """Options of divergences (beta, alpha) that no divergence of the objective takes."""
     terms = distill.terms or ()
     for key, users in _USERS.items():
         takers = [term for term in terms if term.name in users]
@@ -202,11 +220,6 @@ def _idle_objective(distill: DistillConfig) -> Idle:
         for index, term in enumerate(terms):
             if term.name not in users and getattr(term, key) is not None:
                 yield f"distill.terms.{index}.{key}", f"it belongs to {' and '.join(users)}, not to {term.name}"
-    own = [term.temperature for term in terms]
-    if terms and None not in own:
-        yield from _each_changed(distill, ["temperature"], "each term has its own")
-    if all((temperature or distill.temperature) == 1 for temperature in own or [None]):
-        yield from _each_changed(distill, ["temperature_power"], "the temperature is 1")
 
 
 _USERS = {option: [name for name, about in BUILT_IN.items() if option in about.options] for option in ("beta", "alpha")}

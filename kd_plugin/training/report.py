@@ -29,13 +29,16 @@ _QUALITY = {
 def continuations(
     models: Mapping[str, nn.Module], tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int
 ) -> dict[str, str]:
-    """Each model's greedy continuation of `prompt`; for sharded models all ranks must call this."""
+    """Name -> the model's greedy continuation of `prompt`, by `num_tokens`; sharded models need all ranks to call."""
     return {name: _continuation(model, tokenizer, prompt, num_tokens) for name, model in models.items()}
 
 
 @torch.no_grad()
 def _continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
-    """Without a key-value cache: a few tokens are not worth depending on every model's cache under sharding."""
+    """The greedy continuation of one model, without a key-value cache.
+
+    A few tokens are not worth depending on every model's cache under sharding.
+    """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)  # [1, S]
     start = ids.shape[1]
@@ -50,7 +53,7 @@ def _continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: 
 
 
 def diverged(history: Sequence[Mapping[str, float]], after: Mapping[str, float]) -> str:
-    """One line about a student that predicts nothing any more, else nothing. The same on all ranks."""
+    """One line about a student that predicts nothing any more, or an empty text. The same on all ranks."""
     if math.isfinite(after["hard_loss"]):
         return ""
     steps = (f"{values['step']:.0f}" for values in history if not math.isfinite(values["loss"]))
@@ -77,13 +80,7 @@ def report(
     lines = ["", f"{'on held-out text':<28}{'before':>12}{'after':>12}{'change':>10}"]
     lines += [_quality_line(name, before, after) for name in _QUALITY if name in before and name in after]
     lines += ["", *progress] if (progress := _progress(history, before, after)) else []
-    total = sum(seconds.values())
-    split = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
-    lines += ["", f"wall time   {duration(total)}: {split}"]
-    peaks = ", ".join(
-        f"{name.removesuffix('_gib').replace('_', ' ')} {value:.2f} GiB" for name, value in memory.items()
-    )
-    lines += [f"peak memory {peaks} (largest rank)"] if peaks else []
+    lines += ["", *_resources(seconds, memory)]
     lines += [f"{name:<11} {text!r}" for name, text in samples.items()]
     lines += [f"{name:<11} {place}" for name, place in places.items()]
     return "\n".join(lines)
@@ -96,6 +93,15 @@ def _quality_line(name: str, before: Mapping[str, float], after: Mapping[str, fl
     else:
         change = f"{after[name] / before[name] - 1:+.1%}" if before[name] else "-"
     return f"{label:<28}{form.format(before[name]):>12}{form.format(after[name]):>12}{change:>10}"
+
+
+def _resources(seconds: Mapping[str, float], memory: Mapping[str, float]) -> list[str]:
+    split = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+    peaks = ", ".join(
+        f"{name.removesuffix('_gib').replace('_', ' ')} {value:.2f} GiB" for name, value in memory.items()
+    )
+    lines = [f"wall time   {duration(sum(seconds.values()))}: {split}"]
+    return [*lines, f"peak memory {peaks} (largest rank)"] if peaks else lines
 
 
 def _progress(

@@ -13,7 +13,11 @@ from kd_plugin.settings.run import RunConfig, TrainConfig
 
 
 def parallel_mode(config: RunConfig, world_size: int) -> str:
-    """Resolve `train.parallel`; raises EngineError when one process is wanted but several were started."""
+    """Resolve `train.parallel` for `world_size` ranks: "single", "ddp", "fsdp", "fsdp1" or "deepspeed".
+
+    Raises:
+        EngineError: one process is wanted but several were started.
+    """
     mode = config.train.parallel
     if mode == "auto":
         return "fsdp" if world_size > 1 else "single"

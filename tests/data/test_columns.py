@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kd_plugin.data import conversations
+from kd_plugin.data import chat_template, conversations
 from kd_plugin.data.documents import DataError
 from kd_plugin.data.packing import Document
 from tests.chat_data import CHAT, CONVERSATION, MARKED_CHAT, make_tokenizer, read, shown, write_jsonl
@@ -379,6 +379,6 @@ def test_so_is_one_of_a_parquet_file(tmp_path: Path) -> None:
 
 
 def test_marked_templates_and_broken_ones_are_looked_at_too() -> None:
-    assert conversations._variables(MARKED_CHAT) == {"messages"}
-    assert conversations._variables("{% for m in messages %}{% break %}{% endfor %}{{ x }}") == {"messages", "x"}
-    assert conversations._variables("{% if %}") == frozenset()
+    assert chat_template._variables(MARKED_CHAT) == {"messages"}
+    assert chat_template._variables("{% for m in messages %}{% break %}{% endfor %}{{ x }}") == {"messages", "x"}
+    assert chat_template._variables("{% if %}") == frozenset()
