@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -171,13 +172,27 @@ def original_of_compiled(module: object) -> nn.Module | None:
 def compiled_alone(body: Callable[..., Tensor], *, max_graphs: int) -> Callable[..., Tensor]:
     """`body` by `torch.compile`: whole graphs, at most `max_graphs`, apart from those of other calls with its code.
 
-    Before torch 2.13 all share one cache, and torch's own limit holds for them together. On a GPU torch would
-    otherwise time several shapes of a kernel's blocks, on which the last bits of sums depend.
+    On a GPU torch would otherwise time several shapes of a kernel's blocks, on which the last bits of sums depend.
     """
-    wanted = {"isolate_recompiles": True, "recompile_limit": max_graphs}
-    known = inspect.signature(torch.compile).parameters
-    newer: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
-    return torch.compile(body, fullgraph=True, options={"deterministic": True}, **newer)
+    options: dict[str, Any] = {"fullgraph": True, "options": {"deterministic": True}}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        return torch.compile(body, **options, **{"isolate_recompiles": True, "recompile_limit": max_graphs})
+    alone = torch.compile(_with_code_of_its_own(body), **options)
+
+    def limited(*tensors: Tensor | None) -> Tensor:
+        with _dynamo("config.patch")(recompile_limit=max_graphs):
+            return alone(*tensors)
+
+    return limited
+
+
+def _with_code_of_its_own(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A call of `body` by a function whose code is no other's: by its code torch before 2.13 finds what it compiled."""
+
+    def call(*tensors: Tensor | None) -> Tensor:
+        return body(*tensors)
+
+    return FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
 
 
 def floats_as_constants() -> AbstractContextManager[None]:

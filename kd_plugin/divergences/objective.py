@@ -34,7 +34,7 @@ class Objective(NamedTuple):
     @property
     def needs_teacher(self) -> bool:
         """Whether any teacher logits are read at all."""
-        return bool(self.terms) and self.soft_weight != 0
+        return len(self.terms) > 0 and self.soft_weight != 0
 
     @property
     def by_rank(self) -> bool:

@@ -6,12 +6,13 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.utils import _python_dispatch
 
@@ -186,16 +187,41 @@ def test_a_compiled_module_has_its_original() -> None:
     assert torch_internals.original_of_compiled(object()) is None
 
 
-@pytest.mark.parametrize("known", [(), ("recompile_limit",), ("recompile_limit", "isolate_recompiles")])
-def test_torch_compile_gets_only_what_it_knows(known: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_compile_is_asked_for_a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, object] = {}
-    parameters = ", ".join(("body", "*", "fullgraph", "options", *(f"{name}=None" for name in known)))
-    namespace: dict[str, Callable[..., object]] = {}
-    exec(f"def compile({parameters}):\n    given.update(locals())\n    return body", {"given": given}, namespace)
-    monkeypatch.setattr(torch, "compile", namespace["compile"])
+
+    def compile_(body: object, *, isolate_recompiles: bool = False, **options: object) -> object:
+        given.update(options, isolate_recompiles=isolate_recompiles)
+        return body
+
+    monkeypatch.setattr(torch, "compile", compile_)
     assert torch_internals.compiled_alone(count, max_graphs=5) is count
-    wanted = {"recompile_limit": 5, "isolate_recompiles": True}
-    assert {name: given[name] for name in wanted if name in given} == {name: wanted[name] for name in known}
+    assert given["isolate_recompiles"] is True
+    assert given["recompile_limit"] == 5
+
+
+def test_a_torch_without_it_has_a_cache_for_each_code_and_the_limit_around_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twelve sizes of each of two kernels with the same body are compiled; torch's own limit allows eight together."""
+    original, graphs = torch.compile, []
+
+    def compile_(body: Callable[..., Tensor], *, fullgraph: bool, options: object) -> Callable[..., Tensor]:
+        def backend(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., object]:
+            graphs.append(graph)
+            return graph.forward
+
+        return original(body, fullgraph=fullgraph, backend=backend, dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    kernels = [torch_internals.compiled_alone(partial(torch.mul, factor), max_graphs=12) for factor in (2, 3)]
+    for size in range(2, 14):
+        for kernel, factor in zip(kernels, (2, 3), strict=True):
+            assert torch.equal(kernel(torch.ones(size)), torch.full((size,), float(factor)))
+    assert len(graphs) == 24
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        kernels[0](torch.ones(14))
 
 
 # -- the rule -----------------------------------------------------------------------------------------------------
