@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.data.documents import Batch, TrainBatches
-from kd_plugin.distributed.collectives import of_others
+from kd_plugin.distributed.collectives import named_in_wrapper
 from kd_plugin.engines.process_group import Placement, reduce_numbers
 from kd_plugin.engines.protocol import Engine
 from kd_plugin.settings.run import DistillConfig, RunConfig
@@ -77,7 +77,7 @@ def run_steps(session: Session, first: int, before: dict[str, float]) -> dict[st
     started = window_start = time.perf_counter()
     window, result, finite = 0, before, FiniteWatch(scaled=scales_loss(session.config))
     for step in progress(first, train.max_steps, rank=session.place.rank):
-        with of_others(f"in step {step}"):
+        with named_in_wrapper(f"in step {step}"):
             loss, gradient_norm = _train_step(session, step)
             finite.add(step, loss, gradient_norm)
         window += 1
