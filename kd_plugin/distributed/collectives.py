@@ -58,8 +58,11 @@ def named(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def of_others(where: str) -> Iterator[None]:
-    """The same for collectives that a wrapper calls inside, known by the words of gloo and NCCL only."""
+def named_in_wrapper(where: str) -> Iterator[None]:
+    """Turn a failure of a wrapper's own collective inside into a `CollectiveError` that says `where` that was.
+
+    Such a failure is a plain RuntimeError, told from others by the words of gloo and NCCL.
+    """
     try:
         yield
     except CollectiveError:
@@ -93,7 +96,7 @@ class Pending:
         self._handle, self._what = handle, what
 
     def wait(self) -> None:
-        """Until it is done (on the host; on a GPU, until its stream may go on)."""
+        """Wait until it is done (on the host; on a GPU, until its stream may go on)."""
         with named(self._what):
             self._handle.wait()
 

@@ -32,26 +32,26 @@ class Head(NamedTuple):
     vocab_size: int
     width: int
     ranks: int
-    """That cut it; 1 for a head that is whole on each rank, or tied to an embedding that is gathered anyway."""
+    """How many ranks cut it; 1 if it is whole on each rank, or tied to an embedding that is gathered anyway."""
     item_bytes: int
-    """Of a weight, and of a hidden state."""
+    """Bytes of one weight, and of one number of a hidden state."""
     reduced_bytes: int = 0
-    """Of an element of its gradient as it is reduced; 0 for a frozen head."""
+    """Bytes of one number of its gradient as it is reduced; 0 for a frozen head."""
 
     @property
     def num_bytes(self) -> float:
-        """To gather it once and to reduce-scatter its gradient once."""
+        """Bytes that a rank receives to gather it once and to reduce-scatter its gradient once."""
         numel = self.vocab_size * self.width
         return (self.ranks - 1) / self.ranks * numel * (self.item_bytes + self.reduced_bytes)
 
 
 def weight_bytes(student: Head, teacher: Head) -> float:
-    """Of `exchange: weight`."""
+    """Bytes that a rank receives per micro-batch with `exchange: weight`."""
     return student.num_bytes + teacher.num_bytes
 
 
 def logits_bytes(student: Head, teacher: Head, rows: float, *, ranks: int) -> float:
-    """Of `exchange: logits` among `ranks`, with `rows` each."""
+    """Bytes that a rank receives per micro-batch with `exchange: logits` among `ranks`, with `rows` each."""
     return student.num_bytes + teacher_logits_bytes(student, teacher, rows, ranks=ranks)
 
 
@@ -64,7 +64,7 @@ def teacher_logits_bytes(student: Head, teacher: Head, rows: float, *, ranks: in
 def stats_bytes(
     student: Head, teacher: Head | None, rows: float, *, ranks: int, numbers: tuple[int, int] = _KL_NUMBERS
 ) -> float:
-    """Of `exchange: stats` among `ranks`, with `rows` each.
+    """Bytes that a rank receives per micro-batch with `exchange: stats` among `ranks`, with `rows` each.
 
     `numbers` are m and k, as `sharded_numbers.exchanged_numbers` counts them; by default those of a KL at temperature
     1 with cross-entropy and metrics.
@@ -80,7 +80,7 @@ def stats_bytes(
 def volumes(
     student: Head, teacher: Head, rows: float, *, ranks: int, numbers: tuple[int, int] = _KL_NUMBERS
 ) -> dict[str, float]:
-    """What `auto` compares."""
+    """The bytes of each mode, which `auto` compares."""
     return {
         "weight": weight_bytes(student, teacher),
         "logits": logits_bytes(student, teacher, rows, ranks=ranks),
@@ -114,6 +114,6 @@ def cheapest(
         without: modes that are not possible.
     """
     numbers = exchanged_numbers(make_objective(config), teacher.vocab_size < student.vocab_size)
-    found = volumes(student, teacher, rows, ranks=ranks, numbers=numbers)
-    found = {mode: size for mode, size in found.items() if mode not in without}
-    return min(found, key=lambda mode: found[mode]), found
+    every = volumes(student, teacher, rows, ranks=ranks, numbers=numbers)
+    possible = {mode: size for mode, size in every.items() if mode not in without}
+    return min(possible, key=lambda mode: possible[mode]), possible

@@ -1,9 +1,9 @@
 # pyright: strict
 """Teachers whose logits are spread over ranks by token id; each chunk is gathered, none is kept.
 
-`ShardedHeadTeacher` serves data-parallel ranks: every rank holds some rows of the teacher's head and has tokens
-of its own. Per chunk, the ranks gather each other's teacher hidden states, multiply them with their rows of the
-head, and send every rank the logits of its tokens (all-to-all). While a chunk's loss is computed, the next
+`ShardedHeadTeacher` serves data-parallel ranks: every rank holds a vocabulary slice of the teacher's head and has
+tokens of its own. Per chunk, the ranks gather each other's teacher hidden states, multiply them with their slices of
+the head, and send every rank the logits of its tokens (all-to-all). While a chunk's loss is computed, the next
 chunk's logits are already travelling, and the hidden states of the one after.
 
 `ShardedLogits` serves a tensor-parallel teacher: all ranks have the same tokens and a slice of their logits.
@@ -24,11 +24,11 @@ from kd_plugin.row_kernels.dispatch import LogitTransform
 
 
 class ShardedHeadTeacher:
-    """Rows of the teacher's head on each rank, tokens on each rank.
+    """The teacher of ranks that each have a vocabulary slice of its head, and tokens of their own.
 
     Args:
-        head: this rank's rows `[V_r, E]` of the head, with this rank's hidden states `[N, E]`.
-        bounds: first token id of every rank's rows, and the size of the shared vocabulary: W + 1 numbers.
+        head: this rank's slice `[V_r, E]` of the head, with this rank's hidden states `[N, E]`.
+        bounds: first token id of every rank's slice, and the size of the shared vocabulary: W + 1 numbers.
         group: the ranks, in the order of `bounds`.
     """
 
@@ -39,7 +39,7 @@ class ShardedHeadTeacher:
         self._rank = dist.get_rank(group)
 
     def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
-        """See `TeacherSource`; starts the exchange of the first chunk."""
+        """Get ready for the chunks of `plan`, `vocab_size` columns of `dtype` each; the first is then under way."""
         self._plan, self._dtype = plan, dtype
         self._columns = [
             min(stop, vocab_size) - min(start, vocab_size)
@@ -52,7 +52,7 @@ class ShardedHeadTeacher:
         self._send(0)
 
     def logits_into(self, out: Tensor, index: int) -> None:
-        """See `TeacherSource`. Returns with the next chunk under way."""
+        """Write the raw logits of chunk `index` into `out` `[n, V]`; returns with the next chunk under way."""
         assert self._arriving is not None
         received, sent, handle = self._arriving
         with self._plan.at(index):
@@ -66,7 +66,7 @@ class ShardedHeadTeacher:
 
     @property
     def held_bytes(self) -> int:
-        """See `TeacherSource`: a chunk's logits as they came, the next chunk's, and what is sent of it."""
+        """Bytes held while the chunks run: a chunk's logits as they came, the next chunk's, and what is sent of it."""
         chunk, sent = self._plan.chunk, len(self._columns) * self._columns[self._rank]
         return self.head.held_bytes + chunk * (2 * sum(self._columns) + sent) * self._dtype.itemsize
 
@@ -78,7 +78,7 @@ class ShardedHeadTeacher:
             self._gathering = all_gather(hidden, self.group, "the teacher's hidden states", wait=False)
 
     def _send(self, index: int) -> None:
-        """Multiply chunk `index` with this rank's rows, send the logits off, and ask for the chunk after it."""
+        """Multiply chunk `index` with this rank's slice, send the logits off, and ask for the chunk after it."""
         self._arriving = None
         if index >= self._plan.num_chunks:
             return
@@ -136,7 +136,7 @@ class ShardedLogits:
         self.transform = transform or LogitTransform()
 
     def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
-        """See `TeacherSource`; starts the exchange of the first chunk."""
+        """Get ready for the chunks of `plan`, `vocab_size` columns of `dtype` each; the first is then under way."""
         if plan.rows is None and plan.num_rows != self.local.shape[0]:
             raise ValueError(f"ShardedLogits has {self.local.shape[0]} rows, the student {plan.num_rows}")
         self._plan, self._vocab_size = plan, vocab_size
@@ -145,12 +145,12 @@ class ShardedLogits:
 
     @property
     def held_bytes(self) -> int:
-        """See `TeacherSource`: two chunks' logits as they came, and what is sent of one."""
+        """Bytes held while the chunks run: two chunks' logits as they came, and what is sent of one."""
         item = self.local.element_size()
         return self._plan.chunk * (2 * len(self._widths) + 1) * max(self._widths) * item
 
     def logits_into(self, out: Tensor, index: int) -> None:
-        """See `TeacherSource`. Returns with the next chunk under way."""
+        """Write the raw logits of chunk `index` into `out` `[n, V]`; returns with the next chunk under way."""
         assert self._arriving is not None
         gathered, handle = self._arriving
         with self._plan.at(index):

@@ -1,9 +1,9 @@
 """The loss with the vocabulary cut over the ranks: statistics cross the wire, no weights and no logits.
 
-Data-parallel ranks hold different tokens, and each may hold some rows of the heads (FSDP2 leaves it exactly
-that). Per chunk, the ranks gather each other's hidden states, multiply them with their own rows of both heads,
+Data-parallel ranks hold different tokens, and each may hold a vocabulary slice of the heads (FSDP2 leaves it exactly
+that). Per chunk, the ranks gather each other's hidden states, multiply them with their own slices of both heads,
 exchange a few numbers per token (maxima, sums of exponentials, some divergences' sums), and reduce-scatter the
-hidden states' gradient. The weight's gradient of a rank's rows needs nobody else. No rank ever holds a whole
+hidden states' gradient. The gradient of a rank's slice of the weight needs nobody else. No rank ever holds a whole
 head, its gradient, or a whole row of logits.
 
 A chunk takes three collectives: the gather, which runs while the chunk before is computed; one round of
@@ -52,13 +52,8 @@ class _Loop:
     ) -> None:
         teacher = problem.teacher
         assert teacher is None or isinstance(teacher, HeadTeacher)
-        self.problem, self.vocab_slice, self.bias, self.teacher, self.low_rank = (
-            problem,
-            vocab_slice,
-            bias,
-            teacher,
-            low_rank,
-        )
+        self.problem, self.vocab_slice = problem, vocab_slice
+        self.bias, self.teacher, self.low_rank = bias, teacher, low_rank
         self.weight = weight.to(hidden.dtype)
         self.dtype = wide_dtype(hidden.dtype)
         transform = dispatch.IDENTITY if teacher is None else teacher.transform
@@ -71,10 +66,10 @@ class _Loop:
         if teacher is not None:
             teacher.prepare(None, vocab_slice.teacher_columns, self.dtype, rounded=rounded)
         count = len(dispatch.STATISTICS)
-        self.own = hidden.new_zeros(count, dtype=self.dtype)  # sums over this rank's rows, of what ranks agree on
-        self.parts = hidden.new_zeros(
-            vocab_slice.world_size, count, dtype=self.dtype
-        )  # what this rank adds to each rank's
+        self.own = hidden.new_zeros(count, dtype=self.dtype)
+        """Sums over this rank's rows of the statistics that every rank has of them whole."""
+        self.parts = hidden.new_zeros(vocab_slice.world_size, count, dtype=self.dtype)
+        """What this rank's columns add to the sums of each rank."""
 
     def _rows_to_send(self, hidden: Tensor) -> dict[str, Tensor]:
         weights = self.problem.token_weights
@@ -114,14 +109,20 @@ class _Loop:
         return student, teacher
 
     def labels(self, targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every row, `[W * C, 1]`: label's column here (clamped), whether it is here, and the logit if it is."""
+        """Three numbers of every row, each `[W * C, 1]`, about its label.
+
+        Its column on this rank (0 where it is not here), whether it is here, and its logit (0 where it is not).
+        """
         here = (targets >= self.vocab_slice.start) & (targets < self.vocab_slice.stop)
         columns = torch.where(here, targets - self.vocab_slice.start, 0)
         own = logits.gather(1, columns) if self.vocab_slice.size else logits.new_zeros(columns.shape)
         return columns, here, torch.where(here, own, 0.0)
 
     def run(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
-        """-> what all ranks sent, gradient `[W * C, V_r]`; adds to the statistics."""
+        """Chunk `index` -> what all ranks sent of it, and the gradient of its logits `[W * C, V_r]`.
+
+        What it adds to the statistics is added to `own` and `parts`.
+        """
         given = self.gather.take(index)
         kernel, spec, vocab_slice = self.problem.row_kernel, self.spec, self.vocab_slice
         student, teacher = self.logits(given)
@@ -157,7 +158,7 @@ class _Loop:
         return self.own + reduce_scatter(self.parts, self.vocab_slice.group, "the statistics")[0]
 
     def take_low_rank_gradient(self, index: int, gradient: Tensor, factor: Tensor) -> None:
-        """Of the adapter's own rows here, and of its factor, whose gradient is a sum over the vocabulary."""
+        """Add the gradient of the adapter's slice, and write that of its factor, which is a sum over the vocabulary."""
         assert self.low_rank is not None
         self.low_rank.accumulate_up(gradient, factor)
         if self.low_rank.grad_factor is not None:
@@ -182,11 +183,11 @@ class _Context(Context, Protocol):
 
 
 class VocabParallelDistill(torch.autograd.Function):
-    """(hidden [N, D], weight rows [V_r, D], bias [V_r], problem, vocab_slice, weight_scale) -> (loss sum, statistics).
+    """(hidden [N, D], weight slice [V_r, D], bias [V_r], problem, vocab_slice, weight_scale) -> (loss sum, statistics).
 
-    A low-rank term follows as (factor [N, r], up rows [V_r, r]).
+    A low-rank term follows as (factor [N, r], slice of up [V_r, r]).
     Each rank's loss sum is that of its own rows, and the hidden states' gradient that of all ranks' vocabulary.
-    The weight's gradient is that of all ranks' rows, times `weight_scale`.
+    The gradient of a slice is that of all ranks' rows, times `weight_scale`.
     """
 
     @staticmethod

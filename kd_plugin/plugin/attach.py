@@ -1,12 +1,7 @@
 """`attach` a teacher to a student: `student(input_ids, labels=...).loss` becomes the distillation loss.
 
-One forward of the student in distillation mode:
-
-    student backbone -> teacher(...) under no_grad -> teacher backbone -> teacher.lm_head
-                                                                         \\-> student.lm_head: the loss
-
-Each head is only ever used inside its own module's forward, the student's nested in the teacher's, because
-that is where every wrapper (DDP, FSDP1, FSDP2, ZeRO-3) guarantees a whole weight and a reduced gradient.
+One forward of the student in distillation mode is its backbone (`student_side`), then both heads (`both_heads`), of
+which its own computes the loss.
 """
 
 from __future__ import annotations
@@ -20,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from kd_plugin.distributed.collectives import located, num_ranks, of_others
+from kd_plugin.distributed.collectives import located, named_in_wrapper, num_ranks
 from kd_plugin.distributed.uncompiled import uncompiled
-from kd_plugin.exchange.mode import Consumer, Exchange
+from kd_plugin.exchange.mode import Exchange
 from kd_plugin.loss import checks
 from kd_plugin.loss.chunk_size import chunk_rows
 from kd_plugin.loss.head_call import HeadCall
-from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.plugin import arguments, causal_lm
+from kd_plugin.plugin.both_heads import BothHeads
 from kd_plugin.plugin.labels import check_same_rows
 from kd_plugin.plugin.metrics import Measures
 from kd_plugin.plugin.model_output import check_readable, model_output, per_item
@@ -42,7 +37,20 @@ from kd_plugin.settings.run import DistillConfig
 
 
 class Plugin:
-    """A student bound to its teacher; made by `attach`."""
+    """A student bound to its teacher; made by `attach`.
+
+    With `labels`, the student's forward also takes `num_items_in_batch` (valid tokens of the whole optimizer step over
+    all ranks, as the Hugging Face Trainer passes it: then loss = local sum / num_items_in_batch and the caller undoes
+    the wrapper's averaging), `loss_rows` (flat indices of the rows that count, found on the host) and `token_weights`
+    (`[B, S]`, by row: that of the token which row s predicts). Without `num_items_in_batch` one collective counts the
+    valid tokens of all ranks (in exchange logits and stats the one that settles the chunks anyway), and the loss is
+    scaled so that gradients averaged over the ranks are those of the global mean; over several micro-batches that is a
+    mean of means. The output has a loss and no logits. What a mixture of experts adds to its loss (router losses) is
+    added with the model's own coefficients, as if it were a loss of each valid token: a step has the mean of its
+    forwards' router losses, weighted by their valid tokens. Without gradients and without `num_items_in_batch` the loss
+    is the mean over this rank's tokens, for which no other rank is needed; only where FSDP or ZeRO-3 shards a model do
+    its forwards want all ranks.
+    """
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module | None, config: DistillConfig, group: ProcessGroup | None = None
@@ -91,11 +99,12 @@ class Plugin:
     @property
     def chunk_size(self) -> int:
         """Rows per chunk, resolved."""
-        return chunk_rows(self.config, self.student_vocab_size, self.exchange.teacher_size)
+        teacher = self.exchange.teacher
+        return chunk_rows(self.config, self.student_vocab_size, None if teacher is None else teacher.vocab_size)
 
     @property
     def student_vocab_size(self) -> int:
-        """Rows of the student's head, whole."""
+        """Token ids of the student's head, whole."""
         return self._student.vocab_size
 
     def detach(self) -> None:
@@ -103,27 +112,23 @@ class Plugin:
         while self._undo:
             self._undo.pop()()
 
-    # -- attaching ------------------------------------------------------------------------------------------
-
-    def _attach_student(self) -> None:
-        self._student = side = StudentSide(self.student, self._distill_forward, self.config)
-        self._undo.append(side.restore)
+    def _attach(self) -> None:
+        self._student = student = StudentSide(self.student, self._distill_forward, self.config)
+        self._undo.append(student.restore)
         if num_ranks(self.group) > 1:
-            self._undo.append(NamedCall(side.model).restore)
-            self._undo.append(before_first_step(side.slot.module, self._compare_ranks))
+            self._undo.append(NamedCall(student.model).restore)
+            self._undo.append(before_first_step(student.slot.module, self._compare_ranks))
+        teacher = None
+        if self.config.soft_weight and self.teacher is not None:
+            teacher = TeacherSide(self.teacher, self.exchange, self._measures.watch)
+            self._undo.append(teacher.restore)
+            check_same_rows(student.labels.convention, teacher.convention)
+            checks.warn_of_untrained_rows(self.config, student.slot.module, student.vocab_size, teacher.head.vocab_size)
+        self._heads = BothHeads(student, teacher, self.exchange, self._measures.watch)
 
     def _compare_ranks(self) -> None:
         """Before a wrapper gathers the head, which would fail in its own words where the ranks' heads differ."""
         self.exchange.compare(self._student.linear)
-
-    def _attach_teacher(self, teacher: nn.Module) -> None:
-        self._teacher = side = TeacherSide(teacher, self.exchange, self._measures.watch)
-        self._undo.append(side.restore)
-        student = self._student
-        check_same_rows(student.convention, side.convention)
-        checks.warn_of_untrained_rows(self.config, student.slot.module, student.vocab_size, side.vocab_size)
-
-    # -- one step -------------------------------------------------------------------------------------------
 
     @torch.compiler.disable(recursive=False)
     def _distill_forward(
@@ -144,13 +149,14 @@ class Plugin:
             return student.own_forward(**inputs)
         # Who has counted the rows on the host has looked at the ids there, and the step waits for nothing.
         looked_at = loss_rows is not None
-        targets = student.targets(inputs, labels, shift_labels, looked_at=looked_at)
+        vocab_size, ignored = None if looked_at else student.vocab_size, self.config.ignore_index
+        targets = student.labels.targets(inputs, labels, shift_labels, ignore_index=ignored, vocab_size=vocab_size)
         if not looked_at:
             self._check_inputs(inputs)
         inputs.pop("logits_to_keep", None)
         mode, chunk_size = self.exchange.mode or self.config.exchange, self.config.chunk_size
         with located(lambda: f"{targets.numel()} rows, exchange {mode}, chunk_size {chunk_size}"):
-            with of_others("in its forward"), student.watch.our_forward():
+            with named_in_wrapper("in its forward"), student.watch.our_forward():
                 output = self._loss(inputs, targets, loss_rows, token_weights, num_items_in_batch)
         student.watch.loss_ran()
         return output
@@ -171,62 +177,22 @@ class Plugin:
         token_weights: Tensor | None,
         num_items: int | Tensor | None,
     ) -> Any:
-        needs_teacher = bool(self.config.soft_weight)
-        if needs_teacher:
+        if self.config.soft_weight:
             check_readable(inputs)
-        self.exchange.check(self._student.linear, self.teacher if needs_teacher else None)
+        self.exchange.check(self._student.linear, self.teacher if self.config.soft_weight else None)
         with self._measures.watch.region("student", targets.device):
             backbone, router_loss = self._student.backbone(inputs, targets.device)
         hidden = backbone.hidden_states
         checks.loss_targets(targets, hidden.shape[:-1], self.config)
         checks.token_weights(token_weights, hidden)
         call = HeadCall(None, targets, loss_rows, token_weights)
-        loss_sum = self._through_heads(hidden, call, inputs)
+        loss_sum = self._heads.loss_sum(hidden, call, inputs, self.teacher)
         assert call.sums is not None
         self._measures.add(call.sums, router_loss)
         counted = None if self.exchange.in_groups else call.sums.group_rows
         loss_sum = with_router_loss(loss_sum, router_loss, call.sums)
         loss = per_item(loss_sum, call.sums.num_valid, num_items, self.group, counted)
         return model_output(loss, backbone.output, self._student.model.config)
-
-    @uncompiled
-    def _through_heads(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
-        """Run the teacher and, inside its head's forward, the student's head -> loss sum."""
-        weight = self._student.linear.weight
-        if self.config.soft_weight:
-            self._teacher.look_again(inputs)
-        if self.exchange.cuts_teacher(hidden, weight, self.student_vocab_size):
-            return self._with_teacher_slice(hidden, call, inputs)
-        if not self.config.soft_weight:
-            return self._student_head(hidden, call)
-        results: list[Tensor] = []
-        with_gradient = torch.is_grad_enabled()
-
-        def use(teacher: HeadTeacher) -> None:
-            call.teacher = teacher
-            with torch.set_grad_enabled(with_gradient):
-                results.append(self._student_head(hidden, call))
-
-        self._run_teacher(inputs, Consumer(use))
-        call.teacher = None
-        return results[0]
-
-    def _with_teacher_slice(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any]) -> Tensor:
-        """The same where each rank keeps rows of the teacher's head: it is whole in the first call only."""
-        consumer = self.exchange.consumer(call)
-        if self.config.soft_weight:
-            self._run_teacher(inputs, consumer)
-        loss_sum = self._student_head(hidden, call)
-        call.teacher = None
-        return loss_sum
-
-    def _student_head(self, hidden: Tensor, call: HeadCall) -> Tensor:
-        with self._measures.watch.region("loss", hidden.device):
-            return self._student.head(hidden, call)
-
-    def _run_teacher(self, inputs: dict[str, Any], consumer: Consumer) -> None:
-        assert self.teacher is not None
-        self._teacher.run(self.teacher, inputs, consumer)
 
 
 def attach(
@@ -250,24 +216,12 @@ def attach(
         tokenizers: `(student_tokenizer, teacher_tokenizer)`, compared if given.
 
     Returns:
-        The plugin: `metrics()`, `detach()`.
+        The plugin: `metrics()`, `detach()`; what the student's forward then takes and returns is said there.
 
-    With `labels`, the student's forward also takes `num_items_in_batch` (valid tokens of the whole optimizer
-    step over all ranks, as the Hugging Face Trainer passes it: then loss = local sum / num_items_in_batch and
-    the caller undoes the wrapper's averaging), `loss_rows` (flat indices of the rows that count, found on the
-    host) and `token_weights` (`[B, S]`, by row: that of the token which row s predicts). Without
-    `num_items_in_batch` one collective counts the valid tokens of all ranks (in exchange logits and stats the one
-    that settles the chunks anyway), and the loss is scaled so that gradients averaged over the ranks are those of
-    the global mean; over several micro-batches that is a mean of means. The output has a loss and no logits. What a
-    mixture of experts adds to its loss (router losses) is added with the model's own coefficients, as if it were a
-    loss of each valid token: a step has the mean of its forwards' router losses, weighted by their valid tokens.
-    Without gradients and without `num_items_in_batch` the loss is the mean over this rank's tokens, for which no
-    other rank is needed; only where FSDP or ZeRO-3 shards a model do its forwards want all ranks.
-
-    A student's head with more rows than the teacher's: cross-entropy and perplexity are the student's own, over all
-    its rows, and any of them may be a label; the soft loss is over the rows of both; kl_t1, top1_agreement and
+    A student with more token ids than its teacher: cross-entropy and perplexity are the student's own, over all its
+    ids, and any of them may be a label; the soft loss is over the ids of both; kl_t1, top1_agreement and
     acceptance_rate give the others probability 0 under the teacher. With `hard_weight=0` nothing trains the others,
-    which a warning says. Rows that only the teacher has do not exist.
+    which a warning says. Ids that only the teacher has do not exist.
 
     Raises:
         ValueError: a head that is sharded, quantised or not linear, logits changed in an unknown way, a student
@@ -277,9 +231,7 @@ def attach(
     arguments.of_attach(student, teacher, config, tokenizers)
     plugin = Plugin(student, teacher, config, group)
     try:
-        plugin._attach_student()
-        if config.soft_weight and teacher is not None:
-            plugin._attach_teacher(teacher)
+        plugin._attach()
     except Exception:
         plugin.detach()
         raise

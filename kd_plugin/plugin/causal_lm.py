@@ -40,7 +40,7 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def unwrap_model(model: nn.Module) -> PreTrainedModel:
-    """The same, of what has to be a model as Transformers has them; what it lacks shows where that is used."""
+    """`unwrap`, for a model that has to be one of Transformers; what it lacks shows where that is used."""
     return cast("PreTrainedModel", unwrap(model))
 
 
@@ -187,15 +187,20 @@ def run_backbone(
         return rows.expand(*hidden_states.shape[:-2], -1, -1).clone()
 
     hidden_states, output = run_with_stand_in(slot, forward, inputs, known)
+    return Backbone(hidden_states, output, _after_known(output, slot.parent, vocab_size, side))
+
+
+def _after_known(output: object, model: nn.Module, vocab_size: int, side: str) -> AfterHead:
+    """What the model did to the known rows of each sequence, the same in all."""
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise no_logits(slot.parent, side)
+        raise no_logits(model, side)
     if logits.shape[-1] != vocab_size:
-        raise other_size(slot.parent, side, vocab_size, logits.shape[-1])
-    each = logits.reshape(-1, NUM_ROWS, vocab_size)  # of each sequence
+        raise other_size(model, side, vocab_size, logits.shape[-1])
+    each = logits.reshape(-1, NUM_ROWS, vocab_size)
     if not logits.is_meta and not torch.allclose(each[0], each[-1], rtol=1e-3, atol=1e-3):
-        raise changed_by_place(slot.parent, side)
-    return Backbone(hidden_states, output, after_head(each[0], slot.parent, side))
+        raise changed_by_place(model, side)
+    return after_head(each[0], model, side)
 
 
 def no_logits(model: nn.Module, side: str) -> LogitsChanged:

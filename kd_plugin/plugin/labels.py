@@ -79,7 +79,7 @@ def shift_of(first: OwnLoss, second: OwnLoss | None = None) -> bool | None:
 
 
 def learn_shift(first: OwnLoss, again: Callable[[], OwnLoss | None]) -> tuple[bool | None, bool]:
-    """As `shift_of`, and whether the model adds something to the cross-entropy.
+    """Whether a model's own loss shifts its labels, as `shift_of` has it, and whether it adds to the cross-entropy.
 
     `again` gives the loss of other logits, and is asked only where the first is no cross-entropy.
     """

@@ -39,7 +39,7 @@ def known_rows(vocab_size: int) -> Tensor:
 
 
 def configurations(model: nn.Module) -> tuple[Any, Any]:
-    """Of the whole model and of its text part, often the same; None where it has none."""
+    """The configurations of the whole model and of its text part, often the same; None where it has none."""
     config: Any = getattr(model, "config", None)
     return config, config.get_text_config() if hasattr(config, "get_text_config") else config
 
@@ -63,27 +63,30 @@ def after_head(logits: Tensor, model: nn.Module, side: str) -> AfterHead:
     tolerance = _TOLERANCES.get(logits.dtype, 1e-4)
     if logits.is_meta:
         raise LogitsChanged(f"the {side} ({type(model).__name__}) is on the meta device: load its weights first")
-    seen = logits.detach().to(device="cpu", dtype=torch.float32)
-    known = known_rows(seen.shape[-1])
+    after = _fitting(logits.detach().to(device="cpu", dtype=torch.float32), declared(model), tolerance)
+    if after is None:
+        raise LogitsChanged(
+            f"the {side} ({type(model).__name__}) changes its logits after the head by more than a scale, a tanh "
+            "soft-cap or a bias: the loss would be computed on other logits than the model's; use DistillHead directly"
+        )
+    return after
 
-    def fits(transform: LogitTransform, shaped: Tensor) -> bool:
-        return torch.allclose(transform.apply(known[1]), shaped, rtol=tolerance, atol=tolerance)
 
+def _fitting(seen: Tensor, declared_transform: LogitTransform, tolerance: float) -> AfterHead | None:
+    """What makes the logits `seen` `[NUM_ROWS, V]` of the known rows, within a relative and absolute `tolerance`."""
+    ramp = known_rows(seen.shape[-1])[1]
     bias, shaped = seen[0], seen[1] - seen[0]
+
+    def fits(transform: LogitTransform) -> bool:
+        return torch.allclose(transform.apply(ramp), shaped, rtol=tolerance, atol=tolerance)
+
     linear = LogitTransform(scale=float(shaped[-1]) / _LIMIT)
     if bias.any():
-        for transform in (LogitTransform(), linear):
-            if fits(transform, shaped) and transform.scale:
-                return AfterHead(transform, bias / transform.scale)
-    else:
-        capped = LogitTransform(scale=float(seen[3, 0]) / _SMALL, softcap=float(seen[2, 0]))
-        for transform in (LogitTransform(), declared(model), linear, capped):
-            if fits(transform, shaped):
-                return AfterHead(transform)
-    raise LogitsChanged(
-        f"the {side} ({type(model).__name__}) changes its logits after the head by more than a scale, a tanh "
-        "soft-cap or a bias: the loss would be computed on other logits than the model's; use DistillHead directly"
-    )
+        possible = (transform for transform in (LogitTransform(), linear) if transform.scale and fits(transform))
+        return next((AfterHead(transform, bias / transform.scale) for transform in possible), None)
+    capped = LogitTransform(scale=float(seen[3, 0]) / _SMALL, softcap=float(seen[2, 0]))
+    every = (LogitTransform(), declared_transform, linear, capped)
+    return next((AfterHead(transform) for transform in every if fits(transform)), None)
 
 
 def other_size(model: nn.Module, side: str, wanted: int, found: int) -> LogitsChanged:

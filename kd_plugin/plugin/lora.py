@@ -110,7 +110,7 @@ def _term(factor: Tensor, up: Tensor, bias: Tensor | None, scaling: float) -> Lo
 
 
 def on_shards(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
-    """The loss on the rows that FSDP2 left here, of the student's head and of its adapters.
+    """The loss on the vocabulary slice of the student's head and its adapters that FSDP2 left here.
 
     What is small, lora_A, is gathered here: the modules' own forwards would gather the head with it.
     """

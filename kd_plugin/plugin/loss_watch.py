@@ -194,7 +194,7 @@ class _Hook:
 
 
 class _BackboneHook:
-    """Likewise, of the backbone."""
+    """The hook of the backbone; that of a copy knows no watch."""
 
     def __init__(self, watch: LossWatch | None) -> None:
         self._watch = watch

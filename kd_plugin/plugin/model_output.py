@@ -22,10 +22,10 @@ _OF_ONE_MODEL = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "p
 
 def check_readable(inputs: Mapping[str, object]) -> None:
     """Raise `ValueError` for inputs of the student from which the teacher would compute something else."""
-    found = [name for name in _OF_ONE_MODEL if inputs.get(name) is not None]
-    if found:
+    unreadable = [name for name in _OF_ONE_MODEL if inputs.get(name) is not None]
+    if unreadable:
         raise ValueError(
-            f"the student got {', '.join(found)}, which the teacher cannot read: pass input_ids (and "
+            f"the student got {', '.join(unreadable)}, which the teacher cannot read: pass input_ids (and "
             "decoder_input_ids), from which each model makes its own"
         )
 

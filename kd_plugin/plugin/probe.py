@@ -78,27 +78,26 @@ def observe(model: PreTrainedModel, slot: HeadSlot, side: str) -> Observed:
 
 def _look(model: PreTrainedModel, slot: HeadSlot, side: str) -> Observed:
     vocab_size = slot.vocab_size
-    known, tokens = KnownLogits(vocab_size), plain_tokens(model, vocab_size)
-    labels = labels_of(tokens)
-    inputs = {"input_ids": tokens}
+    known, tokens = KnownLogits(vocab_size).reply, plain_tokens(model, vocab_size)
+    labels, inputs = labels_of(tokens), {"input_ids": tokens}
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    run = functools.partial(run_with_stand_in, slot, whole_call(model))
+    after_head_of = functools.partial(consistent, vocab_size=vocab_size, model=model, side=side)
     if not accepts(model.forward, "labels"):
         inputs |= {"decoder_input_ids": tokens} if encoder_decoder else {}
-        _, output = run_with_stand_in(slot, whole_call(model), inputs, known.reply)
-        return Observed(consistent(output.logits, vocab_size, model, side), why="it takes no labels")
+        return Observed(after_head_of(run(inputs, known)[1].logits), why="it takes no labels")
+    labelled = {**inputs, "labels": labels}
     try:
-        hidden, output = run_with_stand_in(slot, whole_call(model), {**inputs, "labels": labels}, known.reply)
+        hidden, output = run(labelled, known)
     except HeadCallsError:  # fused losses read the head's weight; without labels the head must be called all the same
         if encoder_decoder:
             raise
-        _, output = run_with_stand_in(slot, whole_call(model), inputs, known.reply)
-        return Observed(consistent(output.logits, vocab_size, model, side), why="its own loss does not call its head")
-    after = consistent(output.logits, vocab_size, model, side)
+        return Observed(after_head_of(run(inputs, known)[1].logits), why="its own loss does not call its head")
+    after = after_head_of(output.logits)
     first = own_loss_of(output, labels)
     if first is None:
         return Observed(after, why="it computes no loss of labels")
-    others = KnownLogits(vocab_size, seed=1).reply
-    again = functools.partial(run_with_stand_in, slot, whole_call(model), {**inputs, "labels": labels}, others)
+    again = functools.partial(run, labelled, KnownLogits(vocab_size, seed=1).reply)
     shift, adds = learn_shift(first, lambda: own_loss_of(again()[1], labels))
     if shift is None:
         return Observed(

@@ -49,12 +49,12 @@ def _usable(model: nn.Module, vocab_size: int) -> int:
 
 def plain_tokens(model: PreTrainedModel, vocab_size: int) -> Tensor:
     """Token ids `[2, 8]`, none of them special where there are enough others."""
-    rows = _usable(model, vocab_size)
+    usable = _usable(model, vocab_size)
     special: set[int] = set()
     for name, value in vars(model.config.get_text_config()).items():
         if name.endswith(("_token_id", "_token_ids")):
             special.update(value if isinstance(value, (list, tuple)) else [value])
-    plain = [index for index in range(min(rows, 1000)) if index not in special] or [0]
+    plain = [index for index in range(min(usable, 1000)) if index not in special] or [0]
     count = BATCH * LENGTH
     chosen = [plain[(7 * index) % len(plain)] for index in range(count)]
     device = next(model.parameters()).device
@@ -92,10 +92,10 @@ def special_tokens(model: PreTrainedModel, vocab_size: int) -> tuple[dict[str, T
 def _special_id(model: PreTrainedModel, name: str, usable: int) -> int | None:
     """The id by this name, if the model has one below `usable`."""
     for config in (model.config.get_text_config(), model.config):
-        found = getattr(config, name, None)
-        found = found[0] if isinstance(found, list | tuple) and found else found
-        if isinstance(found, int) and 0 <= found < usable:
-            return found
+        token = getattr(config, name, None)
+        token = token[0] if isinstance(token, list | tuple) and token else token
+        if isinstance(token, int) and 0 <= token < usable:
+            return token
     return None
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from kd_plugin.distributed.collectives import of_others
+from kd_plugin.distributed.collectives import named_in_wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +89,11 @@ class NamedCall:
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own call."""
-        with of_others("around its forward"):
+        with named_in_wrapper("around its forward"):
             return type(self._module)._call_impl(self._module, *args, **kwargs)
 
     def restore(self) -> None:
-        """Step out."""
+        """Give the module its own call back."""
         if self._module.__dict__.get("_call_impl") is self:
             del self._module.__dict__["_call_impl"]
 

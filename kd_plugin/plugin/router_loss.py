@@ -40,11 +40,14 @@ class RouterLoss:
     """Runs a student's backbone, and finds what the student adds to its loss besides the cross-entropy.
 
     Args:
+        config: the student's Transformers configuration.
+        vocab_size: token ids of the student's head.
+        shift: whether the student's own loss shifts its labels.
         always: whether the student is known to add something without being asked to.
     """
 
-    def __init__(self, always: bool = False) -> None:
-        self._always = always
+    def __init__(self, config: object, *, vocab_size: int, shift: bool, always: bool = False) -> None:
+        self._config, self._vocab_size, self._shift, self._always = config, vocab_size, shift, always
         self._warned = False
 
     def run_backbone(
@@ -53,9 +56,6 @@ class RouterLoss:
         forward: Callable[..., Any],
         inputs: dict[str, Any],
         *,
-        config: object,
-        vocab_size: int,
-        shift: bool,
         device: torch.device,
         measure: str | None = None,
     ) -> tuple[causal_lm.Backbone, Tensor | None]:
@@ -65,27 +65,24 @@ class RouterLoss:
             slot: where the student's head is.
             forward: the student's own forward.
             inputs: what it is called with, without labels.
-            config: the student's Transformers configuration.
-            vocab_size: rows of the student's head.
-            shift: whether the student's own loss shifts its labels.
             device: where the labels are.
             measure: the side's name, to learn from the same run what happens after the head; else None.
 
         Raises:
             ValueError: the model would add a loss of another kind; as `causal_lm.run_backbone`.
         """
-        _refuse_other_losses(inputs, config)
-        asked = _asked_for(inputs, config)
+        _refuse_other_losses(inputs, self._config)
+        asked = _asked_for(inputs, self._config)
         if not (asked or self._always):
-            wanted = None if measure is None else (vocab_size, measure)
+            wanted = None if measure is None else (self._vocab_size, measure)
             backbone = causal_lm.run_backbone(slot, forward, inputs, measure=wanted)
             if not _has_a_loss(backbone.output):
                 return backbone, None
             self._always = True  # a model from elsewhere; this once its forward runs again
             measure = None if backbone.after_head is None else measure
-        probe = _Addition(vocab_size, device)
+        probe = _Addition(self._vocab_size, device)
         hidden_states, output = probe.run(slot, forward, inputs)
-        loss = probe.of(output, slot.parent, shift=shift)
+        loss = probe.of(output, slot.parent, shift=self._shift)
         if asked and torch.is_grad_enabled() and not loss.requires_grad:
             self._say_nothing_trains(slot.parent)
         after = None if measure is None else probe.after_head(output, slot.parent, measure)
@@ -144,7 +141,7 @@ class _Addition:
             ) from error
 
     def of(self, output: object, model: nn.Module, *, shift: bool) -> Tensor:
-        """What was added (0-d), of the output that the model made of `reply` and `labels`."""
+        """What was added to the cross-entropy (0-d) in the output that the model made of `reply` and `labels`."""
         loss = _loss_of(output, model)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
@@ -182,7 +179,7 @@ def _asked_for(inputs: Mapping[str, object], config: object) -> bool:
 def _configurations(config: object) -> list[object]:
     """The model's configuration and those inside it (`text_config`, ...)."""
     inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()]
-    return [config, *(found for part in inner if part is not None for found in _configurations(part))]
+    return [config, *(nested for part in inner if part is not None for nested in _configurations(part))]
 
 
 def _refuse_other_losses(inputs: Mapping[str, object], config: object) -> None:

@@ -91,5 +91,5 @@ def _put(slot: HeadSlot, head: DistillHead) -> Callable[[], None]:
 
 
 def on_shards(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
-    """The loss on the rows that FSDP2 left here, of the student's head (peft's around it included) and its adapters."""
+    """The loss on the vocabulary slice of the student's head that FSDP2 left here, peft's adapters included."""
     return lora.on_shards(head, hidden, call) if hasattr(head, "base_layer") else head.on_shards(hidden, call)

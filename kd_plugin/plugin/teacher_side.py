@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from kd_plugin.distributed.layout import waits_for_engine, whole_shape
 from kd_plugin.distributed.uncompiled import uncompiled
-from kd_plugin.exchange.mode import Consumer, Exchange
+from kd_plugin.exchange.mode import Exchange
+from kd_plugin.exchange.teacher_slice import Consumer, TeacherHead
 from kd_plugin.loss import checks
 from kd_plugin.plugin import causal_lm
 from kd_plugin.plugin.head import teacher_head_forward
@@ -65,24 +66,21 @@ class TeacherSide:
         self._freeze(model)
         self._slot = causal_lm.find_head(model, "teacher")
         inner = causal_lm.unwrap(self._slot.module)
-        self._head = head = checks.linear_head("the teacher's head", inner, may_be_sharded=True)
-        checks.not_tensor_parallel("the teacher's head", head, model)
-        check_plain("the teacher's head", head)
+        linear = checks.linear_head("the teacher's head", inner, may_be_sharded=True)
+        checks.not_tensor_parallel("the teacher's head", linear, model)
+        check_plain("the teacher's head", linear)
         observed = observe(model, self._slot, "teacher")
         self.convention: Convention | None = observed.convention
         """How the teacher reads labels, where it showed that."""
-        self._tied = causal_lm.is_tied(model, head)  # its wrapper gathers both together, and waits for both to have run
-        self.vocab_size, width = whole_shape(head.weight, head)
-        exchange = self._exchange
-        exchange.teacher_size, exchange.teacher_width = self.vocab_size, width
-        exchange.teacher_head, exchange.teacher_tied = head, self._tied
-        exchange.teacher_after_head = observed.after_head
+        tied = causal_lm.is_tied(model, linear)
+        self.head = TeacherHead(linear, *whole_shape(linear.weight, linear), tied, observed.after_head)
+        self._exchange.teacher = self.head
         self._state = StateWatch(model, "teacher")
         self._modules = list(model.modules())
         of_model = ReplacedForward(model, self._forward, innermost(model))
         self._model_forward = of_model.original
         self._undo.append(of_model.restore)
-        taken = ReplacedForward(head, self._head_forward, innermost(head))
+        taken = ReplacedForward(linear, self._head_forward, innermost(linear))
         self._plain_head = taken.original
         self._undo.append(taken.restore)
 
@@ -122,21 +120,21 @@ class TeacherSide:
     def _forward(self, *args: Any, kd_consumer: Consumer | None = None, **kwargs: Any) -> Any:
         if kd_consumer is None:
             return self._model_forward(*args, **kwargs)
-        exchange, self._asked = self._exchange, True
-        measure = None if exchange.teacher_after_head is not None else (self.vocab_size, "teacher")
-        with self._watch.region("teacher", self._head.weight.device):
+        self._asked = True
+        measure = None if self.head.after_head is not None else (self.head.vocab_size, "teacher")
+        with self._watch.region("teacher", self.head.linear.weight.device):
             backbone = causal_lm.run_backbone(self._slot, self._model_forward, kwargs, measure=measure)
         if backbone.after_head is not None:
-            exchange.teacher_after_head = backbone.after_head
+            self.head.after_head = backbone.after_head
         return self._give(backbone.hidden_states, kd_consumer)
 
     @uncompiled
     def _give(self, hidden_states: Tensor, consumer: Consumer) -> Tensor | None:
-        causal_lm.still_there(self._slot, self._head, "teacher")
-        if not (consumer.needs_head or self._tied):
+        causal_lm.still_there(self._slot, self.head.linear, "teacher")
+        if not (consumer.needs_head or self.head.tied):  # a wrapper of both waits for both to have run
             return consumer.use_hidden(hidden_states)
         self._answer: Tensor | None = None
-        if not is_replaced(self._head):
+        if not is_replaced(self.head.linear):
             raise ValueError(
                 "the forward of the teacher's head was replaced after attach(): put it back, or replace it before "
                 "attach(), where it is judged by what it does"
@@ -157,9 +155,9 @@ class TeacherSide:
     def _head_forward(self, hidden_states: Tensor, kd_consumer: Consumer | None = None) -> Tensor:
         if kd_consumer is None:
             return self._plain_head(hidden_states)
-        after = self._exchange.teacher_after_head
+        after = self.head.after_head
         assert after is not None
-        kd_consumer.use(teacher_head_forward(self._head, hidden_states, after.transform, after.bias))
+        kd_consumer.use_head(teacher_head_forward(self.head.linear, hidden_states, after.transform, after.bias))
         self._answer = hidden_states.new_zeros(())
         return self._answer
 

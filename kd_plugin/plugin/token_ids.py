@@ -1,4 +1,4 @@
-"""Token ids that a model has no embedding or no head row for, named before any kernel asserts on them."""
+"""Token ids that a model has no embedding or no logit for, named before any kernel asserts on them."""
 
 from __future__ import annotations
 
@@ -66,17 +66,21 @@ def check_inputs(inputs: Mapping[str, object], models: Mapping[str, tuple[nn.Mod
         if int(ids.max()) < min(sizes) and int(ids.min()) >= 0:
             continue
         for role, (model, size) in models.items():
-            if size is None:  # what is wrong is so for the other
-                continue
-            unknown = (ids >= size) | (ids < 0)
-            for known in _replaced_ids(model):
-                unknown &= ids != known
-            if unknown.any():
-                place = unknown.nonzero()[0].tolist()
-                raise UnknownTokenError(
-                    f"{name}{place} is {int(ids[tuple(place)])}, but the {role} embeds ids 0 to {size - 1} only: "
-                    f"leave such tokens out of the text, or resize the {role}'s embeddings before attach()"
-                )
+            if size is not None:  # else what is wrong is so for the other
+                _refuse_unknown(name, ids, role, model, size)
+
+
+def _refuse_unknown(name: str, ids: Tensor, role: str, model: nn.Module, size: int) -> None:
+    """Raise `UnknownTokenError` for the first of the `ids` that `model`, which embeds `size` of them, cannot read."""
+    unknown = (ids >= size) | (ids < 0)
+    for known in _replaced_ids(model):
+        unknown &= ids != known
+    if unknown.any():
+        place = unknown.nonzero()[0].tolist()
+        raise UnknownTokenError(
+            f"{name}{place} is {int(ids[tuple(place)])}, but the {role} embeds ids 0 to {size - 1} only: "
+            f"leave such tokens out of the text, or resize the {role}'s embeddings before attach()"
+        )
 
 
 def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:

@@ -36,13 +36,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
     student_tokens = {index: token for token, index in student_ids.items()}
     teacher_tokens = {index: token for token, index in teacher_ids.items()}
-    both = student_tokens.keys() & teacher_tokens.keys()
-    different = {index for index in both if student_tokens[index] != teacher_tokens[index]}
-    # A token that moved to another id differs even where its old id is unused on the other side.
-    for token in student_ids.keys() & teacher_ids.keys():
-        if student_ids[token] != teacher_ids[token]:
-            different.add(min(student_ids[token], teacher_ids[token]))
-    if different:
+    if different := _different_ids(student_ids, teacher_ids, student_tokens, teacher_tokens):
         first, total = min(different), len(student_tokens.keys() | teacher_tokens.keys())
         raise TokenizerMismatch(
             f"the tokenizers differ at {len(different)} of {total} ids: id {first} is "
@@ -58,17 +52,33 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         )
 
 
+def _different_ids(
+    student_ids: dict[str, int],
+    teacher_ids: dict[str, int],
+    student_tokens: dict[int, str],
+    teacher_tokens: dict[int, str],
+) -> set[int]:
+    """Ids that both sides know by different tokens."""
+    both = student_tokens.keys() & teacher_tokens.keys()
+    different = {index for index in both if student_tokens[index] != teacher_tokens[index]}
+    # A token that moved to another id differs even where its old id is unused on the other side.
+    for token in student_ids.keys() & teacher_ids.keys():
+        if student_ids[token] != teacher_ids[token]:
+            different.add(min(student_ids[token], teacher_ids[token]))
+    return different
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, role: str) -> int:
     """The number of ids that `model` embeds, all from 0. Fewer than the tokenizer has is a warning here, since the
-    rest may never occur: `check_ids` looks at the ids that do. More rows are padding.
+    rest may never occur: `check_ids` looks at the ids that do. Ids beyond the tokenizer's are padding.
     """
-    rows = cast("Tensor", model.get_input_embeddings().weight).shape[0]
-    lacking = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    size = cast("Tensor", model.get_input_embeddings().weight).shape[0]
+    lacking = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= size)
     if lacking:
         index, token = lacking[0]
         logger.warning(
-            "%d token(s) of the tokenizer, first %r (id %d), have no row in the %s's embedding, which has %d: text "
-            "that holds one is refused",
-            *(len(lacking), token, index, role, rows),
+            "%d token(s) of the tokenizer, first %r (id %d), are not embedded by the %s, which has %d ids: text that "
+            "holds one is refused",
+            *(len(lacking), token, index, role, size),
         )
-    return rows
+    return size

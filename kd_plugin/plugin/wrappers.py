@@ -74,8 +74,8 @@ class BypassWatch:
 
 _watches: weakref.WeakSet[BypassWatch] = weakref.WeakSet()
 _handles: list[RemovableHandle] = []
-"""Of torch's one hook for all watches: a plugin that is dropped without detach() leaves nothing more behind, and the
-hook goes with the next one that is detached."""
+"""The handle of torch's one hook for all watches: a plugin that is dropped without detach() leaves nothing more behind,
+and the hook goes with the next one that is detached."""
 
 
 def _listen() -> None:
@@ -104,15 +104,15 @@ def before_first_step(inner: nn.Module, act: Callable[[], None]) -> Callable[[],
     Returns:
         What ends the waiting.
     """
-    found, action = weakref.ref(inner), weakref.WeakMethod(act)
+    held, action = weakref.ref(inner), weakref.WeakMethod(act)
 
     @uncompiled
     def hook(module: nn.Module, _args: object) -> None:
-        part, do = found(), action()
+        part, do = held(), action()
         if part is None or do is None:
             handle.remove()
         elif torch.is_grad_enabled() and _holds(module, part):
-            # Types are the same on all ranks; which rows a rank has, and whether any, is not.
+            # Judged by the types of modules, which all ranks share: of a small head some ranks hold nothing.
             units = (FSDPModule, FullyShardedDataParallel)
             if any(isinstance(unit, units) and _holds(unit, part) for unit in module.modules()):
                 do()
@@ -123,4 +123,4 @@ def before_first_step(inner: nn.Module, act: Callable[[], None]) -> Callable[[],
 
 
 def _holds(module: nn.Module, part: nn.Module) -> bool:
-    return any(found is part for found in module.modules())
+    return any(inside is part for inside in module.modules())

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kd_plugin.distributed.collectives import of_others
+from kd_plugin.distributed.collectives import named_in_wrapper
 from kd_plugin.divergences.measures import MEASURED
 from kd_plugin.engines.process_group import reduce_numbers
 from kd_plugin.settings.run import DistillConfig, RunConfig
@@ -61,7 +61,7 @@ def run_steps(session: Session, first: int, before: dict[str, float]) -> dict[st
     started, window = time.perf_counter(), _Window()
     result, finite = before, FiniteWatch(scaled=scales_loss(session.config))
     for step in progress(first, train.max_steps, rank=session.place.rank):
-        with of_others(f"in step {step}"):
+        with named_in_wrapper(f"in step {step}"):
             loss, gradient_norm = _train_step(session, step)
             finite.add(step, loss, gradient_norm)
         window.steps += 1

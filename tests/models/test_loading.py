@@ -134,7 +134,7 @@ def test_tokens_without_a_row_are_reported(caplog: pytest.LogCaptureFixture) -> 
     assert not caplog.records
     words = make_tokenizer(*(f"w{index}" for index in range(50)))
     assert check_vocabulary(model, words, role="student") == 48
-    assert "2 token(s) of the tokenizer, first 'w48' (id 48), have no row in the student's" in caplog.text
+    assert "2 token(s) of the tokenizer, first 'w48' (id 48), are not embedded by the student" in caplog.text
 
 
 def test_tokenizer_is_loaded_from_its_own_folder_or_the_model_s(tmp_path: Path) -> None:

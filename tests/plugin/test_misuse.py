@@ -164,10 +164,10 @@ class TestAnExchangeThatCannotBe:
             on_gpu = torch.empty(3, 4, device="meta")  # where there is none
             for mode in ("auto", "weight", "logits"):
                 exchange = Exchange(CONFIG.model_copy(update={"exchange": mode}), None)
-                assert exchange.cuts_teacher(on_gpu, weight, 8) == (mode == "logits")
+                assert exchange.cuts_vocabulary(on_gpu, weight, 8) == (mode == "logits")
             refusing = Exchange(CONFIG.model_copy(update={"exchange": "stats"}), None)
             with pytest.raises(ValueError, match=r"keeps them on cpu.*on meta: possible are weight and logits"):
-                refusing.cuts_teacher(on_gpu, weight, 8)
+                refusing.cuts_vocabulary(on_gpu, weight, 8)
         finally:
             dist.destroy_process_group()
 

@@ -1,0 +1,91 @@
+"""The heads of student and teacher in one step, on the way from hidden states to the loss.
+
+    teacher(...) under no_grad -> teacher backbone -> teacher.lm_head
+                                                     \\-> student.lm_head: the loss
+
+Each head is only ever used inside its own module's forward, the student's nested in the teacher's, because that is
+where every wrapper (DDP, FSDP1, FSDP2, ZeRO-3) guarantees a whole weight and a reduced gradient. Where each rank has a
+slice of the teacher's head (`distill.exchange` logits and stats), the teacher runs first, and the student's head after.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugin.distributed.uncompiled import uncompiled
+from kd_plugin.exchange.mode import Exchange
+from kd_plugin.exchange.teacher_slice import SliceConsumer
+from kd_plugin.loss.head_call import HeadCall
+from kd_plugin.loss.teacher import HeadTeacher
+from kd_plugin.plugin.metrics import Stopwatch
+from kd_plugin.plugin.student_side import StudentSide
+from kd_plugin.plugin.teacher_side import TeacherSide
+
+
+class BothHeads:
+    """The heads of an attached student and its teacher.
+
+    Args:
+        student: whose head computes the loss.
+        teacher: None without one.
+        exchange: settles what crosses the wire between ranks.
+        watch: measures the time of the loss.
+    """
+
+    def __init__(self, student: StudentSide, teacher: TeacherSide | None, exchange: Exchange, watch: Stopwatch) -> None:
+        self._student, self._teacher, self._exchange, self._watch = student, teacher, exchange, watch
+
+    @uncompiled
+    def loss_sum(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any], teacher: nn.Module | None) -> Tensor:
+        """Run the teacher and the student's head -> the loss sum (0-d) of `call`, in which the other sums are left.
+
+        Args:
+            hidden: the student's hidden states `[B, S, D]`.
+            call: the targets.
+            inputs: of the student's forward, which the teacher reads, too.
+            teacher: what to call for the teacher, such as the wrapper around it.
+        """
+        if not self._student.config.soft_weight:
+            self._slice_consumer(hidden, call)  # cuts the vocabulary without a teacher, too
+            return self.student_loss(hidden, call)
+        assert self._teacher is not None and teacher is not None
+        self._teacher.look_again(inputs)
+        consumer = self._slice_consumer(hidden, call) or _NestedHead(self, hidden, call)
+        self._teacher.run(teacher, inputs, consumer)
+        loss_sum = consumer.loss_sum if isinstance(consumer, _NestedHead) else self.student_loss(hidden, call)
+        call.teacher = None
+        return loss_sum
+
+    def _slice_consumer(self, hidden: Tensor, call: HeadCall) -> SliceConsumer | None:
+        student = self._student
+        return self._exchange.slice_consumer(call, hidden, student.linear.weight, student.vocab_size)
+
+    def student_loss(self, hidden: Tensor, call: HeadCall) -> Tensor:
+        """The loss sum (0-d) out of the student's head, timed."""
+        with self._watch.region("loss", hidden.device):
+            return self._student.head(hidden, call)
+
+
+class _NestedHead:
+    """The `Consumer` of a step in which the student's head runs inside the forward of the teacher's."""
+
+    needs_head = True
+
+    def __init__(self, heads: BothHeads, hidden: Tensor, call: HeadCall) -> None:
+        self._heads, self._hidden, self._call = heads, hidden, call
+        self._with_gradient = torch.is_grad_enabled()
+        self.loss_sum: Tensor
+        """0-d, once the teacher's head has run."""
+
+    def use_head(self, teacher: HeadTeacher) -> None:
+        """Compute the loss, with the gradients that the teacher's forward goes without."""
+        self._call.teacher = teacher
+        with torch.set_grad_enabled(self._with_gradient):
+            self.loss_sum = self._heads.student_loss(self._hidden, self._call)
+
+    def use_hidden(self, hidden: Tensor) -> None:
+        """Never called, as the head is needed."""
+        raise AssertionError("the teacher's head has not run")
