@@ -45,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | str = ()) -> RunCon
     if not isinstance(overrides, Sequence):
         raise ConfigError(
             f'load_config wants overrides as "section.key=value", one or a list of them, found a '
-            f'{type(overrides).__name__}: load_config(PATH, ["train.lr=1e-4"])'
+            f'{type(overrides).__name__}: load_config(PATH, ["train.learning_rate=1e-4"])'
         )
     path = Path(path)
     document, lines = _parse(path, _read(path))
