@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """Of every benchmark's command line."""
+    """What the command line of a benchmark says."""
 
     quick: bool
     minutes: float
@@ -31,7 +31,7 @@ class Options:
     device: str
     out: Path
     load: float = 0.0
-    """Processes of everybody that wanted a core in the minute before the start."""
+    """Number of processes, of everybody, that wanted a core in the minute before the start."""
 
     @property
     def published(self) -> bool:
@@ -57,7 +57,7 @@ def options(description: str, argv: Sequence[str] | None = None) -> Options:
 
 
 def machine(run: Options) -> str:
-    """One line: processor, memory, threads, load, versions."""
+    """One line about the machine: processor, memory, threads, load, versions."""
     import torch
 
     versions = [f"{name} {_version(name)}" for name in ("torch", "liger-kernel", "trl")]
@@ -102,36 +102,36 @@ def _read(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Target:
-    """Something that was promised, beside what was found."""
+    """Something that was promised, beside what was measured."""
 
     what: str
     limit: float
-    found: float | None
-    """None: not measured."""
+    measured: float | None
+    """None where it was not measured."""
     by_cpu: float | None = None
-    """The same from processor time instead of wall time, for the reader of a busy machine's numbers."""
+    """`measured` from processor time instead of wall time, for the reader of a busy machine's numbers."""
 
     @property
     def verdict(self) -> str:
-        """Of `found`."""
-        if self.found is None:
+        """Whether `measured` keeps to the limit, in words."""
+        if self.measured is None:
             return "not measured"
-        return "met" if self.found <= self.limit else "not met"
+        return "met" if self.measured <= self.limit else "not met"
 
     def row(self) -> Row:
-        """For a table."""
-        row = {"target": self.what, "limit": f"<= {self.limit:g}", "found": self.found, "verdict": self.verdict}
+        """The target as a row of a table."""
+        row = {"target": self.what, "limit": f"<= {self.limit:g}", "found": self.measured, "verdict": self.verdict}
         return row if self.by_cpu is None else row | {"by CPU time": self.by_cpu}
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float | None:
-    """Median over the rounds of above / below: what slows one round slows both."""
+    """Median over the rounds of above / below (what slows one round slows both); None without a round."""
     ratios = [one / other for one, other in zip(above, below, strict=False)]
     return statistics.median(ratios) if ratios else None
 
 
 def text(value: Any, digits: int = 3) -> str:
-    """A cell: `digits` significant digits, - for None."""
+    """The text of a table's cell: `digits` significant digits, - for None."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -140,7 +140,7 @@ def text(value: Any, digits: int = 3) -> str:
 
 
 def markdown(rows: Sequence[Row], *, digits: int = 3) -> str:
-    """A table, with the columns of the first row."""
+    """`rows` as a Markdown table, with the columns of the first row."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(text(row.get(column), digits) for column in columns) + " |" for row in rows]
@@ -148,7 +148,7 @@ def markdown(rows: Sequence[Row], *, digits: int = 3) -> str:
 
 
 def write_csv(options: Options, name: str, rows: Sequence[Row]) -> None:
-    """`results/NAME.csv`, unrounded."""
+    """Write `rows` to `results/NAME.csv`, unrounded."""
     with (options.out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -168,7 +168,11 @@ def publish(options: Options, name: str, parts: Sequence[str]) -> None:
 
 @contextmanager
 def figure(options: Options, name: str, *, panels: int = 1, size: tuple[float, float] = (6.0, 3.6)) -> Iterator[Any]:
-    """Axes to draw on, saved as `results/NAME.png`."""
+    """Give axes to draw on, one or a list of `panels`, and save them as `results/NAME.png`.
+
+    Raises:
+        SystemExit: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:

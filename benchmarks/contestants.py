@@ -60,16 +60,16 @@ class Case:
 
     @property
     def valid(self) -> int:
-        """Rows with a label."""
+        """Number of rows with a label."""
         return self.rows - round(self.rows * self.ignored)
 
     @property
     def beta(self) -> float:
-        """As Liger and TRL count it."""
+        """The divergence as Liger's and TRL's beta."""
         return _BETAS[self.divergence]
 
     def config(self) -> kd.DistillConfig:
-        """For kd_plugin."""
+        """The case as kd_plugin's settings."""
         return kd.DistillConfig(
             divergence=self.divergence,
             temperature=self.temperature,
@@ -98,14 +98,14 @@ class Tensors(NamedTuple):
         self.hidden.grad = self.weight.grad = None
 
     def to(self, dtype: torch.dtype) -> Tensors:
-        """Fresh leaves with the same values."""
+        """Fresh leaves with the same values in `dtype`."""
         floats = (t.detach().to(dtype, copy=True) for t in self[:4])
         hidden, weight, *teacher = floats
         return Tensors(hidden.requires_grad_(), weight.requires_grad_(), *teacher, self.targets)
 
 
 def make_tensors(case: Case) -> Tensors:
-    """Logits of standard deviation `logit_std`; the same values for every contestant."""
+    """Random inputs whose logits have the standard deviation `logit_std`; the same values for every contestant."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int) -> Tensor:
@@ -169,7 +169,7 @@ def _trained(case: Case, tensors: Tensors, loss: Callable[[], Tensor]) -> Step:
 
 
 def kd_plugin(case: Case, tensors: Tensors) -> Step:
-    """This package."""
+    """kd_plugin's `distill_loss`."""
     config = case.config()
     return _trained(case, tensors, lambda: kd.distill_loss(*tensors, config=config).loss)
 
@@ -231,7 +231,7 @@ def liger(case: Case, tensors: Tensors, *, compiled: bool = True) -> Step:
 
 
 def liger_eager(case: Case, tensors: Tensors) -> Step:
-    """The same without torch.compile."""
+    """Liger-Kernel's chunked JSD loss without torch.compile."""
     return liger(case, tensors, compiled=False)
 
 
@@ -273,18 +273,18 @@ class Errors(NamedTuple):
     weight: float
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| / |wanted| in fp64."""
+def relative(value: Tensor, wanted: Tensor) -> float:
+    """The relative error |value - wanted| / |wanted| in fp64."""
     wanted = wanted.double()
-    return float((found.double() - wanted).norm() / wanted.norm())
+    return float((value.double() - wanted).norm() / wanted.norm())
 
 
 def errors(name: str, case: Case, tensors: Tensors, oracle: tuple[Tensor, Tensor, Tensor]) -> Errors:
-    """Of the loss and both gradients; `oracle` from `oracle_of` the same case and tensors."""
+    """Relative errors of contestant `name`; `oracle` comes from `oracle_of` for the same case and tensors."""
     step = CONTESTANTS[name](case, tensors)
-    found = step()
-    assert found is not None and tensors.hidden.grad is not None and tensors.weight.grad is not None
-    pairs = zip((found, tensors.hidden.grad, tensors.weight.grad), oracle, strict=True)
+    loss = step()
+    assert loss is not None and tensors.hidden.grad is not None and tensors.weight.grad is not None
+    pairs = zip((loss, tensors.hidden.grad, tensors.weight.grad), oracle, strict=True)
     return Errors(*(relative(one, other) for one, other in pairs))
 
 
@@ -296,5 +296,5 @@ def oracle_of(case: Case, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def without_cross_entropy(case: Case) -> Case:
-    """What TRL can do."""
+    """`case` without cross-entropy, which TRL does not have."""
     return replace(case, hard_weight=0.0)

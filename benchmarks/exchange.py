@@ -46,7 +46,7 @@ PAPER_ROWS = 4096
 
 
 def formula(mode: str, heads: Heads, ranks: int, rows: float) -> float:
-    """Bytes received per rank and micro-batch."""
+    """Bytes that one rank receives per micro-batch under `distill.exchange: mode`."""
     student = Head(heads.vocab, heads.student, ranks, heads.item, heads.reduced)
     teacher = Head(heads.vocab, heads.teacher, ranks, heads.item)
     if mode == "weight":
@@ -55,7 +55,7 @@ def formula(mode: str, heads: Heads, ranks: int, rows: float) -> float:
 
 
 def crossing(one: Callable[[float], float], other: Callable[[float], float]) -> float | None:
-    """Where two straight lines meet at positive rows."""
+    """The positive number of rows at which two straight lines meet; None where they do not."""
     start, end = (one(x) - other(x) for x in (0.0, 1.0))
     return None if start == end or start / (start - end) <= 0 else start / (start - end)
 
@@ -66,7 +66,11 @@ def break_even(pair: tuple[str, str], heads: Heads, ranks: int) -> float | None:
 
 
 def run_job(run: Options, heads: Heads, ranks: int, rows: Sequence[int], modes: Sequence[str]) -> list[Any]:
-    """One launch -> its lines, with the formula's bytes beside the counted ones."""
+    """Run one launch; returns its lines, with the formula's bytes beside the counted ones.
+
+    Raises:
+        RuntimeError: the ranks failed, or the modes do not compute the same loss.
+    """
     seconds = run.minutes * 60 / 8 / len(rows)
     threads = max(1, run.threads // ranks)
     job = Job(heads.vocab, heads.student, tuple(rows), tuple(modes), 2 if run.quick else 5, seconds, threads)
@@ -84,37 +88,37 @@ def run_job(run: Options, heads: Heads, ranks: int, rows: Sequence[int], modes: 
 
 
 def time_targets(lines: Sequence[Row]) -> list[Target]:
-    """What was promised of stats / weight, judged."""
-    found = []
+    """The targets about the time of stats / weight."""
+    targets = []
     for (ranks, rows), limit in LIMITS.items():
         for rest in ("", *(f", {variant}" for variant in VARIANTS)):
             at = {line["mode"]: line["seconds"] for line in lines if (line["W"], line["rows"]) == (ranks, rows)}
             ratio = median_ratio(at.get(f"stats{rest}", ()), at.get(f"weight{rest}", ()))
-            found.append(Target(f"time of stats / weight, W={ranks}, {rows} rows{rest}", limit, ratio))
-    return found
+            targets.append(Target(f"time of stats / weight, W={ranks}, {rows} rows{rest}", limit, ratio))
+    return targets
 
 
 def byte_targets(lines: Sequence[Row], small: Heads) -> list[Target]:
-    """Counted bytes against the formulas, everywhere and on both sides of the small head's break-even."""
+    """The targets about counted bytes: against the formulas, and on both sides of the small head's break-even."""
     off = [abs(line["bytes"] / line["formula"] - 1) for line in lines if line["formula"]]
-    found = [Target("counted bytes off the formula, worst point", 0.05, max(off, default=None))]
+    targets = [Target("counted bytes off the formula, worst point", 0.05, max(off, default=None))]
     here = {(x["W"], x["rows"], x["mode"]): x["bytes"] for x in lines if x["V"] == small.vocab}
     for ranks in dict.fromkeys(ranks for ranks, _, _ in here):
         below, above = around(break_even(PAIRS[0], small, ranks))
         for rows, low, high in ((below, "stats", "weight"), (above, "weight", "stats")):
             what = f"V={small.vocab}, W={ranks}, {rows} rows: bytes of {low} / {high}"
-            found.append(Target(what, 1.0, here[ranks, rows, low] / here[ranks, rows, high]))
-    return found
+            targets.append(Target(what, 1.0, here[ranks, rows, low] / here[ranks, rows, high]))
+    return targets
 
 
 def around(rows: float | None) -> tuple[int, int]:
-    """A little less and a little more."""
+    """Whole numbers a little below and a little above `rows`."""
     assert rows is not None
     return int(0.93 * rows), int(1.07 * rows) + 1
 
 
 def time_table(lines: Sequence[Row]) -> list[Row]:
-    """One row per ranks and rows."""
+    """The table of times and bytes, with one line per number of ranks and of rows."""
     table = []
     for ranks, rows in dict.fromkeys((line["W"], line["rows"]) for line in lines):
         here = {line["mode"]: line for line in lines if (line["W"], line["rows"]) == (ranks, rows)}
@@ -189,14 +193,17 @@ def _plot_paper(run: Options) -> None:
 
 
 def sizes(quick: bool) -> tuple[Heads, Heads, dict[int, tuple[int, ...]], tuple[int, ...]]:
-    """The head of the times and its rows by ranks; a head with a small vocabulary and its rows."""
+    """What is measured: the head of the times, a head with a small vocabulary, and the rows of each.
+
+    The rows of the former are given by number of ranks.
+    """
     if quick:
         return Heads(499, 16, 16), Heads(64, 16, 16), {2: (16, 64)}, (8,)
     return Heads(49152, 576, 576), Heads(4096, 576, 576), {2: (64, 256, 1024), 4: (64, 256)}, (64, 256, 4096)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run everything; returns the exit code."""
+    """Measure, draw and publish; returns the exit code."""
     run = options(__doc__ or "", argv)
     large, small, rows, small_rows = sizes(run.quick)
     lines: dict[Heads, list[Any]] = {large: [], small: []}

@@ -1,4 +1,4 @@
-"""One rank of exchange.py: `exchange_worker.py JOB.json FOUND.json`, under torchrun.
+"""One rank of exchange.py: `exchange_worker.py JOB.json LINES.json`, under torchrun.
 
 A pair of bare heads: Hugging Face models without layers, so that a step is the heads, their loss and what they
 exchange. Only the heads are FSDP2 units.
@@ -38,7 +38,7 @@ class Job:
     vocab: int
     width: int
     rows: tuple[int, ...]
-    """Per rank."""
+    """Rows of each rank."""
     modes: tuple[str, ...]
     rounds: int
     seconds: float
@@ -47,7 +47,7 @@ class Job:
 
 
 def make_model(job: Job, seed: int) -> nn.Module:
-    """Embedding, norm and a head `[V, D]`."""
+    """A model of embedding, norm and a head `[V, D]`, without layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def make_model(job: Job, seed: int) -> nn.Module:
 
 
 def shard(model: nn.Module) -> None:
-    """The head alone; the rest stays whole, and the embedding is frozen."""
+    """Shard the head alone; the rest stays whole, and the embedding is frozen."""
     head, mesh = model.get_output_embeddings(), fsdp_units.make_mesh("cpu", dist.get_world_size())
     model.get_input_embeddings().requires_grad_(False)
     fully_shard(head, mesh=mesh)
@@ -70,7 +70,7 @@ def shard(model: nn.Module) -> None:
 
 
 def make_step(job: Job, mode: str) -> Callable[[int], float]:
-    """`mode` is `PRODUCTS`, an exchange, or `EXCHANGE, VARIANT` -> a step on so many rows, which returns its loss."""
+    """Make a step on so many rows that returns its loss; `mode` is `PRODUCTS`, an exchange, or `EXCHANGE, VARIANT`."""
     if mode == PRODUCTS:
         return _products(job)
     exchange, _, variant = mode.partition(", ")
@@ -108,7 +108,7 @@ def _products(job: Job) -> Callable[[int], float]:
 
 
 def measure(job: Job) -> list[dict[str, Any]]:
-    """One line per number of rows and mode: seconds of each round, bytes, loss; the modes run in turn."""
+    """Measure every number of rows and mode, the modes in turn; one line each: seconds by round, bytes, loss."""
     steps = {mode: make_step(job, mode) for mode in job.modes}
     for step in steps.values():  # compiles, cuts the teacher's head
         step(min(job.rows))
@@ -135,32 +135,36 @@ def measure(job: Job) -> list[dict[str, Any]]:
     return table
 
 
-def main(job_file: Path, found_file: Path) -> None:
-    """Measure; rank 0 writes."""
+def main(job_file: Path, lines_file: Path) -> None:
+    """Measure the job that `job_file` describes; rank 0 writes the lines to `lines_file`."""
     job = Job(**json.loads(job_file.read_text()))
     torch.set_num_threads(job.threads)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     table = measure(job)
     if dist.get_rank() == 0:
-        found_file.write_text(json.dumps(table))
+        lines_file.write_text(json.dumps(table))
     end_process_groups()
 
 
 def launch(job: Job, ranks: int, folder: Path) -> list[dict[str, Any]]:
-    """Run `job` on `ranks` fresh processes of this machine. Raises `RuntimeError` with what they printed last."""
+    """Run `job` on `ranks` fresh processes of this machine; returns the lines of `measure`.
+
+    Raises:
+        RuntimeError: a rank failed; with what was printed last.
+    """
     import os
     import subprocess
 
-    job_file, found_file = folder / "job.json", folder / "found.json"
+    job_file, lines_file = folder / "job.json", folder / "lines.json"
     job_file.write_text(json.dumps(asdict(job)))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, __file__, str(job_file), str(found_file)]
+    command = [sys.executable, *launcher, __file__, str(job_file), str(lines_file)]
     repository = Path(__file__).parents[1]
     environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": str(repository)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"{ranks} ranks failed: {done.stderr[-2000:]}")
-    return json.loads(found_file.read_text())
+    return json.loads(lines_file.read_text())
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1000.
 
 
 def close_teacher(base: Case, deviations: Sequence[float], divergences: Sequence[str]) -> list[Row]:
-    """Relative errors of dX and dW for every contestant, logit deviation and divergence."""
+    """Measure the relative errors of dX and dW for every contestant, logit deviation and divergence."""
     rows: list[Row] = []
     for deviation in deviations:
         for divergence in divergences:
@@ -44,14 +44,14 @@ def close_teacher(base: Case, deviations: Sequence[float], divergences: Sequence
             oracle = oracle_of(case, tensors)
             for label, (name, changes) in CONTESTANTS.items():
                 tensors.clear()
-                found = errors(name, replace(case, **changes), tensors, oracle)
+                error = errors(name, replace(case, **changes), tensors, oracle)
                 rows.append(
                     {
                         "contestant": label,
                         "divergence": divergence,
                         "logit std": f"{deviation:g}",
-                        "dX": found.hidden,
-                        "dW": found.weight,
+                        "dX": error.hidden,
+                        "dW": error.weight,
                     }
                 )
             print(f"  {divergence}, logit std {deviation:g}", flush=True)
@@ -59,7 +59,7 @@ def close_teacher(base: Case, deviations: Sequence[float], divergences: Sequence
 
 
 def wide(rows: Sequence[Row]) -> list[Row]:
-    """One line per contestant, `dX / dW` in per cent per setting."""
+    """`rows` as a table with one line per contestant and `dX / dW` in per cent per setting."""
     lines: dict[str, dict[str, Any]] = {}
     for row in rows:
         line = lines.setdefault(row["contestant"], {"error of dX / dW, %": row["contestant"]})
@@ -68,8 +68,10 @@ def wide(rows: Sequence[Row]) -> list[Row]:
 
 
 def over_chunks(base: Case) -> list[Row]:
-    """Error of dW, accumulated over more and more chunks of the same rows; the teacher is an unrelated one, so
-    that it is the accumulation that shows, not the logits' rounding."""
+    """Measure the error of dW as it is accumulated over more and more chunks of the same rows.
+
+    The teacher is an unrelated one, so that it is the accumulation that shows, not the logits' rounding.
+    """
     tensors = make_tensors(base)
     oracle = oracle_of(base, tensors)
     rows: list[Row] = []
@@ -84,7 +86,7 @@ def over_chunks(base: Case) -> list[Row]:
 
 
 def hinton(table: dict[str, Any]) -> tuple[list[Row], float]:
-    """T^2 KL and T^2 soft cross-entropy as T grows, their gradients, and the limit they tend to.
+    """Compute T^2 KL and T^2 soft cross-entropy as T grows, their gradients, and the limit they tend to.
 
     The limit is the squared distance of the centred logits / (2 V), with gradient (centred difference) / V.
     """
@@ -124,7 +126,7 @@ def hinton(table: dict[str, Any]) -> tuple[list[Row], float]:
 
 
 def shares() -> list[Row]:
-    """Which class the loss looks at: absolute shares of the terms of cross-entropy and of KL."""
+    """The class that the loss looks at: absolute shares of the terms of cross-entropy and of KL, in per cent."""
     p = torch.tensor([0.98, 0.01, 0.01], dtype=torch.float64)
     q = torch.tensor([0.979, 0.02, 0.001], dtype=torch.float64)
     terms = {"CE: -p log q": -p * q.log(), "KL: p log(p/q)": p * (p / q).log()}
@@ -135,7 +137,7 @@ def shares() -> list[Row]:
     return rows
 
 
-def _plot(run: Options, rows: Sequence[Row], limit: float, errors_found: Sequence[Row]) -> None:
+def _plot(run: Options, rows: Sequence[Row], limit: float, accuracy: Sequence[Row]) -> None:
     with figure(run, "hinton_limit", panels=2, size=(5.0, 3.6)) as (left, right):
         temperatures = [row["T"] for row in rows]
         left.semilogx(temperatures, [row["T^2 KL"] for row in rows], "o-", label="T^2 KL(p||q)")
@@ -151,10 +153,10 @@ def _plot(run: Options, rows: Sequence[Row], limit: float, errors_found: Sequenc
             axis.legend(fontsize=8)
             axis.grid(alpha=0.3)
     with figure(run, "loss_accuracy", size=(7.5, 3.8)) as axis:
-        settings = list(dict.fromkeys((row["divergence"], row["logit std"]) for row in errors_found))
+        settings = list(dict.fromkeys((row["divergence"], row["logit std"]) for row in accuracy))
         names = list(CONTESTANTS)
         for index, name in enumerate(names):
-            heights = [100 * row["dW"] for row in errors_found if row["contestant"] == name]
+            heights = [100 * row["dW"] for row in accuracy if row["contestant"] == name]
             places = [place + (index - len(names) / 2) * 0.13 for place in range(len(settings))]
             axis.bar(places, heights, width=0.12, label=name)
         axis.axhline(100 * LIMIT, color="black", linestyle="--", linewidth=0.8)
@@ -163,9 +165,9 @@ def _plot(run: Options, rows: Sequence[Row], limit: float, errors_found: Sequenc
         axis.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
-def judge(found: Sequence[Row], chunks: Sequence[Row], hinton_rows: Sequence[Row]) -> list[Target]:
-    """What was promised, judged."""
-    ours = [row for row in found if row["contestant"] == "kd_plugin"]
+def judge(accuracy: Sequence[Row], chunks: Sequence[Row], hinton_rows: Sequence[Row]) -> list[Target]:
+    """The targets, with what was measured."""
+    ours = [row for row in accuracy if row["contestant"] == "kd_plugin"]
     same_gradient = max(row["distance of CE's gradient to KL's"] for row in hinton_rows)
     errors_of_ours = [row["kd_plugin, dW error in %"] for row in chunks]
     return [
@@ -183,7 +185,7 @@ def judge(found: Sequence[Row], chunks: Sequence[Row], hinton_rows: Sequence[Row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run everything; returns the exit code."""
+    """Measure, draw and publish; returns the exit code."""
     run = options(__doc__ or "", argv)
     base = Case(rows=256, vocab=32768, dtype="bfloat16", device=run.device, hard_weight=0.0, soft_weight=1.0)
     base = replace(base, teacher_noise=0.01)
@@ -192,18 +194,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run.quick:
         base, many = replace(base, rows=32, vocab=1024, width=64), replace(many, vocab=256, width=32)
         settings = ((5.0,), ("forward_kl",))
-    found = close_teacher(base, *settings)
+    accuracy = close_teacher(base, *settings)
     chunks = over_chunks(many)
     table = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "reference_values.py"))
     limits, limit = hinton(table)
-    for name, rows in (("loss_accuracy", found), ("accuracy_over_chunks", chunks), ("hinton_limit", limits)):
+    for name, rows in (("loss_accuracy", accuracy), ("accuracy_over_chunks", chunks), ("hinton_limit", limits)):
         write_csv(run, name, rows)
-    _plot(run, limits, limit, found)
+    _plot(run, limits, limit, accuracy)
     parts = [
         f"bf16 inputs, V={base.vocab}, N={base.rows}, D={base.width}, teacher = student + 1 % noise, same head.",
-        markdown([target.row() for target in judge(found, chunks, limits)]),
+        markdown([target.row() for target in judge(accuracy, chunks, limits)]),
         "![](results/loss_accuracy.png)",
-        markdown(wide(found)),
+        markdown(wide(accuracy)),
         f"**dW over more chunks** (bf16, unrelated teacher, N={many.rows}, V={many.vocab}, D={many.width})",
         markdown(chunks),
         "**Large temperatures turn KL into logit matching** (8 rows, V=4, fp64)",

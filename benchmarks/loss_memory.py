@@ -34,7 +34,7 @@ WARM_UP_ROWS = 128
 
 
 def chunk_rows(case: Case) -> int:
-    """Rows C of a full chunk."""
+    """Number of rows C of kd_plugin's full chunk."""
     from kd_plugin.loss.chunk_size import rows_per_chunk
 
     return case.chunk_size or rows_per_chunk("auto", case.loss_memory_mb, case.vocab)
@@ -66,7 +66,7 @@ def _give_back() -> None:
 
 
 def peak_bytes(name: str, case: Case) -> tuple[int, float]:
-    """Bytes above inputs and gradients of one step, and its seconds. For a fresh process only."""
+    """Measure the bytes of one step above its inputs and gradients, and its seconds, in a fresh process only."""
     import torch
 
     cuda = case.device != "cpu"
@@ -105,7 +105,7 @@ def _serve(pipe: Connection, name: str, case: Case, threads: int) -> None:
 
 
 def measure(entry: Entry, threads: int, seconds: float) -> tuple[int, float] | str:
-    """`peak_bytes` in a fresh process, or why there is none."""
+    """Run `peak_bytes` in a fresh process; returns its result, or why there is none."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, entry.contestant, entry.case, threads), daemon=True)
@@ -123,7 +123,7 @@ def measure(entry: Entry, threads: int, seconds: float) -> tuple[int, float] | s
 
 
 class Plan:
-    """The points, in an order that gives every contestant its small ones first."""
+    """All points to measure, in an order that gives every contestant its small ones first."""
 
     def __init__(self, run: Options, base: Case, rows: Sequence[int], budgets: Sequence[float]) -> None:
         self.run, self.begin = run, time.perf_counter()
@@ -144,16 +144,17 @@ class Plan:
 
     def _row(self, entry: Entry) -> Row:
         case, ours = entry.case, entry.contestant == "kd_plugin"
-        found = self._refusal(entry) or measure(entry, self.run.threads, max(60.0, self._left()))
+        measured = self._refusal(entry) or measure(entry, self.run.threads, max(60.0, self._left()))
         row: dict[str, Any] = {"contestant": entry.label, "N": case.rows, "GiB": None, "8CV GiB": None, "note": ""}
         row["8CV GiB"] = formula(case) / GIB if ours else None
         row["C"] = chunk_rows(case) if ours else None
         row["seconds"] = None
-        if isinstance(found, str):
-            row["note"] = found
+        if isinstance(measured, str):
+            row["note"] = measured
         else:
-            row["GiB"], row["seconds"] = found[0] / GIB, found[1]
-            self.rate[entry.label] = found[1] / case.rows
+            num_bytes, row["seconds"] = measured
+            row["GiB"] = num_bytes / GIB
+            self.rate[entry.label] = row["seconds"] / case.rows
         print(f"  {entry.label}, N={case.rows}: {row['GiB'] if row['GiB'] is not None else row['note']}", flush=True)
         return row
 
@@ -171,18 +172,18 @@ class Plan:
 
 
 def targets(rows: Sequence[Row]) -> list[Target]:
-    """What was promised, judged on the measured points."""
+    """The targets, with what the points say."""
     measured = [row for row in rows if row["GiB"] is not None]
     ours = [row for row in measured if row["8CV GiB"] is not None]
     worst = max((row["GiB"] / row["8CV GiB"] for row in ours), default=None)
-    found = [Target("peak / 8CV, worst point of kd_plugin", 1.15, worst)]
+    judged = [Target("peak / 8CV, worst point of kd_plugin", 1.15, worst)]
     for label in dict.fromkeys(row["contestant"] for row in ours):
         by_rows = {row["N"]: row["GiB"] for row in ours if row["contestant"] == label}
         chunk = next(row["C"] for row in ours if row["contestant"] == label)
         full = [n for n in by_rows if n >= max(2048, chunk)]  # with fewer rows there is no full chunk
         growth = by_rows[max(full)] / by_rows[min(full)] if len(full) > 1 else None
         span = f"N={max(full)} / N={min(full)}" if len(full) > 1 else "N=32768 / N=2048"
-        found.append(Target(f"{label}: peak at {span}", 1.05, growth))
+        judged.append(Target(f"{label}: peak at {span}", 1.05, growth))
     for n in dict.fromkeys(row["N"] for row in measured):
         default = next((row for row in ours if (row["N"], row["contestant"]) == (n, ours[0]["contestant"])), None)
         peers = [row for row in measured if row["N"] == n and row["8CV GiB"] is None]
@@ -191,8 +192,8 @@ def targets(rows: Sequence[Row]) -> list[Target]:
         for what, limit, unit in (("memory", 1.0, "GiB"), ("time", 1.0, "seconds")):
             least = min(peers, key=lambda row: row[unit])
             name = f"{what} of kd_plugin (default budget) / {least['contestant']}, the least of all peers, N={n}"
-            found.append(Target(name, limit, default[unit] / least[unit]))
-    return found
+            judged.append(Target(name, limit, default[unit] / least[unit]))
+    return judged
 
 
 def _plot(run: Options, rows: Sequence[Row]) -> None:
@@ -211,7 +212,7 @@ def _plot(run: Options, rows: Sequence[Row]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run everything; returns the exit code."""
+    """Measure, draw and publish; returns the exit code."""
     run = options(__doc__ or "", argv)
     base, rows, budgets = Case(device=run.device), ROWS, BUDGETS_MIB
     if run.quick:

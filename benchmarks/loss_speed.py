@@ -30,15 +30,15 @@ def compare(case: Case) -> list[Row]:
     for name in (OURS, *PEERS):
         their_case = without_cross_entropy(case) if name == "TRL" else case
         tensors = make_tensors(their_case)
-        found = errors(name, their_case, tensors, oracle_of(their_case, tensors))
-        rows.append({"contestant": name, "loss": found.loss, "dX": found.hidden, "dW": found.weight})
-        if max(found) > MAX_ERROR:
-            raise RuntimeError(f"{name} computes something else: errors {found} against fp64 on {their_case}")
+        error = errors(name, their_case, tensors, oracle_of(their_case, tensors))
+        rows.append({"contestant": name, "loss": error.loss, "dX": error.hidden, "dW": error.weight})
+        if max(error) > MAX_ERROR:
+            raise RuntimeError(f"{name} computes something else: errors {error} against fp64 on {their_case}")
     return rows
 
 
 def head_race(run: Options, case: Case, share: float, profile: bool = True) -> tuple[Outcome, list[Row]]:
-    """Everybody on one head, in fresh processes."""
+    """Race all contestants on one head, in fresh processes; returns the outcome and its table."""
     entries = [
         Entry(FLOOR, FLOOR, case),
         Entry(OURS, OURS, case),
@@ -68,7 +68,7 @@ def _line(outcome: Outcome, label: str, base: str) -> Row:
 
 
 def variant_race(run: Options, case: Case, share: float) -> tuple[Outcome, list[Row]]:
-    """The same head with tokens ignored, another temperature, no gradient; one process."""
+    """Race kd_plugin on one head with itself: tokens ignored, another temperature, no gradient; one process."""
     variants = {
         "everything": case,
         "50 % ignored": replace(case, ignored=0.5),
@@ -82,7 +82,7 @@ def variant_race(run: Options, case: Case, share: float) -> tuple[Outcome, list[
 
 
 def divergence_race(run: Options, case: Case, share: float) -> tuple[Outcome, list[Row]]:
-    """Every divergence, with cross-entropy and metrics; one process."""
+    """Race every divergence of kd_plugin, with cross-entropy and metrics; one process."""
     entries = [Entry(name, OURS, replace(case, divergence=name)) for name in DIVERGENCES]
     outcome = race([entries], threads=run.threads, seconds=share * run.minutes * 60)
     return outcome, [_variant_line(outcome, name, "forward_kl") for name in DIVERGENCES]
@@ -99,7 +99,7 @@ def _variant_line(outcome: Outcome, label: str, base: str) -> Row:
 
 
 def targets(head: Outcome, variants: Outcome, divergences: Outcome) -> list[Target]:
-    """What was promised for fp32, judged."""
+    """The targets for fp32, with what was measured."""
 
     def target(what: str, limit: float, outcome: Outcome, above: str, below: str) -> Target:
         wall = median_ratio(outcome.wall(above), outcome.wall(below))
@@ -122,7 +122,7 @@ def targets(head: Outcome, variants: Outcome, divergences: Outcome) -> list[Targ
 
 
 def split_table(profiles: dict[str, dict[str, float]]) -> str:
-    """Where kd_plugin's time goes, one column per head."""
+    """The table of where kd_plugin's time goes, one column per head."""
     parts = next(iter(profiles.values()))
     rows = [{"ms": part, **{head: split[part] for head, split in profiles.items()}} for part in parts]
     return markdown(rows)
@@ -143,7 +143,7 @@ def _plot(run: Options, heads: dict[str, list[Row]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run everything; returns the exit code."""
+    """Measure, draw and publish; returns the exit code."""
     run = options(__doc__ or "", argv)
     case = Case(device=run.device)
     qwen = Case(rows=512, vocab=151936, width=256, device=run.device)

@@ -35,18 +35,18 @@ class Sample(NamedTuple):
 
 @dataclass
 class Outcome:
-    """Samples by label, one per round; why a label has none."""
+    """What a race has measured, by label: samples, one per round; why there are none; profiles."""
 
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     profiles: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def wall(self, label: str) -> list[float]:
-        """Milliseconds, one per round."""
+        """Wall time in milliseconds, one value per round."""
         return [sample.wall_ms for sample in self.samples.get(label, [])]
 
     def cpu(self, label: str) -> list[float]:
-        """Milliseconds of all cores together, one per round."""
+        """Processor time of all cores together in milliseconds, one value per round."""
         return [sample.cpu_ms for sample in self.samples.get(label, [])]
 
 
@@ -184,7 +184,7 @@ def _serve(pipe: Connection, entries: list[Entry], threads: int) -> None:
 
 
 def timed(step: Any, device: str) -> Sample:
-    """One call of `step`, in milliseconds."""
+    """Time one call of `step`, in milliseconds."""
     import torch
 
     def wait() -> None:

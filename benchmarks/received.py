@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Received(TorchDispatchMode):
-    """Bytes that a ring brings to this rank, by collective."""
+    """Counts the bytes that a ring brings to this rank while the context lasts, by collective."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,5 +36,5 @@ class Received(TorchDispatchMode):
 
     @property
     def total(self) -> float:
-        """Of all collectives."""
+        """Bytes of all collectives."""
         return sum(self.by_operation.values())

@@ -62,7 +62,7 @@ def make_models(run: Options, dtype: str) -> Models:
 
 
 def make_steps(models: Models, ids: Tensor) -> dict[str, Callable[[], Tensor | None]]:
-    """`PARTS`, each as a function of nothing; `ids` is `[B, S]`."""
+    """Make `PARTS`, each as a function of nothing, for the tokens `ids` `[B, S]`."""
     optimizers = [
         torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True) for student in (models.distilled, models.plain)
     ]
@@ -100,7 +100,7 @@ def make_steps(models: Models, ids: Tensor) -> dict[str, Callable[[], Tensor | N
 
 
 def check_same_cross_entropy(models: Models, steps: dict[str, Callable[[], Tensor | None]], ids: Tensor) -> None:
-    """First steps: their cross-entropies are those of the same hidden states in fp32.
+    """Check that the first steps have the cross-entropies of the same hidden states in fp32.
 
     In bf16 torch's chunks add up their losses in bf16, some per cent off; that is rounding, and not other work.
 
@@ -117,16 +117,16 @@ def check_same_cross_entropy(models: Models, steps: dict[str, Callable[[], Tenso
     losses[DISTILLATION] = torch.tensor(models.plugin.metrics()["hard_loss"])
     first_tuning = next(iter(FINE_TUNING))  # the second starts from its weights
     for name, allowed in ((DISTILLATION, 1e-4 if exact else 2e-3), (first_tuning, 1e-4 if exact else 0.1)):
-        found = losses[name]
-        assert found is not None
-        difference = relative(found.cpu(), wanted.cpu())
-        print(f"  {name}: cross-entropy {found:.5g}, {difference:.1g} off that of the same states in fp32", flush=True)
+        loss = losses[name]
+        assert loss is not None
+        difference = relative(loss.cpu(), wanted.cpu())
+        print(f"  {name}: cross-entropy {loss:.5g}, {difference:.1g} off that of the same states in fp32", flush=True)
         if difference > allowed:
             raise RuntimeError(f"{name}: its cross-entropy is {difference:.2g} off that of the same states in fp32")
 
 
 def measure(run: Options, dtype: str, batch: int, length: int, seconds: float) -> tuple[list[Row], list[Target]]:
-    """Rounds of the parts -> table, verdicts."""
+    """Run rounds of all parts in `dtype`; returns the table and the targets."""
     models = make_models(run, dtype)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, models.plain.config.vocab_size, (batch, length), generator=generator).to(run.device)
@@ -159,7 +159,7 @@ def measure(run: Options, dtype: str, batch: int, length: int, seconds: float) -
 def run_rounds(
     models: Models, steps: dict[str, Callable[[], Tensor | None]], device: str, seconds: float
 ) -> tuple[dict[str, list[Sample]], dict[str, list[float]]]:
-    """Up to seven rounds of all parts -> samples by part, and the plugin's own split of the distillation step."""
+    """Run up to seven rounds of all parts; returns samples by part, and the plugin's own split of its step."""
     samples: dict[str, list[Sample]] = {name: [] for name in PARTS}
     split: dict[str, list[float]] = {}
     begin = time.perf_counter()
@@ -176,7 +176,7 @@ def run_rounds(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run everything; returns the exit code."""
+    """Measure and publish; returns the exit code."""
     run = options(__doc__ or "", argv)
     batch, length = (1, 32) if run.quick else (2, 512)
     table: list[Row] = []

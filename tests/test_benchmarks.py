@@ -133,7 +133,7 @@ def test_speed_targets_compare_the_right_lines(bench: Any) -> None:
     divergences = bench.race.Outcome(
         {name: [bench.race.Sample(ms, ms, 0.0)] for name, ms in zip(names, (10, 13, 99), strict=True)}
     )
-    judged = {t.what: (t.found, t.verdict) for t in bench.loss_speed.targets(head, variants, divergences)}
+    judged = {t.what: (t.measured, t.verdict) for t in bench.loss_speed.targets(head, variants, divergences)}
     assert judged["kd_plugin / the four GEMMs"] == (1.2, "not met")
     assert judged["kd_plugin / compiled naive"] == (0.6, "met")
     assert judged["kd_plugin / TRL"] == (0.2, "met")
@@ -152,7 +152,7 @@ def test_memory_targets_compare_full_chunks_and_the_least_of_the_peers(bench: An
     table = [line("kd_plugin, 512 MiB", n, 1.1, n / 1000, 1024) for n in (2048, 8192, 32768)]
     table += [line("kd_plugin, 4096 MiB", n, n / 1024, 1.0, 8192) for n in (2048, 8192)]
     table += [line("small", 2048, 1.0, 4.096), line("quick", 2048, 2.2, 1.024)]
-    judged = {target.what: target.found for target in bench.loss_memory.targets(table)}
+    judged = {target.what: target.measured for target in bench.loss_memory.targets(table)}
     assert judged["peak / 8CV, worst point of kd_plugin"] == pytest.approx(1.1)
     assert judged["kd_plugin, 512 MiB: peak at N=32768 / N=2048"] == pytest.approx(1.0)
     assert judged["kd_plugin, 4096 MiB: peak at N=32768 / N=2048"] is None, "one number of rows with a full chunk"
@@ -209,7 +209,7 @@ def test_exchange_targets_compare_the_right_lines(bench: Any) -> None:
         return {"W": ranks, "rows": rows, "mode": mode, "seconds": seconds, "V": 64, "formula": None} | others
 
     lines = [line(2, 256, "stats", [1.0, 3.0, 4.0]), line(2, 256, "weight", [2.0, 4.0, 8.0])]
-    judged = {t.what: (t.found, t.verdict) for t in bench.exchange.time_targets(lines)}
+    judged = {t.what: (t.measured, t.verdict) for t in bench.exchange.time_targets(lines)}
     assert judged["time of stats / weight, W=2, 256 rows"] == (0.5, "met")
     assert judged["time of stats / weight, W=4, 256 rows, no metrics"] == (None, "not measured")
     small = bench.exchange.Heads(64, 16, 16)
@@ -217,7 +217,7 @@ def test_exchange_targets_compare_the_right_lines(bench: Any) -> None:
     counted = {(below, "stats"): 9.0, (below, "weight"): 10.0, (above, "stats"): 11.0, (above, "weight"): 10.0}
     lines = [line(2, rows, mode, [1.0], bytes=b, formula=10.0) for (rows, mode), b in counted.items()]
     found = bench.exchange.byte_targets(lines, small)
-    assert [round(t.found, 6) for t in found] == [0.1, 0.9, round(10 / 11, 6)]
+    assert [round(t.measured, 6) for t in found] == [0.1, 0.9, round(10 / 11, 6)]
     assert [t.verdict for t in found] == ["not met", "met", "met"]
 
 

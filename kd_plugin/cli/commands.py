@@ -18,7 +18,7 @@ import typer
 
 from kd_plugin import __version__
 from kd_plugin.cli.launcher import one_line_errors, run_training
-from kd_plugin.settings.run import RunConfig
+from kd_plugin.settings.run import DistillConfig, RunConfig, StudentConfig
 from kd_plugin.settings.schema import json_schema, markdown
 from kd_plugin.settings.yaml_file import ConfigError, load_config
 from kd_plugin.training.preflight import SetupError, early_problems, idle_settings
@@ -203,7 +203,7 @@ def main() -> None:
 
 
 def _recipe_dir() -> Path:
-    """kd_plugin/recipes in an installed wheel, configs/ in a checkout: the same files."""
+    """The folder with the recipes: kd_plugin/recipes in an installed wheel, configs/ in a checkout."""
     here = Path(__file__).parents[1]
     return next(folder for folder in (here / "recipes", here.parent / "configs") if folder.is_dir())
 
@@ -229,31 +229,32 @@ def _copy_recipe(source: Path, destination: Path) -> Path:
 
 
 def _summary(config: RunConfig) -> str:
-    student, teacher, distill, data, step = (
-        config.student,
-        config.teacher,
-        config.distill,
-        config.data,
-        config.train,
-    )
-    origin: str | None = student.model
-    if student.from_teacher:
-        origin = f"{student.from_teacher.layers} layers of the teacher"
-    elif student.from_config:
-        origin = f"fresh, {student.model or 'teacher'}'s configuration with {student.from_config}"
-    terms = distill.terms and "(" + " + ".join(f"{term.weight:g} {term.name}" for term in distill.terms) + ")"
-    loss = f"{distill.soft_weight:g} {terms or distill.divergence} (T={distill.temperature:g})"
+    teacher, data, step = config.teacher, config.data, config.train
     sequences = f"{step.micro_batch_size} x {data.seq_len} tokens per rank and forward"
     return "\n".join(
         (
             f"  teacher  {teacher.model} ({teacher.dtype}, {teacher.sharding})",
-            f"  student  {origin} ({student.dtype})",
-            f"  loss     {loss} + {distill.hard_weight:g} cross-entropy",
+            f"  student  {_origin(config.student)} ({config.student.dtype})",
+            f"  loss     {_loss(config.distill)}",
             f"  data     {data.train}, {sequences}",
             f"  train    {step.max_steps} steps, lr {step.learning_rate:g}, parallel {step.parallel}",
             f"  output   {config.log.output_dir}",
         )
     )
+
+
+def _origin(student: StudentConfig) -> str | None:
+    if student.from_teacher:
+        return f"{student.from_teacher.layers} layers of the teacher"
+    if student.from_config:
+        return f"fresh, {student.model or 'teacher'}'s configuration with {student.from_config}"
+    return student.model
+
+
+def _loss(distill: DistillConfig) -> str:
+    terms = distill.terms and "(" + " + ".join(f"{term.weight:g} {term.name}" for term in distill.terms) + ")"
+    soft = f"{distill.soft_weight:g} {terms or distill.divergence} (T={distill.temperature:g})"
+    return f"{soft} + {distill.hard_weight:g} cross-entropy"
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def _without_local_rank(argv: Sequence[str]) -> Iterator[str]:
 
 
 def run_training(config: RunConfig) -> None:
-    """`kd_plugin.train`, imported when it is needed; SIGINT and SIGTERM end it with one line of rank 0."""
+    """Call `kd_plugin.train`, imported only now; SIGINT and SIGTERM end the run with one line of rank 0."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     with one_line_end(lambda what: None if _rank() else _last_words(config, what), several=several):
         from kd_plugin.training.run import train

@@ -2,7 +2,7 @@
 
 Notable decisions:
 - plain text is trained on whole; of a prompt with completion only the completion, of a conversation only what
-  the assistant says. What else a row may hold is in `data.columns`, how it is rendered in `.conversations`;
+  the assistant says. What else a row may hold is in `data.columns`, how it is rendered in `data.conversations`;
 - a document begins with the tokenizer's start token where the tokenizer adds one, and once: text that was rendered
   with a chat template has it already. Conversations begin as their template has it;
 - each document ends with the tokenizer's end token, once, so that a model learns to stop;

@@ -178,7 +178,7 @@ def _student(setup: Setup) -> list[Line]:
 
 
 def _gathered_student(setup: Setup) -> list[Line]:
-    """All but the head of a student that is cut over the ranks: gathered, and its gradients reduced."""
+    """Traffic of a student that is cut over the ranks, without its head: it is gathered, and its gradients reduced."""
     student, item, times = setup.student, setup.student_item, setup.accumulation
     share = (setup.group_ranks - 1) / setup.group_ranks
     rest = student.numel - student.head_numel

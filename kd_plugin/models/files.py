@@ -57,7 +57,7 @@ def resolve_tokenizer(config: ModelSource) -> ResolvedSource:
     """Find the files behind `config.tokenizer`, or else those of `config.model`.
 
     Raises:
-        ModelError: as `resolve_source`.
+        ModelError: no such package, directory or GGUF file, or several GGUF files to choose from.
     """
     if config.tokenizer:
         return _resolve(config.tokenizer, None, f"{section_name(config)}.tokenizer", adapters=True)
@@ -68,11 +68,11 @@ def check_weights(config: ModelSource) -> None:
     """Look whether the safetensors files of `config.model` are there and whole, where they are on this machine.
 
     Raises:
-        ModelError: naming the file, or as `resolve_source`.
+        ModelError: a file is missing or damaged, which the message names, or `config.model` cannot be resolved.
     """
     source = resolve_source(config)
-    if not source.gguf_file and (found := next(_broken_weights(Path(source.path_or_id)), "")):
-        raise ModelError(f"{section_name(config)}.model: {source.path_or_id}: {found}")
+    if not source.gguf_file and (fault := next(_broken_weights(Path(source.path_or_id)), "")):
+        raise ModelError(f"{section_name(config)}.model: {source.path_or_id}: {fault}")
 
 
 def broken_file(source: ResolvedSource) -> str:
@@ -132,12 +132,15 @@ def _broken_weights(folder: Path) -> Iterator[str]:
     for file in files:
         if not file.is_file():
             yield f"{file.name} is missing, which {index.name} names: {_AGAIN}"
-        elif found := _broken_safetensors(file):
-            yield f"{file.name} {found}"
+        elif fault := _broken_safetensors(file):
+            yield f"{file.name} {fault}"
 
 
 def _broken_safetensors(path: Path) -> str:
-    """The file begins with the length of a JSON header, which has each tensor's place: its size follows."""
+    """What is wrong with a safetensors file; empty where nothing is.
+
+    It begins with the length of a JSON header, which has each tensor's place: the file's size follows from them.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -178,21 +181,21 @@ def _resolve(name: str, gguf_file: str | None, where: str, *, adapters: bool) ->
 
 
 def _look_inside(folder: Path, where: str) -> ResolvedSource:
-    """A folder that Transformers can read as it is, or the one GGUF file below it."""
+    """`folder` itself, if Transformers can read it as it is, or the one GGUF file below it."""
     if any((folder / name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
         return ResolvedSource(str(folder), None)
-    found = sorted(folder.rglob("*.gguf"))
-    if len(found) > 1:
-        raise ModelError(f"{where}: {len(found)} GGUF files in {folder}: {_names(found)}; choose one with gguf_file")
-    if not found:
+    files = sorted(folder.rglob("*.gguf"))
+    if len(files) > 1:
+        raise ModelError(f"{where}: {len(files)} GGUF files in {folder}: {_names(files)}; choose one with gguf_file")
+    if not files:
         raise ModelError(
             f"{where}: neither a config.json nor a GGUF file in {folder}: name the folder that save_pretrained wrote"
         )
-    return ResolvedSource(str(found[0].parent), found[0].name)
+    return ResolvedSource(str(files[0].parent), files[0].name)
 
 
 def _package_folder(name: str, where: str) -> Path:
-    """Folder of an installed package; a dotted name is a folder in it (nothing may be imported)."""
+    """The folder of an installed package; a dotted name is a folder in it. Nothing is imported."""
     top, *inner = name.split(".")
     spec = importlib.util.find_spec(top) if top else None
     if spec is None:

@@ -46,10 +46,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(config: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer of `config.tokenizer`, or else the one beside `config.model`.
+    """Load the tokenizer of `config.tokenizer`, or else the one beside `config.model`.
 
     Raises:
-        ModelError: not found, or not loadable.
+        ModelError: it is not found, or cannot be loaded.
     """
     transformers = import_transformers()
     source = resolve_tokenizer(config)
@@ -61,59 +61,65 @@ def load_tokenizer(config: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def load_teacher(config: TeacherConfig) -> PreTrainedModel:
-    """The frozen teacher on the CPU: eval mode, no gradients, parameters in `config.dtype`.
+    """Load the frozen teacher on the CPU: eval mode, no gradients, parameters in `config.dtype`.
 
     Raises:
-        ModelError: not found, or not loadable.
+        ModelError: it is not found, or cannot be loaded.
     """
     return _load_model(config, getattr(torch, config.dtype)).eval().requires_grad_(False)
 
 
 def build_student(config: StudentConfig, teacher: PreTrainedModel, *, seed: int) -> PreTrainedModel:
-    """The student on the CPU in train mode, with float32 parameters of its own; the teacher is only read.
+    """Make the student on the CPU in train mode, with float32 parameters of its own; the teacher is only read.
 
     Call it before the teacher is attached or sharded. `seed` decides a fresh student's weights, so that all
     ranks start alike; the global random state is left as it was.
 
     Raises:
-        ModelError, StudentError: not found, not loadable, or not to be made from this teacher.
+        ModelError, StudentError: it is not found, cannot be loaded, or cannot be made from this teacher.
     """
     if config.from_teacher:
         student = student_from_layers(teacher, config.from_teacher.layers, partial(_empty, teacher, config))
     elif config.from_config is not None:
-        base = read_config(config) if config.model else teacher.config
-        new = config_with(base, config.from_config, where="student.from_config")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            student = import_transformers().AutoModelForCausalLM.from_config(
-                new, dtype=torch.float32, trust_remote_code=config.trust_remote_code, **_attention(config)
-            )
+        student = _fresh_student(config, config.from_config, teacher, seed)
     else:
         student = _load_model(config, torch.float32)
     freeze(student, config.freeze)
     return student.train()
 
 
+def _fresh_student(
+    config: StudentConfig, values: dict[str, Any], teacher: PreTrainedModel, seed: int
+) -> PreTrainedModel:
+    base = read_config(config) if config.model else teacher.config
+    new = config_with(base, values, where="student.from_config")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return import_transformers().AutoModelForCausalLM.from_config(
+            new, dtype=torch.float32, trust_remote_code=config.trust_remote_code, **_attention(config)
+        )
+
+
 def check_positions(model: PreTrainedModel, seq_len: int, *, role: str) -> None:
     """Compare `seq_len` with the positions that `model` was made for.
 
     Raises:
-        ModelError: it has a table with one row per position, which is shorter (GPT-2, OPT). Computed positions
+        ModelError: the model has a table with one row per position, which is shorter (GPT-2, OPT). Computed positions
             (rotary) beyond those trained on are only a warning.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or not 0 < limit < seq_len:
         return
-    found = f"data.seq_len {seq_len} is beyond the {role}'s {limit} positions"
+    fault = f"data.seq_len {seq_len} is beyond the {role}'s {limit} positions"
     tables = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if any(table.ndim == 2 and ("position" in name or ".wpe." in name) for name, table in tables.items()):
-        raise ModelError(f"{found}, each of which it has learnt: set data.seq_len to {limit} or less")
-    logger.warning("%s: it has seen none of that length, and its predictions there may be poor", found)
+        raise ModelError(f"{fault}, each of which it has learnt: set data.seq_len to {limit} or less")
+    logger.warning("%s: it has seen none of that length, and its predictions there may be poor", fault)
 
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Transformers' bars for loading, unpacking and downloading: none in the body unless `shown`."""
+    """Hide Transformers' bars for loading, unpacking and downloading while the body runs, unless `shown`."""
     bars = import_transformers().utils.logging
     if shown or not bars.is_progress_bar_enabled():
         yield
@@ -128,7 +134,7 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 @contextmanager
 def _without_gguf_bar() -> Iterator[None]:
-    """The GGUF reader has a bar of its own, which the switch does not reach. Where it is not found, it is shown."""
+    """Hide the GGUF reader's own bar, which Transformers' switch does not reach, where it can be found."""
     try:
         from transformers import modeling_gguf_pytorch_utils as gguf_files
 
@@ -158,7 +164,7 @@ def _load_model(config: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _load_gguf(config: ModelSource, source: ResolvedSource, dtype: torch.dtype) -> PreTrainedModel:
-    """Unpack the weights, and drop what the loader leaves behind (its quantizer): that forbids training."""
+    """Load a GGUF file's weights unpacked, without what the loader leaves behind: its quantizer forbids training."""
     transformers, where = import_transformers(), f"{section_name(config)}.model"
     kwargs = {"dtype": dtype, "quantization_config": transformers.GgufConfig(dequantize=True)}
     model = load_causal_lm(source, config, where, **kwargs, **_attention(config))
@@ -172,7 +178,7 @@ def _load_gguf(config: ModelSource, source: ResolvedSource, dtype: torch.dtype) 
 def _unpacked(
     source: ResolvedSource, name: str, build: Callable[[], PreTrainedModel | PreTrainedTokenizerBase]
 ) -> ResolvedSource:
-    """The GGUF file as an ordinary folder `name` in the cache, made by `build` the first time.
+    """Unpack a GGUF file into an ordinary folder `name` in the cache, by `build` the first time; returns the folder.
 
     Reading a GGUF file takes half a minute where the same weights as safetensors take a second. The folder is
     keyed by the file's content and the library's version, and appears under its name only when complete. One
@@ -182,11 +188,8 @@ def _unpacked(
     from huggingface_hub import constants
 
     assert source.gguf_file is not None
-    digest = hashlib.sha256()
-    with (Path(source.path_or_id) / source.gguf_file).open("rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    key = f"{digest.hexdigest()[:24]}-{import_transformers().__version__}"
+    digest = _digest(Path(source.path_or_id) / source.gguf_file)
+    key = f"{digest[:24]}-{import_transformers().__version__}"
     folder = Path(constants.HF_HOME) / "kd_plugin" / key / name
     if not folder.is_dir():
         try:
@@ -201,8 +204,16 @@ def _unpacked(
     return ResolvedSource(str(folder), None)
 
 
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _save_whole(made: PreTrainedModel | PreTrainedTokenizerBase, folder: Path) -> None:
-    """What `save_pretrained` writes, on whatever rank: a model's own does nothing but on rank 0."""
+    """Write what `save_pretrained` writes, on whatever rank: a model's own does nothing but on rank 0."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
         inside = Path(unfinished) / folder.name
         if isinstance(made, torch.nn.Module):
@@ -217,10 +228,10 @@ def _save_whole(made: PreTrainedModel | PreTrainedTokenizerBase, folder: Path) -
 
 
 def read_config(config: ModelSource) -> PreTrainedConfig:
-    """The configuration of `config.model`, without its weights.
+    """Read the configuration of `config.model`, without its weights.
 
     Raises:
-        ModelError: not found, or not loadable.
+        ModelError: it is not found, or cannot be loaded.
     """
     return load_pretrained(
         import_transformers().AutoConfig, resolve_source(config), config, f"{section_name(config)}.model"
@@ -230,7 +241,7 @@ def read_config(config: ModelSource) -> PreTrainedConfig:
 def _empty(
     model: PreTrainedModel, config: ModelSource, new: PreTrainedConfig, *, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A model of the same class; its weights are about to be filled, so none are drawn."""
+    """A model of the class of `model`; its weights are about to be filled, so none are drawn."""
     from transformers.initialization import no_init_weights
 
     attention = _attention(config) or {"attn_implementation": model.config._attn_implementation}

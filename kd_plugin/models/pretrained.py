@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_pretrained(auto: Any, source: ResolvedSource, config: ModelSource, where: str, **kwargs: Any) -> Any:
-    """`from_pretrained` with whatever it raises as one line that names the setting and, if it can be told, the file."""
+    """Call `auto.from_pretrained` for the files of `source`.
+
+    Raises:
+        ModelError: whatever it raises, in one line that names the setting `where` and, if it can be told, the file.
+        ImportError: a package is missing.
+    """
     if source.gguf_file:
         _require("gguf", "GGUF files need it")
         kwargs["gguf_file"] = source.gguf_file
@@ -50,36 +56,41 @@ def _reason(error: Exception) -> str:
 
 
 def load_causal_lm(source: ResolvedSource, config: ModelSource, where: str, **kwargs: Any) -> PreTrainedModel:
-    """The model with all of its weights from the files: what they lack, the library would draw at random.
+    """Load a model with all of its weights from the files: what they lack, the library would draw at random.
 
     Raises:
-        ModelError: not loadable, weights that are missing or of another shape, or an adapter of PEFT on a base.
+        ModelError: it cannot be loaded, weights that are missing or of another shape, or an adapter of PEFT on a base.
     """
     # Shapes that do not fit are reported here with their names, and by the library without.
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = load_pretrained(import_transformers().AutoModelForCausalLM, source, config, where, **kwargs)
+    model, loading_info = load_pretrained(import_transformers().AutoModelForCausalLM, source, config, where, **kwargs)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(f"{where}: {source.path_or_id} is {ADAPTER_FOUND}")
-    if wrong := sorted(found["mismatched_keys"]):
+    _check_loaded(loading_info, source, where)
+    return model
+
+
+def _check_loaded(loading_info: Mapping[str, Any], source: ResolvedSource, where: str) -> None:
+    """Refuse weights that do not fit or are missing; warn of those that have no place in the model."""
+    if wrong := sorted(loading_info["mismatched_keys"]):
         name, in_file, in_model = wrong[0]
         raise ModelError(
             f"{where}: {source.path_or_id}: {len(wrong)} weight(s) do not fit its config.json, first {name}, which is "
             f"{list(in_file)} in the file and {list(in_model)} in the model: use files that belong together"
         )
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise ModelError(
             f"{where}: {source.path_or_id} has no weights for {len(missing)} of the model's parameters, first "
             f"{missing[0]}, which would be random: use files that belong to its config.json, of a causal language model"
         )
-    if surplus := sorted(found["unexpected_keys"]):
+    if surplus := sorted(loading_info["unexpected_keys"]):
         logger.warning(
             "%s: %d weight(s) of the files have no place in the model, first %s", where, len(surplus), surplus[0]
         )
-    return model
 
 
 def refuse_pickle(source: ResolvedSource, where: str) -> None:
-    """Raise ModelError where a folder has weights only that run code when they are read."""
+    """Raise ModelError where a folder has only weights that can run code when they are read."""
     folder = Path(source.path_or_id)
     if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         raise ModelError(
@@ -89,7 +100,7 @@ def refuse_pickle(source: ResolvedSource, where: str) -> None:
 
 
 def import_transformers() -> Any:
-    """The library, or ImportError with the pip command that brings it."""
+    """Import the library, or raise ImportError with the pip command that brings it."""
     _require("transformers", "loading models needs it")
     import transformers
 

@@ -39,7 +39,7 @@ class StudentError(ValueError):
 
 
 def evenly_spaced(num_layers: int, num_kept: int) -> list[int]:
-    """Indices of the kept layers, first and last included: distil-whisper's rule, 32 -> 4 is [0, 10, 20, 31].
+    """Indices of the layers to keep, first and last included: distil-whisper's rule, 32 -> 4 is [0, 10, 20, 31].
 
     Raises:
         StudentError: fewer than 2 layers wanted, or more than there are.
@@ -61,12 +61,7 @@ def config_with(config: PreTrainedConfig, values: dict[str, Any], *, where: str)
         StudentError: unknown key, value refused by the architecture, or a multimodal configuration.
     """
     _require_plain(config, where)
-    known = _known_keys(config)
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
-            raise StudentError(f"{where}.{key}: unknown key of a {config.model_type!r} configuration{hint}")
+    _check_known(config, values, where)
     aliases = type(config).attribute_map
     values = {aliases.get(key, key): value for key, value in values.items()}
     base = {key: value for key, value in config.to_dict().items() if key not in _BOOKKEEPING}
@@ -84,7 +79,7 @@ def config_with(config: PreTrainedConfig, values: dict[str, Any], *, where: str)
 def student_from_layers(
     teacher: PreTrainedModel, num_kept: int, make_empty: Callable[[PreTrainedConfig], PreTrainedModel]
 ) -> PreTrainedModel:
-    """A model with `num_kept` of the teacher's decoder layers and copies of everything else.
+    """Make a model with `num_kept` of the teacher's decoder layers and copies of everything else.
 
     Args:
         teacher: a causal LM whose layers lie in one ModuleList; it is left untouched.
@@ -92,7 +87,7 @@ def student_from_layers(
         make_empty: builds a model of the teacher's class from a configuration, weights unset.
 
     Raises:
-        StudentError: too many layers, or an architecture whose layers depend on their position.
+        StudentError: `num_kept` is too many, or layers of this architecture depend on their position.
     """
     where = "student.from_teacher"
     _require_plain(teacher.config, where)
@@ -149,13 +144,22 @@ def _require_plain(config: PreTrainedConfig, where: str) -> None:
         )
 
 
+def _check_known(config: PreTrainedConfig, values: Iterable[str], where: str) -> None:
+    known = _known_keys(config)
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
+            raise StudentError(f"{where}.{key}: unknown key of a {config.model_type!r} configuration{hint}")
+
+
 def _known_keys(config: PreTrainedConfig) -> set[str]:
     own = {field.name for field in fields(config)} | set(config.to_dict()) | set(type(config).attribute_map)
     return {key for key in own if not key.startswith("_")} - _BOOKKEEPING
 
 
 def _check_heads(config: PreTrainedConfig, where: str) -> None:
-    """Otherwise heads that cannot be grouped are noticed in the first forward pass, as a shape error."""
+    """Refuse heads that cannot be grouped, which the first forward pass would notice as a shape error."""
     heads = getattr(config, "num_attention_heads", None)
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads and heads % groups:
@@ -165,7 +169,7 @@ def _check_heads(config: PreTrainedConfig, where: str) -> None:
 
 
 def _layers_path(model: nn.Module, num_layers: int) -> str:
-    """Name of the ModuleList of decoder layers; outer ones come first, so it cannot be experts."""
+    """Name of the ModuleList of decoder layers; outer modules come first, so it cannot be one of experts."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return name

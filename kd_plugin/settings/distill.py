@@ -26,7 +26,7 @@ class BuiltIn(NamedTuple):
     """What the settings have to know of a divergence, without torch."""
 
     options: tuple[str, ...] = ()
-    """Settings that it takes."""
+    """Names of the settings that it takes."""
     sorts: bool = False
     """Whether it pairs the tokens of student and teacher by their rank in a row, not by their id."""
 
@@ -108,7 +108,7 @@ def _faults(section: type[BaseModel], error: ValidationError) -> list[str]:
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be; one line."""
+    """A setting that cannot be as given; the message is one line."""
 
 
 class Section(BaseModel, metaclass=_OneLine):
@@ -129,19 +129,19 @@ class TermConfig(Section):
     """One divergence of a composed soft loss."""
 
     name: DivergenceName
-    """As `distill.divergence`."""
+    """Name of the divergence, as in `distill.divergence`."""
 
     weight: NotNegative = 1.0
     """Factor of this term within the soft loss."""
 
     temperature: Positive | None = None
-    """Of this term; null takes `distill.temperature`."""
+    """Temperature of this term; null takes `distill.temperature`."""
 
     beta: Share | None = None
-    """Of this term; null takes `distill.beta`."""
+    """`beta` of this term; null takes `distill.beta`."""
 
     alpha: Share | None = None
-    """Of this term; null takes `distill.alpha`."""
+    """`alpha` of this term; null takes `distill.alpha`."""
 
 
 class DistillConfig(Section):
@@ -195,8 +195,8 @@ class DistillConfig(Section):
 
     exchange: Literal["auto", "weight", "logits", "stats"] = "auto"
     """What crosses the wire for sharded heads. `weight`: each head, once per micro-batch. `logits`:
-    the student's head, and chunk by chunk the teacher's logits, of whose head every rank keeps some rows.
-    `stats`: hidden states and a few numbers per token; every rank keeps its own rows of both heads.
+    the student's head, and chunk by chunk the teacher's logits: every rank keeps a vocabulary slice of its head.
+    `stats`: hidden states and a few numbers per token; every rank keeps a vocabulary slice of both heads.
     `auto` is the one that moves fewest bytes, as the first step that trains prints."""
 
     row_kernel: Literal["auto", "compile", "triton", "eager"] = "auto"

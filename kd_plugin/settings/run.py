@@ -190,7 +190,7 @@ class TrainConfig(Section):
     """Recompute the student's layers in backward instead of keeping their activations."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of initialisation and data order."""
+    """Seed of initialisation and data order."""
 
     eval_every: Annotated[int, Field(ge=0)] = 0
     """Evaluate every so many steps, and at start and end; 0: at start and end only."""

@@ -49,14 +49,14 @@ def field_schema(path: tuple[str | int, ...]) -> tuple[tuple[str, ...], dict[str
     dropped: ("train", "adam_betas", 1) gives ("train", "adam_betas").
     """
     root = json_schema()
-    found: tuple[str, ...] = ()
+    reached: tuple[str, ...] = ()
     schema = root
     for name in path:
         properties = _section(schema, root).get("properties", {})
         if name not in properties:
             break
-        found, schema = (*found, str(name)), properties[name]
-    return found, schema
+        reached, schema = (*reached, str(name)), properties[name]
+    return reached, schema
 
 
 def known_keys(path: tuple[str, ...]) -> list[str]:

@@ -36,7 +36,8 @@ class ConfigError(ValueError):
 def load_config(path: str | Path, overrides: Sequence[str] | str = ()) -> RunConfig:
     """Read a YAML file, apply `section.key=value` overrides (one, or a list of them), check everything.
 
-    Raises ConfigError with every fault found, one line each.
+    Raises:
+        ConfigError: with every fault, one line each.
     """
     if not isinstance(path, str | Path):
         raise ConfigError(f"load_config wants the path of a YAML file, found a {type(path).__name__}")
@@ -44,25 +45,34 @@ def load_config(path: str | Path, overrides: Sequence[str] | str = ()) -> RunCon
     if not isinstance(overrides, Sequence):
         raise ConfigError(
             f'load_config wants overrides as "section.key=value", one or a list of them, found a '
-            f'{type(overrides).__name__}: load_config(PATH, ["train.lr=1e-4"])'
+            f'{type(overrides).__name__}: load_config(PATH, ["train.learning_rate=1e-4"])'
         )
     path = Path(path)
-    text = _read(path)
-    document, lines = _parse(path, text)
+    document, lines = _parse(path, _read(path))
     changes, faults = _parse_overrides(overrides)
-    merged: Any = OmegaConf.merge(document, *(change for _, change in changes))
     where = _Places(path, lines, [keys for keys, _ in changes])
+    values = _merged(document, [change for _, change in changes], where, faults)
+    return _validated(values, where, faults)
+
+
+def _merged(document: DictConfig, changes: Sequence[DictConfig], where: _Places, faults: list[str]) -> Any:
+    """The values of file and command line; a value that cannot be resolved is raised with the earlier `faults`."""
+    merged: Any = OmegaConf.merge(document, *changes)
     try:
-        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         keys = tuple((error.full_key or "").split("."))
         message = str(error).splitlines()[0]
         raise ConfigError("\n".join([*faults, f"{where(keys)}: {'.'.join(keys)}: {message}"])) from None
+
+
+def _validated(values: Any, where: _Places, faults: list[str]) -> RunConfig:
+    """The configuration of `values`; what is wrong with them is raised with the earlier `faults`."""
     config: RunConfig | None = None
     try:
         config = RunConfig.model_validate(_without_empty_sections(values))
     except ValidationError as error:
-        faults += _fault_lines(error, values, where)
+        faults = [*faults, *_fault_lines(error, values, where)]
     if faults or config is None:
         raise ConfigError("\n".join(faults))
     return config
@@ -134,18 +144,9 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[list[tuple[Keys, DictCon
         if not isinstance(token, str):
             faults.append(f"{_COMMAND_LINE}: {token!r}: is no text; write 'section.key=value'")
             continue
-        name, equals, value = token.partition("=")
-        keys = tuple(name.split("."))
-        fault = ""
-        if token.startswith("-"):
-            fault = "overrides have no dashes; write section.key=value"
-        elif not equals:
-            fault = "has no '='; write section.key=value"
-        elif not all(keys):
-            fault = "has an empty key; write section.key=value"
-        elif not value:
-            fault = "has no value; write null for none or '' for empty text"
-        else:
+        keys = tuple(token.partition("=")[0].split("."))
+        fault = _form_fault(token, keys)
+        if not fault:
             try:
                 changes.append((keys, OmegaConf.from_dotlist([token])))
             except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -155,8 +156,20 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[list[tuple[Keys, DictCon
     return changes, faults
 
 
+def _form_fault(token: str, keys: Keys) -> str:
+    """Why an override is not of the form section.key=value; empty where it is."""
+    _, equals, value = token.partition("=")
+    if token.startswith("-"):
+        return "overrides have no dashes; write section.key=value"
+    if not equals:
+        return "has no '='; write section.key=value"
+    if not all(keys):
+        return "has an empty key; write section.key=value"
+    return "" if value else "has no value; write null for none or '' for empty text"
+
+
 class _Places:
-    """Where a key was written: `file:line`, or the command line."""
+    """Says where a key was written: `file:line`, or the command line."""
 
     def __init__(self, path: Path, lines: dict[Keys, int], overridden: list[Keys]) -> None:
         self.path, self.lines, self.overridden = path, lines, overridden

@@ -31,10 +31,11 @@ from kd_plugin.row_kernels import dispatch
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training.finite import has_finite_parameters
 
-__all__ = ["CheckpointError", "checkpoints", "latest_finite", "resume", "save", "to_continue"]
+__all__ = ["CheckpointError", "checkpoints", "latest_finite", "resume", "save", "step_of", "to_continue"]
 
 logger = logging.getLogger(__name__)
 
+_STEP = "step_"
 _PARTIAL = ".partial"
 _STATE = "engine"
 _RUN = "run.json"
@@ -48,8 +49,13 @@ class CheckpointError(ValueError):
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints below `output_dir`, oldest first."""
-    runs = output_dir.glob(f"checkpoints/step_*/{_RUN}")
-    return sorted(path.parent for path in runs if path.parent.name.removeprefix("step_").isdigit())
+    runs = output_dir.glob(f"checkpoints/{_STEP}*/{_RUN}")
+    return sorted(path.parent for path in runs if path.parent.name.removeprefix(_STEP).isdigit())
+
+
+def step_of(folder: Path) -> int:
+    """The step after which the complete checkpoint in `folder` was written."""
+    return int(folder.name.removeprefix(_STEP))
 
 
 def to_continue(config: RunConfig, world_size: int) -> Path | None:
@@ -106,7 +112,7 @@ def save(engine: Engine, config: RunConfig, *, mode: str, step: int) -> Path:
 
     All ranks call this. The caller has seen that the student is finite (`finite.has_finite_parameters`).
     """
-    rank, final = dist.get_rank(), Path(config.log.output_dir) / "checkpoints" / f"step_{step:08d}"
+    rank, final = dist.get_rank(), Path(config.log.output_dir) / "checkpoints" / f"{_STEP}{step:08d}"
     partial = final.with_name(final.name + _PARTIAL)
     if rank == 0:
         for stale in [*final.parent.glob(f"*{_PARTIAL}"), final]:

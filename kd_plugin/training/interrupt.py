@@ -41,7 +41,7 @@ class Ended(SystemExit):
 
 
 class _State:
-    """What all of a process has once: its step, and who watches over its signals."""
+    """What a process has once: the step of its run, and the watch over its signals."""
 
     step: tuple[int, int] | None = None
     watch: _Watch | None = None
@@ -174,6 +174,6 @@ class _Watch:
 
 
 def _forget() -> None:
-    """A fork (of `datasets`, of a data loader) is no run: its signals are its own affair."""
+    """Put the handlers back in a fork (of `datasets`, of a data loader), which is no run."""
     if _State.watch is not None:
         _State.watch.restore()

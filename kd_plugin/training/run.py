@@ -174,7 +174,7 @@ def _finish(
     after: dict[str, float],
     step: int,
 ) -> TrainResult:
-    """Export the student, let it speak, report; a student that predicts nothing any more is an error instead."""
+    """Export the student, sample from both models and report; a student that has diverged is an error instead."""
     config = session.config
     folder = Path(config.log.output_dir)
     failure = diverged(session.history, after)

@@ -17,6 +17,7 @@ from kd_plugin.engines.protocol import Engine
 from kd_plugin.plugin.attach import Plugin, attach
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.settings.yaml_file import to_yaml
+from kd_plugin.training import checkpoint
 from kd_plugin.training.tensorboard import Writer, make_writer
 
 if TYPE_CHECKING:
@@ -78,13 +79,8 @@ def make_session(
 ) -> Session:
     """Attach the teacher, spread both models over the ranks, and open what the run writes to.
 
-    Args:
-        config: the run, with its precision settled.
-        place: this process.
-        mode: `train.parallel`, resolved.
-        accumulation: micro-batches per rank and step.
-        material: what was loaded.
-        start_from: the checkpoint that the run continues from, if there is one.
+    `mode` is `train.parallel`, resolved, and `accumulation` the micro-batches per rank and step; `start_from` is the
+    checkpoint that the run continues from, if there is one.
     """
     plugin = attach(material.student, material.teacher, config.distill)
     if config.train.activation_checkpointing:
@@ -148,7 +144,7 @@ def _open_writer(config: RunConfig, place: Placement, start_from: Path | None) -
     if place.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
-    first_step = int(start_from.name.removeprefix("step_")) + 1 if start_from else 0
+    first_step = checkpoint.step_of(start_from) + 1 if start_from else 0
     writer = make_writer(folder, enabled=config.log.tensorboard and place.rank == 0, first_step=first_step)
     writer.text("config", f"```yaml\n{to_yaml(config)}\n```")
     return writer
