@@ -18,7 +18,7 @@ from kd_plugin.exchange.cost import Head, logits_bytes, stats_bytes, weight_byte
 from kd_plugin.row_kernels.dispatch import block_rows
 from kd_plugin.settings.run import DistillConfig, RunConfig
 from kd_plugin.settings.yaml_file import to_yaml
-from tests.tiny import make_folder, run_config
+from tests.tiny_runs import make_folder, run_config
 
 QWEN = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
 SMALL = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}

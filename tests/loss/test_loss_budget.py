@@ -83,7 +83,7 @@ def test_a_teacher_with_a_larger_vocabulary_of_its_own_counts() -> None:
         kd.distill_logits(student, teacher, problem.targets, config=config)
     assert max(shape[0] for shape in made.shapes if shape[1:] == (2011,)) == rows == 62
 
-    models = [make_model("llama", seed, torch.float32, vocab_size=v) for seed, v in ((1, 101), (2, 2011))]
+    models = [make_model("llama", seed=seed, dtype=torch.float32, vocab_size=v) for seed, v in ((1, 101), (2, 2011))]
     assert kd.attach(*models, config).chunk_size == rows
 
 
@@ -125,7 +125,7 @@ def test_the_measured_peak_is_the_formulas(large_problem: Problem, loss_memory_m
 def test_the_plugin_reports_it_in_gib(loss_memory_mb: float) -> None:
     """Per forward: chunk buffers, the hidden states' gradient, the head's gradient."""
     vocab, batch, length = 1021, 25, 32
-    student, teacher = (make_model("llama", seed, torch.float32, vocab_size=vocab) for seed in (1, 2))
+    student, teacher = (make_model("llama", seed=seed, dtype=torch.float32, vocab_size=vocab) for seed in (1, 2))
     config = kd.DistillConfig(loss_memory_mb=loss_memory_mb, row_kernel="eager")
     ids = torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(0))
     plugin = kd.attach(student, teacher, config)
@@ -157,7 +157,7 @@ def test_masked_rows_cost_no_logits() -> None:
     items[0]["labels"][5:7] = 7
     batch = collate(items)
     assert batch.loss_rows.tolist() == [4, 5]
-    student, teacher = (make_model("llama", seed, torch.float32, vocab_size=211) for seed in (1, 2))
+    student, teacher = (make_model("llama", seed=seed, dtype=torch.float32, vocab_size=211) for seed in (1, 2))
     plugin = kd.attach(student, teacher, kd.DistillConfig(row_kernel="eager"))
     release_workspace()
     with NewTensors() as made:

@@ -143,7 +143,7 @@ STUDENTS = {
 @pytest.mark.parametrize("name", STUDENTS)
 def test_loss_and_gradients_equal_those_of_the_students_own_logits(name: str) -> None:
     architecture, settings = STUDENTS[name]
-    student, teacher = with_adapter(make_model(architecture, 1), **settings).train(), make_model("llama", 2)
+    student, teacher = with_adapter(make_model(architecture, seed=1), **settings).train(), make_model("llama", seed=2)
     config, batch = config_of("jsd", temperature=2.0, chunk_size=4), make_batch()
     dense = seeded(lambda: expected_loss(student, teacher, batch, config).loss)
     wanted, wanted_loss, keys = gradients_of(student, dense), dense().item(), list(student.state_dict())
@@ -158,7 +158,7 @@ def test_loss_and_gradients_equal_those_of_the_students_own_logits(name: str) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_peft_keeps_adapters_in_fp32(dtype: torch.dtype) -> None:
-    base, teacher = make_model("llama", 1, dtype), make_model("llama", 2, dtype)
+    base, teacher = make_model("llama", seed=1, dtype=dtype), make_model("llama", seed=2, dtype=dtype)
     student = randomise(peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=3, **HEAD)))
     head, batch = student.get_output_embeddings(), make_batch()
     expected = expected_loss(student, teacher, batch, config_of()).loss.item()
@@ -173,7 +173,7 @@ def test_peft_keeps_adapters_in_fp32(dtype: torch.dtype) -> None:
 
 
 def test_several_adapters_add_up_and_are_chosen_by_call() -> None:
-    student, teacher = with_adapter(make_model("llama", 1)), make_model("llama", 2)
+    student, teacher = with_adapter(make_model("llama", seed=1)), make_model("llama", seed=2)
     student.add_adapter("second", peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"]))
     randomise(student).double()
     batch, config = make_batch(), config_of()
@@ -202,7 +202,7 @@ def test_several_adapters_add_up_and_are_chosen_by_call() -> None:
 
 def test_disabling_uses_the_original_of_a_saved_head() -> None:
     settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
-    student, teacher = with_adapter(make_model("llama", 1), **settings), make_model("llama", 2)
+    student, teacher = with_adapter(make_model("llama", seed=1), **settings), make_model("llama", seed=2)
     student.get_output_embeddings().modules_to_save["default"].weight.data *= 0.5
     batch, config = make_batch(), config_of()
     with student.disable_adapter():
@@ -216,7 +216,7 @@ def test_disabling_uses_the_original_of_a_saved_head() -> None:
 @pytest.mark.parametrize("name", ["inside", "head", "saved"])
 def test_another_objective_for_a_while_reaches_the_head_at_work(name: str) -> None:
     architecture, settings = STUDENTS[name]
-    student, teacher = with_adapter(make_model(architecture, 1), **settings), make_model("llama", 2)
+    student, teacher = with_adapter(make_model(architecture, seed=1), **settings), make_model("llama", seed=2)
     batch, other = make_batch(), config_of("jsd", hard_weight=2.0)
     wanted = expected_loss(student, teacher, batch, other).loss.item()
     plugin = kd.attach(student, teacher, config_of())
@@ -229,7 +229,7 @@ def test_another_objective_for_a_while_reaches_the_head_at_work(name: str) -> No
 @pytest.mark.parametrize("name", ["head", "saved"])
 def test_detach_gives_the_wrapper_back_and_peft_goes_on_working(name: str, tmp_path: Path) -> None:
     architecture, settings = STUDENTS[name]
-    student, teacher = with_adapter(make_model(architecture, 1), **settings), make_model("llama", 2)
+    student, teacher = with_adapter(make_model(architecture, seed=1), **settings), make_model("llama", seed=2)
     inputs = {"input_ids": make_batch()["input_ids"]}
     before = {key: set(vars(module)) for key, module in student.named_modules()}
     kinds = {key: type(module) for key, module in student.named_modules()}
@@ -244,15 +244,15 @@ def test_detach_gives_the_wrapper_back_and_peft_goes_on_working(name: str, tmp_p
     assert torch.equal(student(**inputs).logits, logits) and student(**make_batch()).logits is not None
     student.save_pretrained(tmp_path / "detached", save_embedding_layers=False)
     for folder in ("attached", "detached"):
-        loaded = peft.PeftModel.from_pretrained(make_model(architecture, 1), tmp_path / folder).double()
+        loaded = peft.PeftModel.from_pretrained(make_model(architecture, seed=1), tmp_path / folder).double()
         torch.testing.assert_close(loaded(**inputs).logits, logits)
     torch.testing.assert_close(student.merge_and_unload()(**inputs).logits, logits)
 
 
 def test_a_merged_weight_is_never_built() -> None:
     vocab, width = 2003, 32
-    student = with_adapter(make_model("llama", 1, torch.float32, vocab_size=vocab)).train()
-    teacher = make_model("llama", 2, torch.float32, vocab_size=vocab)
+    student = with_adapter(make_model("llama", seed=1, dtype=torch.float32, vocab_size=vocab)).train()
+    teacher = make_model("llama", seed=2, dtype=torch.float32, vocab_size=vocab)
     kd.attach(student, teacher, config_of(chunk_size=8))
     with NewTensors() as made:
         student(**make_batch(rows=4, length=30)).loss.backward()
@@ -262,7 +262,7 @@ def test_a_merged_weight_is_never_built() -> None:
 
 
 def test_other_ways_to_adapt_a_head_are_refused_by_name() -> None:
-    teacher, base = make_model("llama", 2), make_model("llama", 1)
+    teacher, base = make_model("llama", seed=2), make_model("llama", seed=1)
 
     def adapted(config: peft.PeftConfig) -> nn.Module:
         return peft.get_peft_model(copy.deepcopy(base), config)
@@ -273,21 +273,21 @@ def test_other_ways_to_adapt_a_head_are_refused_by_name() -> None:
     ia3 = adapted(peft.IA3Config(task_type="CAUSAL_LM", target_modules=["lm_head"], feedforward_modules=[]))
     with pytest.raises(ValueError, match=r"head is a peft\.tuners\.ia3\.layer\.Linear; wanted plain LoRA.*merge"):
         kd.attach(ia3, teacher, config_of())
-    tokens = make_model("llama_tied", 1)
+    tokens = make_model("llama_tied", seed=1)
     tokens = peft.get_peft_model(tokens, peft.LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=[1, 2]))
     with pytest.raises(ValueError, match=r"TrainableTokensWrapper; wanted.*trainable_token_indices"):
         kd.attach(tokens, teacher, config_of())
-    packed = make_model("llama", 1)
+    packed = make_model("llama", seed=1)
     packed.lm_head.weight = nn.Parameter(torch.zeros(61 * 16, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"torch\.uint8 weights: keep the head out of quantisation"):
         kd.attach(packed, teacher, config_of())
     with pytest.raises(ValueError, match=r"teacher's head is a peft.*merge"):
-        kd.attach(copy.deepcopy(base), with_adapter(make_model("llama", 2)), config_of())
+        kd.attach(copy.deepcopy(base), with_adapter(make_model("llama", seed=2)), config_of())
     assert all("forward" not in vars(module) for module in teacher.modules())
 
 
 def test_misuse_is_refused_in_one_line() -> None:
-    student, teacher = with_adapter(make_model("llama", 1)), make_model("llama", 2)
+    student, teacher = with_adapter(make_model("llama", seed=1)), make_model("llama", seed=2)
     with pytest.raises(ValueError, match="the teacher is a part of the student"):
         kd.attach(student, student.get_base_model(), config_of())
     assert any(parameter.requires_grad for parameter in student.parameters())
@@ -306,7 +306,7 @@ def test_misuse_is_refused_in_one_line() -> None:
 def test_prompts_before_the_text_are_refused() -> None:
     """Their rows have no labels, and the teacher would not see them."""
     student = peft.get_peft_model(
-        make_model("llama", 1), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        make_model("llama", seed=1), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     )
     with pytest.raises(ValueError, match=r"PROMPT_TUNING.*LoRA"):
-        kd.attach(student, make_model("llama", 2), config_of())
+        kd.attach(student, make_model("llama", seed=2), config_of())

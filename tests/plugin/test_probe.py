@@ -25,7 +25,7 @@ from tests.tiny_models import (
 from tests.weights_later import later
 
 SCALES_AND_CAPS = {
-    "gemma2": LogitTransform(softcap=5.0),
+    "gemma2": LogitTransform(softcap=3.0),
     "gemma3": LogitTransform(softcap=4.0),
     "cohere": LogitTransform(scale=0.25),
     "granite": LogitTransform(scale=1 / 3),

@@ -28,7 +28,7 @@ from kd_plugin.training.finite import DivergedError
 from kd_plugin.training.preflight import SetupError
 from kd_plugin.training.run import TrainResult
 from kd_plugin.training.schedule import learning_rate_at
-from tests.tiny import make_folder, run_config
+from tests.tiny_runs import make_folder, run_config
 
 
 @pytest.fixture(scope="module")
