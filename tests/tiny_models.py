@@ -97,6 +97,19 @@ def make_model(
     return model.to(dtype).eval()
 
 
+def with_changed_logits(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """`model`, with its logits changed after the head."""
+    forward = model.forward
+
+    def changed_forward(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = change(output.logits)
+        return output
+
+    model.forward = changed_forward
+    return model
+
+
 def make_batch(seed: int = 0, rows: int = 2, length: int = 9) -> dict[str, Tensor]:
     """`input_ids` and `labels`, some of them masked."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A tiny teacher with tokenizer and a text, as folders on disk, and run configurations on them."""
+"""Tiny runs of `kd.train`: a teacher with its tokenizer and a text on disk, configurations, what a run logged."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kd_plugin.settings.run import RunConfig
+from kd_plugin.training.run import TrainResult
 from tests.tiny_models import make_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
@@ -70,3 +71,9 @@ def make_folder(folder: Path, **teacher: Any) -> Path:
     make_teacher(folder / "teacher", **teacher)
     make_text(folder / "text.txt")
     return folder
+
+
+def curve(result: dict[str, Any] | TrainResult, name: str = "loss") -> list[float]:
+    """One number of every logged step of a run."""
+    history = result.history if isinstance(result, TrainResult) else result["history"]
+    return [values[name] for values in history]

@@ -11,7 +11,9 @@ import torch
 import kd_plugin as kd
 from kd_plugin.data.packing import collate
 from kd_plugin.loss.buffers import release_workspace
-from kd_plugin.loss.chunk_size import rows_per_chunk
+from kd_plugin.loss.chunk_size import chunk_rows, rows_per_chunk
+from kd_plugin.loss.from_hidden import loss_sums
+from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.plugin.metrics import GIB
 from tests.allocations import NewTensors, allocator_record
 from tests.loss_cases import config_of, run
@@ -164,3 +166,24 @@ def test_masked_rows_cost_no_logits() -> None:
         student(**batch.model_inputs()).loss.backward()
     plugin.detach()
     assert max(shape[0] for shape in made.shapes if shape[1:] == (211,)) == 2
+
+
+def test_the_bytes_of_each_heads_own_columns_are_counted() -> None:
+    problem = make_problem(50, 8, 8, 1021, 300, dtype=torch.float32, ignored=())
+    config = config_of(chunk_size="auto", loss_memory_mb=0.05)
+    teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight)
+    operands = (problem.hidden, problem.weight, None)
+    rows = int(0.05 * 2**20) // (4 * (1021 + 300))
+    assert rows == chunk_rows(config, 1021, 300) == 9 > chunk_rows(config, 1021, None)
+    sums = loss_sums(*operands, teacher, problem.targets, config)
+    assert sums.workspace_bytes == 4 * (rows * (1021 + 300) + 50 * 8 + 1021 * 8)
+    assert sums.dense_bytes == 4 * 50 * (1021 + 300)
+    alone = loss_sums(*operands, None, problem.targets, config_of(soft_weight=0.0))
+    assert alone.dense_bytes == 4 * 50 * 1021
+
+
+def test_fp64_models_avoid_the_same_logits() -> None:
+    problem = make_problem(50, 8, 8, 101, 30, ignored=())
+    teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight)
+    sums = loss_sums(problem.hidden, problem.weight, None, teacher, problem.targets, config_of())
+    assert sums.dense_bytes == 4 * 50 * (101 + 30)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tests.ranks.exchange_cases import Case
+from tests.ranks.exchange_cases import SEQUENCES, Case
 
 MODES = ("weight", "logits", "stats")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
-TORCH = ("ddp", "fsdp1", "alone", "grouped", "root")
+TORCH = ("ddp", "fsdp1", "alone", "grouped", "root")  # the last three are FSDP2, by the unit of the head
 ZERO = ("zero1", "zero2", "zero3")
 
 Cases = dict[str, list[Case]]
@@ -62,8 +62,8 @@ def halves(*which: tuple[str, bool, int]) -> list[Case]:
     return [case for wrapper, tied, ranks in which for case in flat(half(wrapper, tied=tied, ranks=ranks))]
 
 
-SEQUENCES = 16
 HEADS = {"bias": False, "softcap": True}  # kind of head -> tied
+# bf16 as (wrapper, tied, ranks)
 QUICK_HALF = [("alone", False, 2), ("fsdp1", True, 2), ("zero3", False, 2)]
 HALF = [(wrapper, tied, 2) for wrapper in (*TORCH[1:], *ZERO) for tied in (True, False)]
 HALF += [("hsdp", tied, 4) for tied in (True, False)]

@@ -14,8 +14,7 @@ import kd_plugin as kd
 from kd_plugin.training.run import TrainResult
 from tests.ranks import train_worker
 from tests.ranks.launch import Launch, Launched
-from tests.ranks.runs import curve
-from tests.tiny_runs import make_folder, run_config
+from tests.tiny_runs import curve, make_folder, run_config
 
 LAYOUTS = ("fsdp", "fsdp1", "ddp", "zero0", "zero1", "zero2", "zero3")
 
