@@ -28,7 +28,7 @@ from tests.ranks.sharded_heads import (
 )
 from tests.ranks.worker import save_probes
 
-TRAFFIC_ROWS, TRAFFIC_VOCAB, TRAFFIC_WIDTH = 2048, 49152, 576
+TRAFFIC_ROWS, TRAFFIC_VOCAB, TRAFFIC_WIDTH = 512, 12288, 576
 LOGITS_ROWS, LOGITS_VOCAB, LOGITS_WIDTH = 256, 4096, 64
 # Divergence -> rounds of statistics per chunk
 ROUNDS = dict.fromkeys(("forward_kl", "soft_ce", "reverse_kl", "logit_mse"), 1)
