@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.data.documents import load_documents
+import pytest
+
+from kd_plugin.data.documents import DataError, load_documents
 from kd_plugin.data.packing import Document
 from kd_plugin.settings.run import DataConfig
 
@@ -63,3 +65,34 @@ CONVERSATION = [
     {"role": "user", "content": "why"},
     {"role": "assistant", "content": "because a"},
 ]
+
+
+TOOLS = [{"type": "function", "function": {"name": "g", "parameters": {"c": None, "enum": ["a", None]}}}]
+FULL = (
+    "{% if tools %}{{ 'a ' + tools[0].function.name + ' ' + tools | tojson + ' ' }}{% endif %}"
+    "{% if documents %}{{ 'b ' + documents[0].text + ' ' }}{% endif %}"
+    "{% if thoughtful is defined and not thoughtful %}{{ 'no ' }}{% endif %}"
+    "{% for message in messages %}{{ message.role + ' : ' }}"
+    "{% if message.tool_calls %}{{ 'd ' + message.tool_calls[0].function.name + ' <eos> ' }}"
+    "{% else %}{{ message.content + ' <eos> ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+)
+CHAT_OF_ONE = CONVERSATION[:2]
+ANSWERED = "user : hi <eos> assistant : YES <EOS>"
+
+
+def documents(tmp_path: Path, *rows: Any, template: str | None = FULL, **values: Any) -> list[Document]:
+    return read(write_jsonl(tmp_path / "x.jsonl", *rows), make_tokenizer(template), **values)
+
+
+def rendered(tmp_path: Path, row: dict[str, Any], template: str = FULL) -> str:
+    return shown(documents(tmp_path, row, template=template)[0])
+
+
+def refusal(tmp_path: Path, *rows: Any, **values: Any) -> str:
+    """What is said, after the place of the last row."""
+    with pytest.raises(DataError) as caught:
+        documents(tmp_path, *rows, **values)
+    place, said = f"{tmp_path}/x.jsonl:{len(rows)}", str(caught.value)
+    assert said.startswith(place) and "\n" not in said
+    return said.removeprefix(place)

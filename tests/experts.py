@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
+
+from tests.tiny_models import known_settings, make_model
 
 VOCAB = 53
 COEFFICIENT = 0.5
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "d_model": 32,
+EXPERTS = {
     "intermediate_size": 24,
     "d_ff": 24,
     "d_kv": 8,
     "head_dim": 8,
-    "num_hidden_layers": 2,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "num_heads": 4,
-    "num_key_value_heads": 2,
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
     "num_experts": 4,
@@ -31,13 +23,11 @@ SIZES = {
     "moe_num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_k": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
     "router_aux_loss_coef": COEFFICIENT,
     "aux_loss_coef": COEFFICIENT,
     "output_router_logits": True,
+    # As by default: with logits as wide as those of the other tiny models the router losses would weigh nothing
+    "initializer_range": 0.02,
 }
 _SWITCH = {
     "decoder_start_token_id": 1,
@@ -64,7 +54,7 @@ _NLLB = {
     **dict.fromkeys(("encoder_layerdrop", "decoder_layerdrop", "router_jitter_noise"), 0.0),
 }
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
-# Model class -> what its configuration wants besides SIZES.
+# Model class -> what its configuration wants besides EXPERTS.
 MIXTURES: dict[str, dict[str, Any]] = {
     "DbrxForCausalLM": {
         "n_heads": 4,
@@ -99,13 +89,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_mixture(name: str, seed: int = 1, **settings: Any) -> nn.Module:
+def make_mixture(name: str, seed: int = 1, *, vocab_size: int = VOCAB, **settings: Any) -> nn.Module:
     """A model of class `name` from transformers, fp32, without dropout; `settings` go over MIXTURES'."""
-    kind = getattr(transformers, name)
-    fields = {field.name for field in dataclasses.fields(kind.config_class)} | set(kind.config_class.attribute_map)
-    sizes = {key: value for key, value in SIZES.items() if key in fields}
-    torch.manual_seed(seed)
-    return kind(kind.config_class(**{**sizes, **MIXTURES[name], **settings})).float().eval()
+    settings = {**known_settings(name, EXPERTS), **MIXTURES[name], **settings}
+    return make_model(name, vocab_size=vocab_size, seed=seed, dtype=torch.float32, **settings)
 
 
 def make_batch(seed: int = 0, rows: int = 2, length: int = 9) -> dict[str, Tensor]:

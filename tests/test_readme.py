@@ -39,7 +39,7 @@ def names() -> dict[str, Any]:
         "loader": [{"input_ids": ids, "labels": ids}],
         "kd": kd,
         "transformers": transformers,
-        "trl": SimpleNamespace(SFTTrainer=transformers.Trainer),  # the real one: tests/test_loss_watch.py
+        "trl": SimpleNamespace(SFTTrainer=transformers.Trainer),  # the real one: tests/plugin/test_trainers.py
         "config": kd.DistillConfig(row_kernel="eager"),
         "student_hidden": torch.randn(2, 8, 16, requires_grad=True),
         "student_weight": torch.randn(32, 16, requires_grad=True),

@@ -26,27 +26,30 @@ WRONG = {
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("basedpyright") is None, reason="basedpyright not installed")
 
 
-def checked(folder: Path, **programs: str) -> tuple[int, list[tuple[str, int, str]]]:
-    """Exit code, and file, line and message of each error."""
-    for name, text in programs.items():
-        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, str]]]:
+    """Line and message of each error, by program: `right`, or what is wrong."""
+    folder = tmp_path_factory.mktemp("types")
+    names = {"right": "right", **{f"wrong_{index}": what for index, what in enumerate(WRONG)}}
+    for name, what in names.items():
+        old, new, *_ = WRONG.get(what, ("", ""))
+        (folder / f"{name}.py").write_text(RIGHT.replace(old, new), encoding="utf-8")
     settings = {"include": ["."], "extraPaths": [str(ROOT)], "typeCheckingMode": "standard"}
     (folder / "pyrightconfig.json").write_text(json.dumps(settings), encoding="utf-8")
     command = [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    found = json.loads(done.stdout)["generalDiagnostics"]
-    lines = [(Path(one["file"]).stem, one["range"]["start"]["line"] + 1, one["message"]) for one in found]
-    return done.returncode, lines
+    assert done.returncode == 1, "some programs are wrong"
+    errors: dict[str, list[tuple[int, str]]] = {what: [] for what in names.values()}
+    for one in json.loads(done.stdout)["generalDiagnostics"]:
+        errors[names[Path(one["file"]).stem]].append((one["range"]["start"]["line"] + 1, one["message"]))
+    return errors
 
 
-def test_a_right_call_of_the_public_api_passes(tmp_path):
-    assert checked(tmp_path, right=RIGHT) == (0, [])
+def test_a_right_call_of_the_public_api_passes(found):
+    assert found["right"] == []
 
 
-def test_wrong_calls_are_named_with_their_lines(tmp_path):
-    programs = {f"wrong_{index}": RIGHT.replace(old, new) for index, (old, new, *_) in enumerate(WRONG.values())}
-    code, found = checked(tmp_path, **programs)
-    assert code == 1
-    for index, (what, (_, _, named, line)) in enumerate(WRONG.items()):
-        lines = [(place, message) for name, place, message in found if name == f"wrong_{index}"]
-        assert any(place == line and named in message for place, message in lines), (what, lines)
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_call_is_named_with_its_line(found, what):
+    _, _, named, line = WRONG[what]
+    assert any(place == line and named in message for place, message in found[what]), found[what]

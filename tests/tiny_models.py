@@ -2,73 +2,112 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 import kd_plugin as kd
 from tests import oracle
 
 VOCAB = 61
-HEADS = {"num_attention_heads": 4, "max_position_embeddings": 32}
-GROUPED = {**HEADS, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2, "hidden_size": 32}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
-OPT = {**HEADS, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 16}
-BART = {
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "max_position_embeddings": 32,
-}
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+WIDTH = 32
+LAYER_TYPES = ["sliding_attention", "full_attention"]
 
-# name -> (configuration class, settings)
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": False}),
-    "llama_tied": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}),
-    "qwen2": ("Qwen2Config", GROUPED),
-    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}),
-    "gpt2": ("GPT2Config", GPT2),
-    "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 8, "final_logit_softcapping": 5.0}),
-    "gemma3": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8, "final_logit_softcapping": 4.0}),
-    "opt": ("OPTConfig", OPT),
-    "cohere": ("CohereConfig", {**GROUPED, "logit_scale": 0.25}),
-    "granite": ("GraniteConfig", {**GROUPED, "logits_scaling": 3.0}),
-    "phi": ("PhiConfig", {**GROUPED, "num_key_value_heads": 4}),  # its head has a bias
-    "bart": ("BartConfig", BART),
-    "t5": ("T5Config", T5),
+# By every name that some configuration has for it; each takes those that it knows.
+SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
 }
-TIED = ("llama_tied", "cohere", "gpt2", "gemma2", "gemma3", "opt", "bart", "t5")
+HIDDEN = ("hidden_size", "d_model")
+FEED_FORWARD = ("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
+# The usual 0.02 gives logits so small that soft-caps do not bend them and temperatures do not matter.
+INITIAL = dict.fromkeys(("initializer_range", "init_std"), 0.2)
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "dropout_rate", "embd_pdrop", "attn_pdrop")
+DROPOUTS += ("resid_pdrop",)
+
+# name -> (model class, settings besides width, vocabulary and SIZES)
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {"tie_word_embeddings": False}),
+    "llama_tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 8}),
+    "qwen3_tied": ("Qwen3ForCausalLM", {"head_dim": 8, "tie_word_embeddings": True}),
+    "gpt2": ("GPT2LMHeadModel", {}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 8, "layer_types": LAYER_TYPES},
+    ),
+    "gemma3": ("Gemma3ForCausalLM", {"head_dim": 8, "final_logit_softcapping": 4.0}),
+    "opt": ("OPTForCausalLM", {"word_embed_proj_dim": 16}),  # in the wider models projections around the layers
+    "cohere": ("CohereForCausalLM", {"logit_scale": 0.25}),
+    "granite": ("GraniteForCausalLM", {"logits_scaling": 3.0}),
+    "phi": ("PhiForCausalLM", {"num_attention_heads": 2, "num_key_value_heads": 2}),  # its head has a bias
+    "bart": ("BartForConditionalGeneration", {}),
+    "t5": ("T5ForConditionalGeneration", {"d_kv": 8, "decoder_start_token_id": 0}),
+}
+TIED = ("llama_tied", "qwen3_tied", "cohere", "gpt2", "gemma2", "gemma3", "opt", "bart", "t5")
 ENCODER_DECODERS = ("bart", "t5")
 
 
-def make_model(name: str, seed: int = 1, dtype: torch.dtype = torch.float64, **settings: object) -> nn.Module:
-    """In eval mode, with logits large enough that soft-caps bend them and temperatures matter."""
-    import transformers
+def known_settings(model_class: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of `settings` that the configuration of `model_class` has, under one of its names for them."""
+    config = getattr(transformers, model_class).config_class
+    names = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
+    return {name: value for name, value in settings.items() if name in names}
 
-    kind, defaults = ARCHITECTURES[name]
-    merged = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, **defaults, **settings}
-    config = getattr(transformers, kind)(**merged)
-    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+
+def make_model(
+    name: str,
+    *,
+    width: int = WIDTH,
+    vocab_size: int = VOCAB,
+    seed: int = 1,
+    dtype: torch.dtype = torch.float64,
+    dropout: float = 0.0,
+    **settings: Any,
+) -> nn.Module:
+    """A random model in eval mode, with logits large enough that soft-caps bend them and temperatures matter.
+
+    Args:
+        name: of `ARCHITECTURES`, or a class of transformers.
+        width: of the hidden states; the feed-forward layers have twice that.
+        dropout: of every kind that the architecture has.
+        settings: of its configuration, over those of `ARCHITECTURES`.
+    """
+    model_class, defaults = ARCHITECTURES.get(name, (name, {}))
+    sizes = {**SIZES, **INITIAL, **dict.fromkeys(HIDDEN, width), **dict.fromkeys(FEED_FORWARD, 2 * width)}
+    sizes |= {**dict.fromkeys(DROPOUTS, dropout), "vocab_size": vocab_size}
+    sizes = known_settings(model_class, sizes)
+    kind = getattr(transformers, model_class)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = auto.from_config(config)
-        with torch.no_grad():
-            head = model.get_output_embeddings()
-            # A tied head is also the embedding: 10 would saturate the softmaxes of T5 and BART, and OPT's
-            # small initial weights need more for its two models to differ at all.
-            head.weight.mul_({"t5": 2, "bart": 2, "opt": 60}.get(name, 10))
-            if head.bias is not None:
-                head.bias.normal_()
-            if "final_logits_bias" in dict(model.named_buffers()):
-                model.final_logits_bias.normal_()
+        model = kind(kind.config_class(**{**sizes, **defaults, **settings}))
+        biases = [getattr(model.get_output_embeddings(), "bias", None), getattr(model, "final_logits_bias", None)]
+        for bias in (bias for bias in biases if bias is not None):  # zero, which would test nothing
+            nn.init.normal_(bias)
     return model.to(dtype).eval()
+
+
+def with_changed_logits(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """`model`, with its logits changed after the head."""
+    forward = model.forward
+
+    def changed_forward(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = change(output.logits)
+        return output
+
+    model.forward = changed_forward
+    return model
 
 
 def make_batch(seed: int = 0, rows: int = 2, length: int = 9) -> dict[str, Tensor]:

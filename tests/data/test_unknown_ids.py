@@ -13,7 +13,7 @@ import torch
 import kd_plugin as kd
 from kd_plugin.data.known_ids import VocabularyError
 from kd_plugin.settings.run import RunConfig
-from tests.tiny import make_folder, run_config
+from tests.tiny_runs import make_folder, run_config
 
 WORDS = "the quick brown fox jumps over a lazy dog "
 

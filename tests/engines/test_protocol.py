@@ -14,7 +14,7 @@ from kd_plugin.engines.process_group import share_timeout, start_process_group
 from kd_plugin.engines.protocol import EngineError, parameter_groups
 from kd_plugin.settings.run import TrainConfig
 from kd_plugin.training.schedule import accumulation_steps, learning_rate_at, parallel_mode
-from tests.tiny import run_config
+from tests.tiny_runs import run_config
 
 
 def test_warm_up_is_linear_and_cosine_ends_at_the_floor() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_plugin.engines.fsdp_units import ShardingError, decoder_layers
+from kd_plugin.engines.fsdp_units import ShardingError, decoder_layers, make_mesh
 from kd_plugin.engines.zero import _initialize, deepspeed_settings
 from kd_plugin.engines.zero_block import KNOWN_KEYS, DeepSpeedConfigError, conflicts, student_config, teacher_config
 from kd_plugin.settings.run import RunConfig
@@ -187,3 +187,10 @@ def test_the_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_without_named_layers_is_refused() -> None:
     with pytest.raises(ShardingError, match="Linear names no decoder layers"):
         decoder_layers(nn.Linear(2, 2))
+
+
+def test_shard_groups_must_divide_the_ranks() -> None:
+    with pytest.raises(ShardingError, match="shard_size is 3, wanted a divisor of 4 ranks: choose one of 1, 2, 4"):
+        make_mesh("cpu", 4, shard_size=3)
+    with pytest.raises(ShardingError, match="shard_size is 0"):
+        make_mesh("cpu", 4, shard_size=0)

@@ -5,30 +5,21 @@ The expected values are written out here with PyTorch's own dense functions in f
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin.distributed.vocab_slice import cut
-from kd_plugin.exchange import vocab_parallel
-from kd_plugin.loss import chunk_loop, from_hidden
-from kd_plugin.loss.chunk_size import chunk_rows
-from kd_plugin.loss.head_call import HeadCall
-from kd_plugin.loss.teacher import HeadTeacher
-from kd_plugin.plugin.metrics import GIB
+from kd_plugin.loss import chunk_loop
 from kd_plugin.row_kernels.dispatch import LogitTransform
 from tests.loss_cases import check, config_of, run, sums_of
 from tests.oracle import ALL_DIVERGENCES, Problem, gradients, make_problem, relative_error
-from tests.tiny_models import assert_same_gradients, gradients_of, make_model
 
 V, SHARED = 29, 23  # rows of the student's head, and of the teacher's
 BY_ID = tuple(name for name in ALL_DIVERGENCES if name != "uld")
@@ -267,179 +258,6 @@ def test_a_registered_divergence_sees_the_shared_ids() -> None:
     assert out.loss.item() == pytest.approx(wanted.item(), rel=1e-12)
     for pair in zip(gradients(out.loss, problem.leaves), gradients(wanted, problem.leaves), strict=True):
         assert relative_error(*pair) < 1e-11
-
-
-# -- memory -------------------------------------------------------------------------------------------------
-
-
-def test_the_bytes_of_each_heads_own_columns_are_counted() -> None:
-    problem = make_problem(50, 8, 8, 1021, 300, dtype=torch.float32, ignored=())
-    config = config_of(chunk_size="auto", loss_memory_mb=0.05)
-    rows = int(0.05 * 2**20) // (4 * (1021 + 300))
-    assert rows == chunk_rows(config, 1021, 300) == 9 > chunk_rows(config, 1021, None)
-    sums = sums_of(problem, config)
-    assert sums.workspace_bytes == 4 * (rows * (1021 + 300) + 50 * 8 + 1021 * 8)
-    assert sums.dense_bytes == 4 * 50 * (1021 + 300)
-    alone = sums_of(problem, config_of(soft_weight=0.0))
-    assert alone.dense_bytes == 4 * 50 * 1021
-
-
-def test_fp64_models_avoid_the_same_logits() -> None:
-    problem = make_problem(50, 8, 8, 101, 30, ignored=())
-    sums = sums_of(problem, config_of())
-    assert sums.dense_bytes == 4 * 50 * (101 + 30)
-
-
-# -- attached -----------------------------------------------------------------------------------------------
-
-
-def attached_batch(length: int = 11) -> tuple[Tensor, Tensor]:
-    """Inputs that both models embed; labels that the student alone knows among them."""
-    ids = torch.randint(3, 60, (2, length), generator=torch.Generator().manual_seed(3))
-    labels = ids.clone()
-    labels[0, 4], labels[1, 7], labels[1, 2] = 70, 66, -100
-    return ids, labels
-
-
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma2", "phi", "cohere"])
-def test_the_hard_loss_is_the_students_own(name: str) -> None:
-    student, teacher = make_model(name, seed=1, vocab_size=71), make_model(name, seed=2, vocab_size=61)
-    ids, labels = attached_batch()
-    own = student(input_ids=ids, labels=labels).loss
-    wanted = gradients_of(student, lambda: student(input_ids=ids, labels=labels).loss)
-    plugin = kd.attach(student, teacher, kd.DistillConfig(row_kernel="eager"))
-    loss = student(input_ids=ids, labels=labels).loss
-    metrics = plugin.metrics()
-    assert metrics["hard_loss"] == pytest.approx(own.item(), rel=1e-6)  # its cross-entropy is fp32
-    assert loss.item() == pytest.approx(0.5 * metrics["soft_loss"] + 0.5 * metrics["hard_loss"], rel=1e-12)
-    assert metrics["logits_avoided_gib"] * GIB == 4 * 19 * (71 + 61)
-    student.zero_grad()
-    loss.backward()
-    head = student.get_output_embeddings()
-    head_name = next(n for n, p in student.named_parameters() if p is head.weight)
-    torch.testing.assert_close(head.weight.grad[61:], 0.5 * wanted[head_name][61:], rtol=1e-5, atol=1e-8)
-    plugin.detach()
-
-
-def test_a_lora_adapter_on_the_head() -> None:
-    peft = pytest.importorskip("peft")
-    ids, labels = attached_batch()
-
-    def gradients_by(attach: bool) -> dict[str, Tensor]:
-        torch.manual_seed(0)
-        student = make_model("llama", seed=1, vocab_size=71)
-        teacher = make_model("llama", seed=2, vocab_size=61)
-        adapter = peft.LoraConfig(r=3, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
-        student = peft.get_peft_model(student, adapter).double()
-        config = kd.DistillConfig(divergence="jsd", row_kernel="eager", chunk_size=4, **EVERYTHING)
-        if attach:
-            kd.attach(student, teacher, config)
-            return gradients_of(student, lambda: student(input_ids=ids, labels=labels).loss)
-        targets = labels[:, 1:].reshape(-1)
-        with torch.no_grad():
-            of_teacher = teacher(input_ids=ids).logits[:, :-1].flatten(0, 1)
-
-        def loss() -> Tensor:
-            logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
-            return kd.reference.distill_logits(logits, of_teacher, targets, config=config).loss
-
-        return gradients_of(student, loss)
-
-    assert_same_gradients(gradients_by(attach=True), gradients_by(attach=False), tolerance=1e-9)
-
-
-def untrained(caplog: pytest.LogCaptureFixture, **changes: object) -> list[str]:
-    """What `attach` and three steps warn of."""
-    student, teacher = make_model("llama", seed=1, vocab_size=71), make_model("llama", seed=2, vocab_size=61)
-    student.get_output_embeddings().requires_grad_(not changes.pop("frozen", False))
-    if changes.pop("swapped", False):
-        student, teacher = teacher, student
-    settings = {"hard_weight": 0.0, "row_kernel": "eager", **changes}
-    ids, _ = attached_batch()
-    with caplog.at_level(logging.WARNING):
-        plugin = kd.attach(student, teacher, kd.DistillConfig(**settings))
-        for _ in range(3):
-            student(input_ids=ids, labels=ids)
-        plugin.detach()
-    found, caplog.records[:] = [record.getMessage() for record in caplog.records], []
-    return found
-
-
-def test_rows_that_nothing_trains_are_said_once_by_name(caplog: pytest.LogCaptureFixture) -> None:
-    (message,) = untrained(caplog)
-    for words in ("distill.hard_weight is 0", "71 rows", "teacher's 61", "rows 61 to 70", "set hard_weight > 0"):
-        assert words in message
-    for changes in ({"hard_weight": 0.1}, {"frozen": True}, {"swapped": True}, {"divergence": "uld"}):
-        assert untrained(caplog, **changes) == []
-
-
-@pytest.mark.parametrize("label", [61, 70])
-def test_loss_rows_may_point_at_labels_that_the_teacher_lacks_and_at_no_others(label: int) -> None:
-    student, teacher = make_model("llama", seed=1, vocab_size=71), make_model("llama", seed=2, vocab_size=61)
-    ids, _ = attached_batch()
-    labels = torch.full_like(ids, -100)
-    labels[0, 5] = label
-    kd.attach(student, teacher, kd.DistillConfig(row_kernel="eager"))
-    given = student(input_ids=ids, labels=labels, loss_rows=torch.tensor([4])).loss
-    assert given.item() == student(input_ids=ids, labels=labels).loss.item()
-    labels[0, 5] = 71
-    with pytest.raises(ValueError, match=r"labels\[0, 5\] is 71, but the student's vocabulary is 0 to 70"):
-        student(input_ids=ids, labels=labels)
-    with pytest.raises(ValueError, match="outside the vocabulary of 71"):
-        student(input_ids=ids, labels=labels, loss_rows=torch.tensor([4]))
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    """One rank, which holds all columns."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def in_shards(problem: Problem, config: kd.DistillConfig, rows: Tensor | None = None) -> tuple[Tensor, int]:
-    """Loss sum in exchange `stats`, and the bytes of its whole logits."""
-    teacher = HeadTeacher(problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias)
-    teacher = teacher if config.soft_weight else None
-    call = HeadCall(teacher, problem.targets, rows)
-    given = from_hidden.make_problem(call, config, problem.hidden, V, teacher_size=SHARED)
-    vocab_slice = cut(V, None if teacher is None else SHARED, None)
-    tensors = (problem.hidden, problem.weight, problem.bias)
-    loss_sum, _ = vocab_parallel.VocabParallelDistill.apply(*tensors, given, vocab_slice, 1.0)
-    return loss_sum, given.dense_bytes
-
-
-@pytest.mark.usefixtures("process_group")
-def test_a_vocabulary_in_shards_counts_its_logits_as_a_whole_one_does() -> None:
-    for dtype in (torch.float32, torch.float64):
-        problem = problem_of(dtype=dtype, ignored=())
-        assert in_shards(problem, config_of())[1] == 4 * 19 * (V + SHARED)
-        assert in_shards(problem, config_of(soft_weight=0.0))[1] == 4 * 19 * V
-
-
-@pytest.mark.usefixtures("process_group")
-def test_an_fp32_bias_beside_a_bf16_head_gets_an_fp32_gradient() -> None:
-    problem = problem_of(dtype=torch.bfloat16)
-    problem.bias = problem.bias.detach().float().requires_grad_()
-    config = config_of()
-    loss, _ = in_shards(problem, config)
-    (found,) = torch.autograd.grad(loss, problem.bias)
-    (wanted,) = torch.autograd.grad(problem.expected(config, num_items=1).loss, problem.bias)
-    assert found.dtype == torch.float32
-    assert relative_error(found, wanted) < 1e-5
-
-
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("label", [-100, V])
-def test_in_shards_a_label_that_no_rank_has_is_refused(label: int) -> None:
-    problem = problem_of(ignored=())
-    problem.targets[2] = label
-    with pytest.raises(ValueError, match=f"loss_rows point at labels outside the vocabulary of {V} .such as {label}"):
-        in_shards(problem, config_of(), rows=torch.arange(5))
-    loss, _ = in_shards(problem, config_of(), rows=torch.tensor([0, 1, 3, 7]))
-    kept = torch.full((19,), -100).index_copy(0, idx := torch.tensor([0, 1, 3, 7]), problem.targets[idx])
-    expected = replace(problem, targets=kept).expected(config_of(), num_items=1)
-    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
 
 
 def boom(error: Exception) -> Callable[..., Tensor]:

@@ -11,10 +11,10 @@ import torch
 import kd_plugin as kd
 from kd_plugin.data.packing import collate
 from kd_plugin.loss.buffers import release_workspace
-from kd_plugin.loss.chunk_size import rows_per_chunk
+from kd_plugin.loss.chunk_size import chunk_rows, rows_per_chunk
 from kd_plugin.plugin.metrics import GIB
 from tests.allocations import NewTensors, allocator_record
-from tests.loss_cases import config_of, run
+from tests.loss_cases import config_of, run, sums_of
 from tests.oracle import Problem, make_problem
 from tests.tiny_models import make_model
 
@@ -83,7 +83,7 @@ def test_a_teacher_with_a_larger_vocabulary_of_its_own_counts() -> None:
         kd.distill_logits(student, teacher, problem.targets, config=config)
     assert max(shape[0] for shape in made.shapes if shape[1:] == (2011,)) == rows == 62
 
-    models = [make_model("llama", seed, torch.float32, vocab_size=v) for seed, v in ((1, 101), (2, 2011))]
+    models = [make_model("llama", seed=seed, dtype=torch.float32, vocab_size=v) for seed, v in ((1, 101), (2, 2011))]
     assert kd.attach(*models, config).chunk_size == rows
 
 
@@ -125,7 +125,7 @@ def test_the_measured_peak_is_the_formulas(large_problem: Problem, loss_memory_m
 def test_the_plugin_reports_it_in_gib(loss_memory_mb: float) -> None:
     """Per forward: chunk buffers, the hidden states' gradient, the head's gradient."""
     vocab, batch, length = 1021, 25, 32
-    student, teacher = (make_model("llama", seed, torch.float32, vocab_size=vocab) for seed in (1, 2))
+    student, teacher = (make_model("llama", seed=seed, dtype=torch.float32, vocab_size=vocab) for seed in (1, 2))
     config = kd.DistillConfig(loss_memory_mb=loss_memory_mb, row_kernel="eager")
     ids = torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(0))
     plugin = kd.attach(student, teacher, config)
@@ -157,10 +157,28 @@ def test_masked_rows_cost_no_logits() -> None:
     items[0]["labels"][5:7] = 7
     batch = collate(items)
     assert batch.loss_rows.tolist() == [4, 5]
-    student, teacher = (make_model("llama", seed, torch.float32, vocab_size=211) for seed in (1, 2))
+    student, teacher = (make_model("llama", seed=seed, dtype=torch.float32, vocab_size=211) for seed in (1, 2))
     plugin = kd.attach(student, teacher, kd.DistillConfig(row_kernel="eager"))
     release_workspace()
     with NewTensors() as made:
         student(**batch.model_inputs()).loss.backward()
     plugin.detach()
     assert max(shape[0] for shape in made.shapes if shape[1:] == (211,)) == 2
+
+
+def test_the_bytes_of_each_heads_own_columns_are_counted() -> None:
+    problem = make_problem(50, 8, 8, 1021, 300, dtype=torch.float32, ignored=())
+    config = config_of(chunk_size="auto", loss_memory_mb=0.05)
+    rows = int(0.05 * 2**20) // (4 * (1021 + 300))
+    assert rows == chunk_rows(config, 1021, 300) == 9 > chunk_rows(config, 1021, None)
+    sums = sums_of(problem, config)
+    assert sums.workspace_bytes == 4 * (rows * (1021 + 300) + 50 * 8 + 1021 * 8)
+    assert sums.dense_bytes == 4 * 50 * (1021 + 300)
+    alone = sums_of(problem, config_of(soft_weight=0.0))
+    assert alone.dense_bytes == 4 * 50 * 1021
+
+
+def test_fp64_models_avoid_the_same_logits() -> None:
+    problem = make_problem(50, 8, 8, 101, 30, ignored=())
+    sums = sums_of(problem, config_of())
+    assert sums.dense_bytes == 4 * 50 * (101 + 30)

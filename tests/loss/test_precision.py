@@ -31,7 +31,7 @@ def give_the_buffers_back() -> Iterator[None]:
 
 
 @functools.cache
-def close_pair(std: float, vocab: int = 32768, rows: int = 256, width: int = 64) -> Problem:
+def close_pair(std: float, vocab: int = 32768, rows: int = 128, width: int = 64) -> Problem:
     """bf16, one head, teacher hidden = student hidden + 1 % noise; the logits' standard deviation is `std`."""
     generator = torch.Generator().manual_seed(0)
 

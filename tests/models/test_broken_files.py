@@ -18,7 +18,7 @@ from kd_plugin.models.files import resolve_tokenizer
 from kd_plugin.models.loading import ModelError, load_teacher, load_tokenizer, resolve_source
 from kd_plugin.settings.run import RunConfig, TeacherConfig
 from kd_plugin.training.preflight import SetupError, early_problems
-from tests import tiny
+from tests import tiny_runs
 
 transformers = pytest.importorskip("transformers")
 Change = Callable[[Path], object]
@@ -27,7 +27,7 @@ SINGLE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "mod
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_teacher(tmp_path_factory.mktemp("good"))
+    return tiny_runs.make_teacher(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture(scope="module")
@@ -219,15 +219,15 @@ def test_an_adapter_is_no_model(good: Path, tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    folder = tiny.make_folder(tmp_path)
+    folder = tiny_runs.make_folder(tmp_path)
     name = name.replace("{tmp}", str(tmp_path))
     monkeypatch.setattr("kd_plugin.training.run.load_tokenizer", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SetupError, match=r"^log\.output_dir: .* cannot be written \(.+\); choose another folder$"):
-        kd.train(tiny.run_config(folder, log={"output_dir": name, "tensorboard": False}))
+        kd.train(tiny_runs.run_config(folder, log={"output_dir": name, "tensorboard": False}))
 
 
 def test_a_look_at_the_folder_leaves_nothing_behind(tmp_path: Path) -> None:
-    config = tiny.run_config(tiny.make_folder(tmp_path / "x"), log={"output_dir": str(tmp_path / "a" / "b")})
+    config = tiny_runs.run_config(tiny_runs.make_folder(tmp_path / "x"), log={"output_dir": str(tmp_path / "a" / "b")})
     (tmp_path / "a").mkdir()
     assert not early_problems(config) and not list((tmp_path / "a").iterdir())
 
@@ -253,7 +253,7 @@ def test_a_parquet_file_that_breaks_in_the_middle_is_named(tmp_path: Path) -> No
     content = bytearray(path.read_bytes())
     content[20:2000] = bytes(1980)
     path.write_bytes(content)
-    folder = tiny.make_folder(tmp_path / "tiny")
+    folder = tiny_runs.make_folder(tmp_path / "tiny")
     with pytest.raises(DataError, match=r"x\.parquet: not a readable Parquet file \(.+\)$") as caught:
-        kd.train(tiny.run_config(folder, data={"train": str(path)}))
+        kd.train(tiny_runs.run_config(folder, data={"train": str(path)}))
     assert "\n" not in str(caught.value)

@@ -21,7 +21,7 @@ from kd_plugin.models import loading
 from kd_plugin.models.loading import build_student, load_teacher, load_tokenizer, progress_bars, resolve_source
 from kd_plugin.plugin.tokenizers import check_vocabulary
 from kd_plugin.settings.run import StudentConfig, TeacherConfig
-from tests.small_models import from_teacher, make_teacher, tokens
+from tests.six_layer_models import from_teacher, make_teacher, tokens
 
 transformers = pytest.importorskip("transformers")
 

@@ -20,7 +20,7 @@ from kd_plugin.models.loading import (
 )
 from kd_plugin.plugin.tokenizers import TokenizerMismatch, check_tokenizers, check_vocabulary
 from kd_plugin.settings.run import StudentConfig, TeacherConfig
-from tests.small_models import make_teacher, tokens
+from tests.six_layer_models import make_teacher, tokens
 from tests.tiny_models import make_model
 
 transformers = pytest.importorskip("transformers")
@@ -148,14 +148,14 @@ def test_tokenizer_is_loaded_from_its_own_folder_or_the_model_s(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_text_longer_than_learnt_positions_is_refused(name: str) -> None:
-    model = make_model(name)
+    model = make_model(name, max_position_embeddings=32)
     check_positions(model, 32, role="student")
     with pytest.raises(ModelError, match=r"seq_len 33 is beyond the student's 32 positions, .* to 32 or less"):
         check_positions(model, 33, role="student")
 
 
 def test_text_longer_than_rotary_positions_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    model = make_model("llama")
+    model = make_model("llama", max_position_embeddings=32)
     check_positions(model, 32, role="teacher")
     assert not caplog.records
     check_positions(model, 33, role="teacher")

@@ -10,12 +10,12 @@ import torch
 from kd_plugin.models.loading import build_student
 from kd_plugin.models.students import StudentError, config_with, evenly_spaced
 from kd_plugin.settings.run import StudentConfig
-from tests.small_models import CONFIGS, from_teacher, layers_of, make_teacher, tokens
+from tests.six_layer_models import TEACHERS, from_teacher, layers_of, make_teacher, tokens
 
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=TEACHERS)
 def teacher(request: pytest.FixtureRequest) -> torch.nn.Module:
     return make_teacher(request.param)
 
@@ -118,7 +118,7 @@ def test_fresh_student_is_the_same_on_every_rank_and_leaves_the_random_state_alo
     assert not torch.equal(other.lm_head.weight, first.lm_head.weight)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", TEACHERS)
 def test_fresh_student_of_other_depth_runs(name: str) -> None:
     student = build_student(StudentConfig(from_config={"num_hidden_layers": 2}), make_teacher(name), seed=0)
     assert len(layers_of(student)) == 2
@@ -149,11 +149,11 @@ def test_multimodal_configurations_are_refused() -> None:
 
 
 def test_frozen_parameters_are_those_named() -> None:
-    student = build_student(from_teacher(2, freeze=["embed", "layers.0."]), make_teacher("llama-tied"), seed=0)
+    student = build_student(from_teacher(2, freeze=["embed", "layers.0."]), make_teacher("llama_tied"), seed=0)
     for name, parameter in student.named_parameters():
         assert parameter.requires_grad == ("embed" not in name and "layers.0." not in name), name
     # Tied: freezing the head by its own name freezes the shared matrix.
-    student = build_student(from_teacher(2, freeze=["lm_head"]), make_teacher("llama-tied"), seed=0)
+    student = build_student(from_teacher(2, freeze=["lm_head"]), make_teacher("llama_tied"), seed=0)
     assert not student.get_input_embeddings().weight.requires_grad
 
 

@@ -65,7 +65,7 @@ def test_models_of_different_families_keep_their_own_logit_transforms(name: str,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_other_precisions(dtype: torch.dtype) -> None:
-    student, teacher = make_model("llama", 1, dtype), make_model("llama", 2, dtype)
+    student, teacher = make_model("llama", seed=1, dtype=dtype), make_model("llama", seed=2, dtype=dtype)
     config, batch = config_of("forward_kl", temperature=2.0), make_batch()
     expected = expected_loss(student, teacher, batch, config).loss.item()
     kd.attach(student, teacher, config)
@@ -211,7 +211,7 @@ def test_a_batch_without_labels_to_learn_from(pair: Pair) -> None:
 
 
 def test_the_loss_in_training_never_holds_tokens_times_vocabulary() -> None:
-    student, teacher = (make_model("llama", seed, torch.float32, vocab_size=2003) for seed in (1, 2))
+    student, teacher = (make_model("llama", seed=seed, dtype=torch.float32, vocab_size=2003) for seed in (1, 2))
     batch = make_batch(rows=4, length=30)
     kd.attach(student, teacher, config_of(chunk_size=8))
     student.train()
@@ -251,7 +251,7 @@ def test_attaching_consumes_no_random_numbers(name: str, random_state: None) -> 
 
 
 def test_dropout_of_the_student_stays_and_the_teachers_is_off() -> None:
-    student, teacher = make_model("gpt2", seed=1).train(), make_model("gpt2", seed=2).train()
+    student, teacher = (make_model("gpt2", seed=seed, dropout=0.1).train() for seed in (1, 2))
     batch = make_batch()
     plugin = kd.attach(student, teacher, config_of(hard_weight=0))
     torch.manual_seed(5)

@@ -13,12 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import kd_plugin as kd
-from kd_plugin.loss.low_rank import LowRank
-from kd_plugin.loss.output import normalised
-from tests import oracle
 from tests.allocations import NewTensors
-from tests.loss_cases import config_of, sums_of
-from tests.oracle import Problem, gradients, make_problem, relative_error
+from tests.loss_cases import config_of
 from tests.tiny_models import assert_same_gradients, expected_loss, gradients_of, make_batch, make_model
 
 HEAD = {"target_modules": ["q_proj", "lm_head"]}
@@ -50,74 +46,6 @@ def seeded(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-# -- the low-rank term of the loss --------------------------------------------------------------------------------
-
-
-def low_rank_loss(problem: Problem, term: LowRank, config: kd.DistillConfig) -> Tensor:
-    return normalised(sums_of(problem, config, low_rank=term), None).loss
-
-
-def dense_loss(problem: Problem, down: Tensor, up: Tensor, config: kd.DistillConfig) -> Tensor:
-    logits = problem.hidden @ (problem.weight + up @ down).T
-    logits = logits if problem.bias is None else logits + problem.bias
-    teacher = problem.teacher_hidden @ problem.teacher_weight.T
-    return oracle.distill_logits(logits, teacher, problem.targets, config).loss
-
-
-def factors(rank: int, vocab: int = 11, width: int = 5) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rank)
-    shapes = ((rank, width), (vocab, rank))
-    down, up = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    return down.requires_grad_(), up.requires_grad_()
-
-
-@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "logit_mse", "uld"])
-@pytest.mark.parametrize("chunk_size", [1, 3, 4, 50])
-@pytest.mark.parametrize(("rank", "teacher_vocab", "bias"), [(1, 11, False), (3, 9, True), (7, 13, False)])
-def test_a_low_rank_term_has_the_oracles_loss_and_gradients(
-    divergence: str, chunk_size: int, rank: int, teacher_vocab: int, bias: bool
-) -> None:
-    problem = make_problem(teacher_vocab=teacher_vocab, bias=bias)
-    problem.teacher_bias = None
-    down, up = factors(rank)
-    config = config_of(divergence, temperature=2.0, chunk_size=chunk_size)
-    found = low_rank_loss(problem, LowRank(problem.hidden @ down.T, up), config)
-    wanted = dense_loss(problem, down, up, config)
-    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
-    leaves = [*problem.leaves, down, up]
-    for pair in zip(gradients(found, leaves, 0.3), gradients(wanted, leaves, 0.3), strict=True):
-        assert relative_error(*pair) < 1e-12
-
-
-@pytest.mark.parametrize("trained", ["hidden", "weight", "down", "up"])
-def test_only_the_wanted_gradient_is_computed(trained: str) -> None:
-    problem = make_problem()
-    down, up = factors(2)
-    leaves = {"hidden": problem.hidden, "weight": problem.weight, "down": down, "up": up}
-    for name, leaf in leaves.items():
-        leaf.requires_grad_(name == trained)
-    found = low_rank_loss(problem, LowRank(problem.hidden @ down.T, up), config_of())
-    wanted = dense_loss(problem, down, up, config_of())
-    pair = (torch.autograd.grad(loss, leaves[trained])[0] for loss in (found, wanted))
-    assert relative_error(*pair) < 1e-12
-
-
-def test_an_adapter_in_fp32_beside_a_bf16_head_is_multiplied_in_fp32() -> None:
-    problem = make_problem(rows=40, width=16, vocab=50, dtype=torch.bfloat16, ignored=())
-    down, up = (t.detach().float().requires_grad_() for t in factors(4, 50, 16))
-    exact = problem.exact()
-    exact_down, exact_up = (t.detach().double().requires_grad_() for t in (down, up))
-    term = LowRank(problem.hidden.float() @ down.T, up)
-    exact.teacher_hidden, exact.teacher_weight = exact.teacher_hidden.double(), exact.teacher_weight.double()
-    wanted = dense_loss(exact, exact_down, exact_up, config_of())
-    found = low_rank_loss(problem, term, config_of())
-    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
-    pairs = zip(gradients(found, [down, up]), gradients(wanted, [exact_down, exact_up]), strict=True)
-    assert all(relative_error(*pair) < 1e-5 for pair in pairs)
-
-
-# -- students of peft ---------------------------------------------------------------------------------------------
-
 STUDENTS = {
     "inside": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
     "head": ("llama", HEAD),
@@ -138,7 +66,7 @@ STUDENTS = {
 @pytest.mark.parametrize("name", STUDENTS)
 def test_loss_and_gradients_equal_those_of_the_students_own_logits(name: str) -> None:
     architecture, settings = STUDENTS[name]
-    student, teacher = with_adapter(make_model(architecture, 1), **settings).train(), make_model("llama", 2)
+    student, teacher = with_adapter(make_model(architecture, seed=1), **settings).train(), make_model("llama", seed=2)
     config, batch = config_of("jsd", temperature=2.0, chunk_size=4), make_batch()
     dense = seeded(lambda: expected_loss(student, teacher, batch, config).loss)
     wanted, wanted_loss, keys = gradients_of(student, dense), dense().item(), list(student.state_dict())
@@ -153,7 +81,7 @@ def test_loss_and_gradients_equal_those_of_the_students_own_logits(name: str) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_peft_keeps_adapters_in_fp32(dtype: torch.dtype) -> None:
-    base, teacher = make_model("llama", 1, dtype), make_model("llama", 2, dtype)
+    base, teacher = make_model("llama", seed=1, dtype=dtype), make_model("llama", seed=2, dtype=dtype)
     student = randomise(peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=3, **HEAD)))
     head, batch = student.get_output_embeddings(), make_batch()
     expected = expected_loss(student, teacher, batch, config_of()).loss.item()
@@ -168,7 +96,7 @@ def test_peft_keeps_adapters_in_fp32(dtype: torch.dtype) -> None:
 
 
 def test_several_adapters_add_up_and_are_chosen_by_call() -> None:
-    student, teacher = with_adapter(make_model("llama", 1)), make_model("llama", 2)
+    student, teacher = with_adapter(make_model("llama", seed=1)), make_model("llama", seed=2)
     student.add_adapter("second", peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"]))
     randomise(student).double()
     batch, config = make_batch(), config_of()
@@ -197,7 +125,7 @@ def test_several_adapters_add_up_and_are_chosen_by_call() -> None:
 
 def test_disabling_uses_the_original_of_a_saved_head() -> None:
     settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
-    student, teacher = with_adapter(make_model("llama", 1), **settings), make_model("llama", 2)
+    student, teacher = with_adapter(make_model("llama", seed=1), **settings), make_model("llama", seed=2)
     student.get_output_embeddings().modules_to_save["default"].weight.data *= 0.5
     batch, config = make_batch(), config_of()
     with student.disable_adapter():
@@ -211,7 +139,7 @@ def test_disabling_uses_the_original_of_a_saved_head() -> None:
 @pytest.mark.parametrize("name", ["inside", "head", "saved"])
 def test_another_objective_for_a_while_reaches_the_head_at_work(name: str) -> None:
     architecture, settings = STUDENTS[name]
-    student, teacher = with_adapter(make_model(architecture, 1), **settings), make_model("llama", 2)
+    student, teacher = with_adapter(make_model(architecture, seed=1), **settings), make_model("llama", seed=2)
     batch, other = make_batch(), config_of("jsd", hard_weight=2.0)
     wanted = expected_loss(student, teacher, batch, other).loss.item()
     plugin = kd.attach(student, teacher, config_of())
@@ -224,7 +152,7 @@ def test_another_objective_for_a_while_reaches_the_head_at_work(name: str) -> No
 @pytest.mark.parametrize("name", ["head", "saved"])
 def test_detach_gives_the_wrapper_back_and_peft_goes_on_working(name: str, tmp_path: Path) -> None:
     architecture, settings = STUDENTS[name]
-    student, teacher = with_adapter(make_model(architecture, 1), **settings), make_model("llama", 2)
+    student, teacher = with_adapter(make_model(architecture, seed=1), **settings), make_model("llama", seed=2)
     inputs = {"input_ids": make_batch()["input_ids"]}
     before = {key: set(vars(module)) for key, module in student.named_modules()}
     kinds = {key: type(module) for key, module in student.named_modules()}
@@ -239,15 +167,15 @@ def test_detach_gives_the_wrapper_back_and_peft_goes_on_working(name: str, tmp_p
     assert torch.equal(student(**inputs).logits, logits) and student(**make_batch()).logits is not None
     student.save_pretrained(tmp_path / "detached", save_embedding_layers=False)
     for folder in ("attached", "detached"):
-        loaded = peft.PeftModel.from_pretrained(make_model(architecture, 1), tmp_path / folder).double()
+        loaded = peft.PeftModel.from_pretrained(make_model(architecture, seed=1), tmp_path / folder).double()
         torch.testing.assert_close(loaded(**inputs).logits, logits)
     torch.testing.assert_close(student.merge_and_unload()(**inputs).logits, logits)
 
 
 def test_a_merged_weight_is_never_built() -> None:
     vocab, width = 2003, 32
-    student = with_adapter(make_model("llama", 1, torch.float32, vocab_size=vocab)).train()
-    teacher = make_model("llama", 2, torch.float32, vocab_size=vocab)
+    student = with_adapter(make_model("llama", seed=1, dtype=torch.float32, vocab_size=vocab)).train()
+    teacher = make_model("llama", seed=2, dtype=torch.float32, vocab_size=vocab)
     kd.attach(student, teacher, config_of(chunk_size=8))
     with NewTensors() as made:
         student(**make_batch(rows=4, length=30)).loss.backward()
@@ -257,7 +185,7 @@ def test_a_merged_weight_is_never_built() -> None:
 
 
 def test_other_ways_to_adapt_a_head_are_refused_by_name() -> None:
-    teacher, base = make_model("llama", 2), make_model("llama", 1)
+    teacher, base = make_model("llama", seed=2), make_model("llama", seed=1)
 
     def adapted(config: peft.PeftConfig) -> nn.Module:
         return peft.get_peft_model(copy.deepcopy(base), config)
@@ -268,21 +196,21 @@ def test_other_ways_to_adapt_a_head_are_refused_by_name() -> None:
     ia3 = adapted(peft.IA3Config(task_type="CAUSAL_LM", target_modules=["lm_head"], feedforward_modules=[]))
     with pytest.raises(ValueError, match=r"head is a peft\.tuners\.ia3\.layer\.Linear; wanted plain LoRA.*merge"):
         kd.attach(ia3, teacher, config_of())
-    tokens = make_model("llama_tied", 1)
+    tokens = make_model("llama_tied", seed=1)
     tokens = peft.get_peft_model(tokens, peft.LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=[1, 2]))
     with pytest.raises(ValueError, match=r"TrainableTokensWrapper; wanted.*trainable_token_indices"):
         kd.attach(tokens, teacher, config_of())
-    packed = make_model("llama", 1)
+    packed = make_model("llama", seed=1)
     packed.lm_head.weight = nn.Parameter(torch.zeros(61 * 16, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"torch\.uint8 weights: keep the head out of quantisation"):
         kd.attach(packed, teacher, config_of())
     with pytest.raises(ValueError, match=r"teacher's head is a peft.*merge"):
-        kd.attach(copy.deepcopy(base), with_adapter(make_model("llama", 2)), config_of())
+        kd.attach(copy.deepcopy(base), with_adapter(make_model("llama", seed=2)), config_of())
     assert all("forward" not in vars(module) for module in teacher.modules())
 
 
 def test_misuse_is_refused_in_one_line() -> None:
-    student, teacher = with_adapter(make_model("llama", 1)), make_model("llama", 2)
+    student, teacher = with_adapter(make_model("llama", seed=1)), make_model("llama", seed=2)
     with pytest.raises(ValueError, match="the teacher is a part of the student"):
         kd.attach(student, student.get_base_model(), config_of())
     assert any(parameter.requires_grad for parameter in student.parameters())
@@ -301,7 +229,7 @@ def test_misuse_is_refused_in_one_line() -> None:
 def test_prompts_before_the_text_are_refused() -> None:
     """Their rows have no labels, and the teacher would not see them."""
     student = peft.get_peft_model(
-        make_model("llama", 1), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        make_model("llama", seed=1), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     )
     with pytest.raises(ValueError, match=r"PROMPT_TUNING.*LoRA"):
-        kd.attach(student, make_model("llama", 2), config_of())
+        kd.attach(student, make_model("llama", seed=2), config_of())

@@ -85,7 +85,7 @@ def make_batch(ignored: float = 0.3) -> Batch:
 
 @pytest.fixture(params=["llama", "llama_tied", "qwen3", "gpt2", "gemma2", "opt"])
 def models(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, nn.Module]]:
-    yield tuple(make_model(request.param, seed, torch.float32) for seed in (1, 2))
+    yield tuple(make_model(request.param, seed=seed, dtype=torch.float32) for seed in (1, 2))
 
 
 def waits_of(student: nn.Module, inputs: dict[str, object]) -> list[str]:
@@ -135,7 +135,7 @@ OBJECTIVES: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_no_objective_waits(objective: str) -> None:
-    student, teacher = (make_model("llama", seed, torch.bfloat16) for seed in (1, 2))
+    student, teacher = (make_model("llama", seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
     settings = {"chunk_size": 8, "row_kernel": "eager", **OBJECTIVES[objective]}
     kd.attach(student, teacher, kd.DistillConfig(**settings))
     batch = make_batch()
@@ -157,7 +157,7 @@ def test_item_is_seen_in_forward_and_backward() -> None:
 
 def test_gradients_accumulate_without_waiting() -> None:
     """Two micro-batches whose losses are added, with a loss scale on the device."""
-    student, teacher = (make_model("llama", seed, torch.float32) for seed in (1, 2))
+    student, teacher = (make_model("llama", seed=seed, dtype=torch.float32) for seed in (1, 2))
     kd.attach(student, teacher, kd.DistillConfig(row_kernel="eager"))
     batch, scale = make_batch(), torch.tensor(1024.0)
     inputs = {**batch.model_inputs(), "num_items_in_batch": 2 * batch.num_valid}

@@ -184,10 +184,7 @@ def test_a_regulariser_in_training_mode_is_in_the_loss_and_in_the_gradients() ->
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", *ENCODER_DECODERS])
 def test_dropout_is_no_difference(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """Nor is the generator of random numbers another afterwards."""
-    student = make_model(name, seed=1).train()
-    for module in student.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.5
+    student = make_model(name, seed=1, dropout=0.5).train()
     before = torch.get_rng_state()
     with caplog.at_level(logging.WARNING, "kd_plugin"):
         kd.attach(student, make_model(name, seed=2), config_of())

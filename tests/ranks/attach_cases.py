@@ -10,38 +10,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 import kd_plugin as kd
+from tests import tiny_models
 
 STEPS = 3
 LEARNING_RATE = 0.1
 VOCAB_SIZE = 37  # odd: divisible by no number of ranks
 STUDENT_WIDTH, TEACHER_WIDTH = 16, 24
 TEACHER_VOCAB_SIZE = {"llama": 41}  # a padded vocabulary, cut to the shared rows
-HEADS = {"num_attention_heads": 4, "max_position_embeddings": 64}
-GROUPED = {**HEADS, "num_key_value_heads": 2, "num_hidden_layers": 2}
-LAYER_TYPES = ["sliding_attention", "full_attention"]
-
-# name -> (configuration class, its settings besides width, vocabulary and tying, tied)
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "llama": ("LlamaConfig", GROUPED, False),
-    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}, True),
-    "gpt2": ("GPT2Config", {"n_layer": 2, "n_head": 4, "n_positions": 64}, True),
-    "gemma2": (
-        "Gemma2Config",
-        {**GROUPED, "head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 8, "layer_types": LAYER_TYPES},
-        True,
-    ),
-    "opt": ("OPTConfig", {**HEADS, "num_hidden_layers": 2}, True),
-    "phi": ("PhiConfig", {**HEADS, "num_attention_heads": 2, "num_hidden_layers": 2}, False),  # its head has a bias
-}
-NO_DROPOUT = dict.fromkeys(("dropout", "attention_dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
-
 # Each architecture also brings its own divergence.
-DIVERGENCES = {"llama": "forward_kl", "qwen3": "reverse_kl", "gpt2": "jsd", "gemma2": "soft_ce"}
+DIVERGENCES = {"llama": "forward_kl", "qwen3_tied": "reverse_kl", "gpt2": "jsd", "gemma2": "soft_ce"}
 DIVERGENCES |= {"opt": "forward_kl", "phi": "tvd"}
+ARCHITECTURES = tuple(DIVERGENCES)
 
 METRICS = ("loss", "soft_loss", "hard_loss", "valid_tokens", "teacher_entropy", "student_entropy", "top1_agreement")
 METRICS += ("acceptance_rate", "kl_t1")
@@ -95,32 +77,9 @@ class Trained(NamedTuple):
 
 
 def make_model(architecture: str, width: int, vocab_size: int, seed: int) -> nn.Module:
-    """A random model, fp32, without dropout; wide initial weights, so that logits differ by several nats."""
-    name, settings, tied = ARCHITECTURES[architecture]
-    sizes = {"n_embd": width} if architecture == "gpt2" else {"hidden_size": width}
-    if architecture == "opt":
-        sizes |= {"ffn_dim": 2 * width, "word_embed_proj_dim": width, "init_std": 0.2}
-    elif architecture != "gpt2":
-        sizes |= {"intermediate_size": 2 * width}
-    defaults = vars(getattr(transformers, name)())
-    dropout = {key: value for key, value in NO_DROPOUT.items() if key in defaults}
-    config = getattr(transformers, name)(
-        vocab_size=vocab_size,
-        tie_word_embeddings=tied,
-        attn_implementation="eager",
-        initializer_range=0.2,
-        **settings,
-        **sizes,
-        **dropout,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if (bias := model.get_output_embeddings().bias) is not None:  # zero, which would test nothing
-        torch.nn.init.normal_(bias)
-    return model
+    """A model in training mode, fp32."""
+    sizes = {"width": width, "vocab_size": vocab_size, "dtype": torch.float32}
+    return tiny_models.make_model(architecture, **sizes, seed=seed, attn_implementation="eager").train()
 
 
 def make_models(architecture: str) -> tuple[nn.Module, nn.Module]:

@@ -1,14 +1,11 @@
-"""Train the cases of FOLDER/cases.json with the plugin attached: `attach_worker.py FOLDER`.
+"""Trains cases with the plugin attached: FOLDER/<case>.train.pt.
 
-Writes FOLDER/<case>.pt as it goes, and FOLDER/<case>.calls.pt: the collectives of a late step.
+It also watches the collectives of a late step: FOLDER/<case>.watch.pt.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import kd_plugin as kd
-from kd_plugin.distributed.collectives import end_process_groups
 from kd_plugin.engines import fsdp_units, zero_block
 from tests.ranks.attach_cases import (
     LEARNING_RATE,
@@ -199,21 +195,13 @@ def gathered(result: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     return {**result, "metrics_of_ranks": metrics}
 
 
-def main(folder: Path) -> None:
-    """Train every case and write its result; what finished before a crash stays."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    spec = json.loads((folder / "cases.json").read_text())
+def run(folder: Path, spec: dict[str, Any], rank: int) -> None:
+    """Train and watch the cases of `spec`, writing each result when it is there."""
     for case in (Case(**fields) for fields in spec["watch"]):
         calls = watch(case, rank)
         if rank == 0:
-            torch.save(calls, folder / f"{case.name}.calls.pt")
+            torch.save(calls, folder / f"{case.name}.watch.pt")
     for case in (Case(**fields) for fields in spec["train"]):
-        result = gathered(train(case, rank), ranks)
+        result = gathered(train(case, rank), dist.get_world_size())
         if rank == 0:
-            torch.save(result, folder / f"{case.name}.pt")
-    end_process_groups()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+            torch.save(result, folder / f"{case.name}.train.pt")

@@ -1,15 +1,8 @@
-"""Measure one training step of tiny models under FSDP: `estimate_worker.py FOLDER CASE...`.
-
-Writes FOLDER/measured_<ranks>.json: for each case, the bytes that rank 0 received in a step, and the peak of
-its allocations above what it held before.
-"""
+"""Measures one training step of tiny models under FSDP: bytes received, and the peak above what was held before."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,11 +10,11 @@ import torch.distributed as dist
 
 import kd_plugin as kd
 from benchmarks.received import Received
-from kd_plugin.distributed.collectives import end_process_groups
 from kd_plugin.engines import fsdp1_units, fsdp_units
 from kd_plugin.loss.buffers import release_workspace
 from tests.allocations import allocator_record
 from tests.ranks.estimate_cases import make_config, make_ids, make_models
+from tests.ranks.worker import save_of_all_ranks
 
 
 def make_step(case: str, row_kernel: str) -> Callable[[], None]:
@@ -47,11 +40,10 @@ def make_step(case: str, row_kernel: str) -> Callable[[], None]:
     return step
 
 
-def main(folder: Path, cases: list[str]) -> None:
-    """Measure every case."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+def run(folder: Path, spec: list[str], rank: int) -> None:
+    """Measure every case: FOLDER/measured.pt has, from all ranks, the bytes received in a step and its peak."""
     found = {}
-    for case in cases:
+    for case in spec:
         step = make_step(case, "eager")  # torch.compile refuses to run under a dispatch mode
         with Received() as received:
             step()
@@ -59,10 +51,4 @@ def main(folder: Path, cases: list[str]) -> None:
         release_workspace()
         _, peak = allocator_record(step)
         found[case] = {"received": received.by_operation, "peak": peak}
-    if dist.get_rank() == 0:
-        (folder / f"measured_{dist.get_world_size()}.json").write_text(json.dumps(found))
-    end_process_groups()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    save_of_all_ranks(folder / "measured.pt", found)

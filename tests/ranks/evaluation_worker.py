@@ -1,17 +1,13 @@
-"""Rank 0 of two evaluates alone, between steps that both take: `evaluation_worker.py FOLDER`.
+"""Some of the ranks evaluate alone, between steps that all take.
 
-Of four ranks it is one of two copies of an HSDP model.
-Every rank writes its reports to FOLDER/reports_RANK.pt. With a second argument of WAITING it does that case alone,
-in which a wrapper's own collective waits in vain for the other rank, and writes FOLDER/CASE_RANK.pt.
+Of four ranks they are one of two copies of an HSDP model.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +17,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kd_plugin as kd
-from kd_plugin.distributed.collectives import end_process_groups
 from kd_plugin.engines import fsdp_units
 from tests.ranks.attach_cases import make_models
+from tests.ranks.worker import save_of_all_ranks
 
 STEPS = 2
 ALONE_S = 4  # how long the last cases wait
@@ -69,7 +65,7 @@ def wrapped(name: str, student: nn.Module) -> tuple[Any, Callable[[torch.Tensor]
     return student, lambda loss: loss.backward()
 
 
-def run(name: str, exchange: str, rank: int, evaluates: tuple[int, ...]) -> dict[str, Any]:
+def train_and_evaluate(name: str, exchange: str, rank: int, evaluates: tuple[int, ...]) -> dict[str, Any]:
     """Steps of both ranks, and before, between and after them evaluations by those in `evaluates`."""
     student, teacher = make_models("llama")
     if name == "teacher-fsdp":
@@ -106,22 +102,16 @@ def alone(name: str, rank: int) -> dict[str, Any]:
     return {"kind": "", "message": "", "seconds": time.perf_counter() - start}
 
 
-def main(folder: Path, waiting: str) -> None:
-    """All cases of both ranks, or the one case `waiting`."""
-    seconds = ALONE_S if waiting else 20
-    dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
-    rank = dist.get_rank()
-    reports: dict[str, Any] = {}
-    if waiting:
-        reports[waiting] = alone(waiting, rank)
-    names = [] if waiting else [*CASES, *TOGETHER] if dist.get_world_size() == 2 else OF_FOUR
-    for name in names:
-        reports[name] = run(*name.split(), rank, (0,) if name in CASES else (0, 1))
-    torch.save(reports, folder / f"{waiting or 'reports'}_{rank}.pt")
-    if waiting:
+def run(folder: Path, spec: dict[str, list[str]], rank: int) -> None:
+    """Cases in which rank 0, or every rank, evaluates: FOLDER/reports.pt has all ranks' reports.
+
+    A case that waits for a rank in vain comes alone: FOLDER/<case>.pt has the report of rank 0, and the ranks end here.
+    """
+    for name in spec.get("waiting", ()):
+        report = alone(name, rank)
+        if rank == 0:
+            torch.save(report, folder / f"{name}.pt")
         os._exit(0)  # a group whose collective has failed is not taken down in order
-    end_process_groups()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "")
+    reports = {name: train_and_evaluate(*name.split(), rank, (0,)) for name in spec.get("rank 0", ())}
+    reports |= {name: train_and_evaluate(*name.split(), rank, (0, 1)) for name in spec["ranks 0 and 1"]}
+    save_of_all_ranks(folder / "reports.pt", reports)

@@ -83,8 +83,8 @@ class Case:
 def make_models(case: Case) -> tuple[nn.Module, nn.Module]:
     """(student, teacher) of different widths."""
     architectures = {"bias": "phi", "softcap": "gemma2"}
-    student = architectures.get(case.head, "qwen3" if case.tied else "llama")
-    teacher = architectures.get(case.head, "qwen3" if case.tied_teacher else "llama")
+    student = architectures.get(case.head, "qwen3_tied" if case.tied else "llama")
+    teacher = architectures.get(case.head, "qwen3_tied" if case.tied_teacher else "llama")
     return (
         attach_cases.make_model(student, attach_cases.STUDENT_WIDTH, case.vocab_size, seed=1),
         attach_cases.make_model(teacher, attach_cases.TEACHER_WIDTH, case.teacher_vocab_size, seed=2),

@@ -1,12 +1,9 @@
-"""How long the exchanges take, and what of a slow network they hide: `exchange_speed_worker.py FILE`, on 2 ranks."""
+"""How long the exchanges take, and what of a slow network they hide."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin.distributed.collectives import end_process_groups
 from kd_plugin.distributed.vocab_slice import VocabSlice, cut
 from kd_plugin.exchange import row_gather, sharded_teachers
 from kd_plugin.exchange.sharded_teachers import ShardedHeadTeacher
@@ -25,7 +21,8 @@ from kd_plugin.loss.chunk_loop import Problem
 from kd_plugin.loss.from_hidden import loss_sums, make_problem
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import HeadTeacher, TeacherSource
-from tests.ranks.exchange_probes import make_student
+from tests.ranks.sharded_heads import make_student
+from tests.ranks.worker import save_of_all_ranks
 
 ROUNDS, ROWS, VOCAB, WIDTH = 5, 256, 16384, 576  # of the race; the ratio does not depend on V
 CHUNK, CHUNKS, CHUNK_VOCAB, CHUNK_WIDTH = 96, 6, 16384, 128  # of the overlap
@@ -132,16 +129,6 @@ def overlap(rank: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def main(file: Path) -> None:
-    """Both, gathered from the ranks."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
-    results: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(results, {"race": race(rank), "overlap": overlap(rank)})
-    if rank == 0:
-        file.write_text(json.dumps(results))
-    end_process_groups()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def run(folder: Path, spec: None, rank: int) -> None:
+    """Both measurements: FOLDER/found.pt has those of all ranks."""
+    save_of_all_ranks(folder / "found.pt", {"race": race(rank), "overlap": overlap(rank)})

@@ -1,17 +1,13 @@
-"""Train the cases of FOLDER/cases.json: `exchange_worker.py FOLDER`. Writes FOLDER/<case>.pt as it goes."""
+"""Trains cases of wrappers and exchanges: FOLDER/<case>.train.pt."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
@@ -20,9 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import kd_plugin as kd
-from kd_plugin.distributed.collectives import end_process_groups
 from kd_plugin.engines import fsdp1_units, fsdp_units, zero_block
-from tests.ranks import exchange_probes
 from tests.ranks.attach_worker import DeepSpeedRun, TorchRun
 from tests.ranks.exchange_cases import Case, count_valid, dense_loss, make_batch, make_models
 
@@ -187,22 +181,9 @@ def _is_whole(parameter: Tensor) -> bool:
     return not isinstance(parameter, DTensor) and not hasattr(parameter, "ds_id") and parameter.dim() == 2
 
 
-def main(folder: Path) -> None:
-    """Train every case, then run the probes; what finished before a crash stays."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
-    spec = json.loads((folder / "cases.json").read_text())
+def run(folder: Path, spec: dict[str, Any], rank: int) -> None:
+    """Train the cases of `spec`, writing each result when it is there."""
     for case in (Case(**fields) for fields in spec["train"]):
         result = train(case, rank)
         if rank == 0:
-            torch.save(result, folder / f"{case.name}.pt")
-    for name in spec["probes"]:
-        results: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(results, getattr(exchange_probes, name)(rank))
-        if rank == 0:
-            torch.save(results, folder / f"{name}.pt")
-    end_process_groups()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+            torch.save(result, folder / f"{case.name}.train.pt")

@@ -1,11 +1,10 @@
-"""One of two ranks leaves the other alone, in several ways: `guards_worker.py FOLDER`. Writes FOLDER/alone.pt.
+"""One of two ranks leaves the other alone, in several ways.
 
 Every way has a process group of its own, because none can be used again once a collective in it has failed.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,9 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import kd_plugin as kd
-from kd_plugin.distributed.collectives import end_process_groups
 from kd_plugin.loss.chunk_plan import ChunkPlan
 from tests.ranks.attach_cases import make_model
+from tests.ranks.worker import save_of_all_ranks
 
 TIMEOUT_S = 2
 CHUNK_SIZE = 5
@@ -115,21 +114,11 @@ def report(step: Step | None) -> dict[str, Any]:
     return {"kind": "", "message": "", "cause": "", "seconds": time.perf_counter() - start}
 
 
-def main(folder: Path) -> None:
-    """All ways, one after the other; both ranks' reports."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
+def run(folder: Path, spec: None, rank: int) -> None:
+    """Go all ways, one after the other; FOLDER/alone.pt has all ranks' reports."""
     found = {}
     for name, (way, exchange) in WAYS.items():
         group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
         found[name] = report(way(exchange, group, rank))
         dist.barrier()
-    results: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(results, found)
-    if rank == 0:
-        torch.save(results, folder / "alone.pt")
-    end_process_groups()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    save_of_all_ranks(folder / "alone.pt", found)

@@ -1,21 +1,14 @@
-"""Train the cases of FOLDER/cases.json with the plugin attached: `lora_worker.py FOLDER`.
-
-Writes FOLDER/<case>.pt as it goes.
-"""
+"""Trains students with adapters and the plugin attached: FOLDER/<case>.train.pt."""
 
 from __future__ import annotations
 
-import json
-import sys
-from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin.distributed.collectives import end_process_groups
 from tests.ranks.exchange_cases import count_valid, make_batch
 from tests.ranks.exchange_worker import EngineRun, WrappedRun
 from tests.ranks.lora_cases import Case, make_models
@@ -36,16 +29,9 @@ def train(case: Case, rank: int) -> dict[str, Tensor]:
     return parameters
 
 
-def main(folder: Path) -> None:
-    """Train every case; what finished before a crash stays."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
-    for case in (Case(**fields) for fields in json.loads((folder / "cases.json").read_text())):
+def run(folder: Path, spec: dict[str, Any], rank: int) -> None:
+    """Train the cases of `spec`, writing each result when it is there."""
+    for case in (Case(**fields) for fields in spec["train"]):
         parameters = train(case, rank)
         if rank == 0:
-            torch.save(parameters, folder / f"{case.name}.pt")
-    end_process_groups()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+            torch.save(parameters, folder / f"{case.name}.train.pt")

@@ -1,25 +1,17 @@
-"""Two ranks train a mixture of experts with its router loss: `router_worker.py FOLDER`; writes FOLDER/NAME.pt."""
+"""Trains a mixture of experts with its router loss: FOLDER/<case>.train.pt."""
 
 from __future__ import annotations
 
-import sys
-from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import kd_plugin as kd
-from kd_plugin.distributed.collectives import end_process_groups
 from tests.experts import make_mixture
 from tests.ranks.attach_cases import STEPS, Case, items_of_step, make_batch
 from tests.ranks.attach_worker import DeepSpeedRun, TorchRun
 
-CASES = [
-    Case(wrapper, "llama", teacher="replicate", num_items=counted, accumulation=2 if counted == "given" else 1)
-    for wrapper in ("ddp", "fsdp", "zero2", "zero3")
-    for counted in ("given", "counted")
-]
 MIXTURE = "Qwen3MoeForCausalLM"
 CONFIG = kd.DistillConfig(soft_weight=0.0, hard_weight=1.0, row_kernel="eager", chunk_size=5)
 
@@ -44,16 +36,9 @@ def train(case: Case, rank: int) -> dict[str, object]:
     return found
 
 
-def main(folder: Path) -> None:
-    """All cases."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
-    for case in CASES:
+def run(folder: Path, spec: dict[str, Any], rank: int) -> None:
+    """Train the cases of `spec`, writing each result when it is there."""
+    for case in (Case(**fields) for fields in spec["train"]):
         found = train(case, rank)
         if rank == 0:
-            torch.save(found, folder / f"{case.name}.pt")
-    end_process_groups()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+            torch.save(found, folder / f"{case.name}.train.pt")

@@ -1,10 +1,9 @@
-"""Two ranks that are not alike, students that break on one: `safeguards_worker.py FOLDER`. Writes FOLDER/found.pt."""
+"""Two ranks that are not alike, and students that break on one of them."""
 
 from __future__ import annotations
 
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +16,12 @@ import torch.distributed as dist
 import kd_plugin as kd
 from kd_plugin.distributed.layout import values_here
 from kd_plugin.engines.fsdp import FsdpEngine
-from kd_plugin.engines.process_group import start_process_group
 from kd_plugin.engines.zero import DeepSpeedEngine
 from kd_plugin.loss import processor
 from kd_plugin.training import checkpoint, finite
 from tests.ranks.attach_cases import make_model
-from tests.tiny import run_config
+from tests.ranks.worker import save_of_all_ranks
+from tests.tiny_runs import run_config
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp": {"train": {"parallel": "fsdp"}},
@@ -126,21 +125,10 @@ def peaks(rank: int) -> dict[str, float]:
     return {"alone": alone, "peak": measured["loss_peak_gib"], "avoided": measured["logits_avoided_gib"]}
 
 
-def main(folder: Path) -> None:
-    """Everything, one after the other; both ranks' findings."""
-    place = start_process_group(60)
-    rank = place.rank
+def run(folder: Path, spec: None, rank: int) -> None:
+    """Everything, one after the other; FOLDER/found.pt has all ranks' findings."""
     found: dict[str, Any] = {name: breaks(folder, name, rank) for name in LAYOUTS}
     found |= {f"resume_{hidden}": resumes(folder, rank, hidden) for hidden in (0, 1)}
     found |= {str(native): gradients(rank, native) for native in ((True, True), (True, False), (False, False))}
     found["peaks"] = peaks(rank)
-    results: list[Any] = [None] * place.world_size
-    dist.all_gather_object(results, found)
-    if rank == 0:
-        torch.save(results, folder / "found.pt")
-    dist.barrier()
-    place.close()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    save_of_all_ranks(folder / "found.pt", found)

@@ -22,9 +22,7 @@ from tests.ranks.attach_cases import (
     make_models,
     train_densely,
 )
-from tests.ranks.launch import Launches
-
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+from tests.ranks.launch import Launch
 
 
 def cases_of(wrapper: str) -> list[Case]:
@@ -34,7 +32,7 @@ def cases_of(wrapper: str) -> list[Case]:
     return [
         *(Case(wrapper, architecture, teacher=usual) for architecture in ARCHITECTURES),
         *(Case(wrapper, name, teacher=other, num_items="given") for name in ("llama", "gpt2")),
-        *(Case(wrapper, name, teacher=usual, num_items="given", accumulation=2) for name in ("llama", "qwen3")),
+        *(Case(wrapper, name, teacher=usual, num_items="given", accumulation=2) for name in ("llama", "qwen3_tied")),
         Case(wrapper, "llama", teacher=usual, accumulation=2),
         Case(wrapper, "gemma2", teacher=usual, row_kernel="compile"),
     ]
@@ -44,7 +42,7 @@ SINGLE = [
     *(Case("single", name, ranks=1) for name in ARCHITECTURES),
     *(Case("single", name, ranks=1, num_items="given", accumulation=2) for name in ARCHITECTURES),
 ]
-REPLICATE = [Case("replicate", "llama"), Case("replicate", "qwen3", teacher="replicate", num_items="given")]
+REPLICATE = [Case("replicate", "llama"), Case("replicate", "qwen3_tied", teacher="replicate", num_items="given")]
 FOUR = [
     case
     for wrapper in ("fsdp", "zero3")
@@ -75,23 +73,32 @@ FEW = [
     for case in cases_of(wrapper)
     if case.architecture == "gpt2" or (case.architecture == "llama" and case.accumulation > 1)
 ]
-# One launch each: starting Python, torch and DeepSpeed takes longer than training.
-LAUNCHES = {
+TRAINED = {
     "torch": [*(case for case in FEW if case.wrapper == "ddp"), *cases_of("fsdp"), *REPLICATE, *LATER["torch"]],
     "deepspeed": [*(case for case in FEW if case.wrapper == "zero2"), *cases_of("zero3"), *LATER["deepspeed"]],
     "four": FOUR,
     "torch, all": [case for case in cases_of("ddp") if case not in FEW],
     "deepspeed, all": [case for case in cases_of("zero2") if case not in FEW],
 }
-SLOW = ("four", "torch, all", "deepspeed, all")
-LAUNCHED = [
-    pytest.param(case, marks=pytest.mark.slow) if name in SLOW else case
-    for name, cases in LAUNCHES.items()
+QUICK = ("torch", "deepspeed")
+LAUNCHES = {
+    name: Launch(
+        attach_worker,
+        ranks=4 if name == "four" else 2,
+        spec={"train": cases, "watch": WATCHED.get(name, [])},
+        together=name if name in QUICK else "",
+        needs_deepspeed=name != "torch" and name != "torch, all",
+    )
+    for name, cases in TRAINED.items()
+}
+PARAMS = [
+    case if name in QUICK else pytest.param(case, marks=pytest.mark.slow)
+    for name, cases in TRAINED.items()
     for case in cases
 ]
 SHARDED = [
-    pytest.param(case, marks=pytest.mark.slow) if name in SLOW else case
-    for name, cases in LAUNCHES.items()
+    case if name in QUICK else pytest.param(case, marks=pytest.mark.slow)
+    for name, cases in TRAINED.items()
     for case in cases
     if case.teacher == "shard"
 ]
@@ -108,30 +115,10 @@ def dense(case: Case) -> Trained:
     return truth(replace(case, wrapper="single", teacher="shard", row_kernel="eager", chunk_size=5, **plain))
 
 
-@pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    def spec(name: str) -> dict[str, Any]:
-        return {"train": LAUNCHES[name], "watch": WATCHED.get(name, [])}
-
-    return Launches(attach_worker, LAUNCHES, tmp_path_factory.mktemp, timeout_s=300, spec=spec)
-
-
 @pytest.fixture
-def result_of(launches: Launches) -> Callable[..., Any]:
-    return launches.of
-
-
-@pytest.fixture
-def calls_of(launches: Launches) -> Callable[[Case], Any]:
+def calls_of(result_of: Callable[..., Any]) -> Callable[[Case], Any]:
     """The collectives of a step; two of the cases are not trained."""
-
-    def load(case: Case) -> Any:
-        if case.wrapper.startswith("zero"):
-            pytest.importorskip("deepspeed")
-        name = next(name for name, cases in WATCHED.items() if case in cases)
-        return launches.file(name, f"{case.name}.calls.pt")
-
-    return load
+    return lambda case: result_of(case, "watch")
 
 
 def assert_trained_alike(found: dict[str, Any], case: Case) -> None:
@@ -151,7 +138,7 @@ def test_one_process_trains_like_the_dense_models(case: Case) -> None:
     assert_trained_alike(attach_worker.train(case, rank=0), case)
 
 
-@pytest.mark.parametrize("case", LAUNCHED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", PARAMS, ids=lambda case: case.name)
 def test_ranks_train_like_one_dense_process(result_of: Callable[..., Any], case: Case) -> None:
     found = result_of(case)
     assert_trained_alike(found, case)

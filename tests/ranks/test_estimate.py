@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import pytest
 from kd_plugin.estimate.account import Estimate, estimate
 from tests.ranks import estimate_worker
 from tests.ranks.estimate_cases import BATCH, LENGTH, make_config, write_configurations
-from tests.ranks.launch import launch
-
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+from tests.ranks.launch import Launch, Launched
 
 CASES = [(1, "weight"), *((ranks, exchange) for ranks in (2, 4) for exchange in ("weight", "logits", "stats"))]
 CASES += [(4, f"{exchange}:2") for exchange in ("weight", "logits", "stats")]  # two copies of two shards
@@ -24,19 +21,21 @@ CASES += [(4, f"{exchange}:2@fsdp1") for exchange in ("weight", "logits", "stats
 PARAMS = [case if case[0] == 2 else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("estimate")
-    write_configurations(path)
-    return path
+LAUNCHES = {
+    str(ranks): Launch(
+        estimate_worker,
+        ranks=ranks,
+        spec=[case for count, case in CASES if count == ranks],
+        prepare=write_configurations,
+        together="torch" if ranks == 2 else "",
+    )
+    for ranks in (1, 2, 4)
+}
 
 
-@functools.cache
-def measured(folder: Path, ranks: int) -> dict[str, Any]:
-    cases = [case for count, case in CASES if count == ranks]
-    result = launch(Path(estimate_worker.__file__), str(folder), *cases, ranks=ranks, timeout_s=300)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads((folder / f"measured_{ranks}.json").read_text())
+def measured(launched: Callable[[str], Launched], ranks: int, case: str) -> dict[str, Any]:
+    """What the first rank measured."""
+    return launched(str(ranks)).file("measured.pt")[0][case]
 
 
 def estimated(folder: Path, ranks: int, case: str) -> Estimate:
@@ -45,9 +44,9 @@ def estimated(folder: Path, ranks: int, case: str) -> Estimate:
 
 
 @pytest.mark.parametrize(("ranks", "case"), PARAMS)
-def test_the_bytes_of_a_step_are_the_estimates(folder: Path, ranks: int, case: str) -> None:
-    found, exchange = estimated(folder, ranks, case), re.split("[:@]", case)[0]
-    received = sum(measured(folder, ranks)[case]["received"].values())
+def test_the_bytes_of_a_step_are_the_estimates(launched: Callable[[str], Launched], ranks: int, case: str) -> None:
+    found, exchange = estimated(launched(str(ranks)).folder, ranks, case), re.split("[:@]", case)[0]
+    received = sum(measured(launched, ranks, case)["received"].values())
     others = sum(line.num_bytes for line in found.parameters)
     assert found.setup.exchange == exchange
     assert others + found.exchanges[exchange].num_bytes == pytest.approx(received, rel=0.01)
@@ -56,7 +55,7 @@ def test_the_bytes_of_a_step_are_the_estimates(folder: Path, ranks: int, case: s
 
 
 @pytest.mark.parametrize(("ranks", "case"), PARAMS)
-def test_the_peak_of_a_step_is_the_estimates(folder: Path, ranks: int, case: str) -> None:
-    found = estimated(folder, ranks, case).memory
+def test_the_peak_of_a_step_is_the_estimates(launched: Callable[[str], Launched], ranks: int, case: str) -> None:
+    found = estimated(launched(str(ranks)).folder, ranks, case).memory
     assert found.worst_phase == "loss"
-    assert found.phase_bytes("loss") == pytest.approx(measured(folder, ranks)[case]["peak"], rel=0.15)
+    assert found.phase_bytes("loss") == pytest.approx(measured(launched, ranks, case)["peak"], rel=0.15)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from kd_plugin.loss import reference
 from tests.ranks import evaluation_worker
@@ -21,29 +20,34 @@ from tests.ranks.evaluation_worker import (
     batch,
     config_of,
 )
-from tests.ranks.launch import launch
+from tests.ranks.launch import Launch, Launched
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+LAUNCHES = {
+    "two": Launch(
+        evaluation_worker,
+        ranks=2,
+        spec={"rank 0": CASES, "ranks 0 and 1": TOGETHER},
+        together="deepspeed",
+        needs_deepspeed=True,
+    ),
+    "four": Launch(evaluation_worker, ranks=4, spec={"ranks 0 and 1": OF_FOUR}),
+    **{
+        name: Launch(
+            evaluation_worker,
+            ranks=2,
+            spec={"waiting": [name]},
+            needs_deepspeed=name == "zero3",
+            collectives_timeout_s=ALONE_S,
+        )
+        for name in WAITING
+    },
+}
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    """Of both ranks."""
-    pytest.importorskip("deepspeed")
-    return launched(tmp_path_factory.mktemp("evaluation"), ranks=2)
-
-
-@pytest.fixture(scope="module")
-def copies(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    """Of four ranks."""
-    return launched(tmp_path_factory.mktemp("evaluation"), ranks=4)
-
-
-def launched(folder: Path, *, ranks: int) -> list[dict[str, dict[str, Any]]]:
-    """The reports of `ranks` ranks."""
-    done = launch(Path(evaluation_worker.__file__), str(folder), ranks=ranks, timeout_s=240)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [torch.load(folder / f"reports_{rank}.pt", weights_only=False) for rank in range(ranks)]
+def reports(launched: Callable[[str], Launched]) -> list[dict[str, dict[str, Any]]]:
+    """Those of both ranks."""
+    return launched("two").file("reports.pt")
 
 
 def sums(step: int, ranks: tuple[int, ...]) -> tuple[float, int]:
@@ -100,7 +104,8 @@ def test_the_exchange_of_the_steps_is_the_one_asked_for(reports: list[dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_FOUR)
-def test_one_copy_of_an_hsdp_model_may_evaluate_alone(copies: list[dict[str, Any]], name: str) -> None:
+def test_one_copy_of_an_hsdp_model_may_evaluate_alone(launched: Callable[[str], Launched], name: str) -> None:
+    copies = launched("four").file("reports.pt")
     for rank, report in enumerate(copies):
         total, count = sums(100, (rank,))
         assert report[name]["evaluated"] == pytest.approx([total / count] * (STEPS + 1) if rank < 2 else [], rel=1e-5)
@@ -111,11 +116,10 @@ def test_one_copy_of_an_hsdp_model_may_evaluate_alone(copies: list[dict[str, Any
 
 
 @pytest.mark.parametrize("name", [WAITING[0], *(pytest.param(name, marks=pytest.mark.slow) for name in WAITING[1:])])
-def test_an_evaluation_that_needs_all_ranks_says_so_when_one_is_missing(tmp_path: Path, name: str) -> None:
-    pytest.importorskip("deepspeed")
-    done = launch(Path(evaluation_worker.__file__), str(tmp_path), name, ranks=2, timeout_s=90)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    report = torch.load(tmp_path / f"{name}_0.pt", weights_only=False)[name]
+def test_an_evaluation_that_needs_all_ranks_says_so_when_one_is_missing(
+    launched: Callable[[str], Launched], name: str
+) -> None:
+    report = launched(name).file(f"{name}.pt")
     assert report["kind"] == "CollectiveError", report
     for words in ("evaluated on every rank", "FSDP", "ZeRO-3", "around its forward"):
         assert words in report["message"]

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.ranks import exchange_speed_worker as worker
-from tests.ranks.launch import launch
+from tests.ranks.launch import Launch, Launched
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
+
+LAUNCHES = {"speed": Launch(worker, ranks=2)}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(launched: Callable[[str], Launched]) -> list[dict[str, Any]]:
     """What each rank measured."""
-    file = tmp_path_factory.mktemp("speed") / "found.json"
-    done = launch(Path(worker.__file__), str(file), ranks=2, timeout_s=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(file.read_text())
+    return launched("speed").file("found.pt")
 
 
 def test_statistics_take_less_time_than_weights(ranks: list[dict[str, Any]]) -> None:

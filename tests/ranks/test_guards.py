@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from tests.ranks import guards_worker
 from tests.ranks.guards_worker import TIMEOUT_S, WAYS
-from tests.ranks.launch import launch
+from tests.ranks.launch import Launch, Launched
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(200)]
+LAUNCHES = {"guards": Launch(guards_worker, ranks=2, together="torch")}
 
 NAMED = {
     "ends early, weight": ("all-reduce of numbers of valid tokens", "pass num_items_in_batch", "exchange weight"),
@@ -28,12 +27,9 @@ NAMED = {
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    """Of both ranks."""
-    folder = tmp_path_factory.mktemp("guards")
-    done = launch(Path(guards_worker.__file__), str(folder), ranks=2, timeout_s=150)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return torch.load(folder / "alone.pt", weights_only=False)
+def reports(launched: Callable[[str], Launched]) -> list[dict[str, dict[str, Any]]]:
+    """Those of both ranks."""
+    return launched("guards").file("alone.pt")
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -5,6 +5,7 @@ Also CPU offload of the teacher, which on a machine without GPU shows that it co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from safetensors.torch import load_file
 
 import kd_plugin as kd
 from kd_plugin.training.run import TrainResult
-from tests.ranks.runs import curve, launch_runs, results_of
-from tests.tiny import make_folder, run_config
+from tests.ranks import train_worker
+from tests.ranks.launch import Launch, Launched
+from tests.tiny_runs import curve, make_folder, run_config
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 CLIP = 0.5  # below every norm of this training
 SHORT = {"max_steps": 4, "save_every": 2, "export": False}
@@ -52,24 +54,23 @@ RUNS = [
 SAME = [entry["name"] for entry in RUNS if entry["sections"]["train"].get("max_steps") is None]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("tiny"))
+LAUNCHES = {"runs": Launch(train_worker, ranks=4, spec=RUNS, prepare=make_folder)}
 
 
 @pytest.fixture(scope="module")
-def launched(folder: Path) -> str:
-    return launch_runs(folder, RUNS, ranks=4)
+def runs(launched: Callable[[str], Launched]) -> Launched:
+    return launched("runs")
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path, launched: str) -> dict[str, Any]:
-    return results_of(folder, rank=0)
+def results(runs: Launched) -> dict[str, Any]:
+    """By the runs' names, as the first rank saw them."""
+    return runs.file("results.pt")[0]
 
 
 @pytest.fixture(scope="module")
-def single(folder: Path) -> TrainResult:
-    return kd.train(run_config(folder, "single", train={"parallel": "single", "max_grad_norm": CLIP}))
+def single(runs: Launched) -> TrainResult:
+    return kd.train(run_config(runs.folder, "single", train={"parallel": "single", "max_grad_norm": CLIP}))
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -108,17 +109,17 @@ def test_a_checkpoint_of_copies_is_read_by_one_group(results: dict[str, Any]) ->
     assert curve(other) == pytest.approx(curve(results["whole"])[2:], rel=1e-5)
 
 
-def test_all_ranks_hold_the_same_numbers(folder: Path, results: dict[str, Any]) -> None:
+def test_all_ranks_hold_the_same_numbers(runs: Launched, results: dict[str, Any]) -> None:
     for rank in (1, 2, 3):
-        other = results_of(folder, rank=rank)
+        other = runs.file("results.pt")[rank]
         for name, result in results.items():
             assert curve(other[name]) == curve(result)
             assert other[name]["after"] == result["after"]
 
 
-def test_the_log_says_how_the_models_lie(launched: str) -> None:
-    assert "train.shard_size 2: 2 copies of the student" in launched
-    assert "teacher.offload has no effect: there is no GPU" in launched
-    chosen = [line for line in launched.splitlines() if "distill.exchange: auto ->" in line]
+def test_the_log_says_how_the_models_lie(runs: Launched) -> None:
+    assert "train.shard_size 2: 2 copies of the student" in runs.printed
+    assert "teacher.offload has no effect: there is no GPU" in runs.printed
+    chosen = [line for line in runs.printed.splitlines() if "distill.exchange: auto ->" in line]
     assert chosen and all("; W 2, " in line or "; W 4, " in line for line in chosen)
     assert sum("; W 2, " in line for line in chosen) >= 4, chosen

@@ -19,7 +19,7 @@ from kd_plugin.cli.launcher import Stop, one_line_errors
 from kd_plugin.settings.yaml_file import to_yaml
 from kd_plugin.training.interrupt import Ended, last_step, one_line_end, reached
 from tests.ranks.launch import REPOSITORY
-from tests.tiny import make_folder, run_config
+from tests.tiny_runs import make_folder, run_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

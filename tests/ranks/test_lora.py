@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.ranks import lora_worker
-from tests.ranks.launch import Launches
+from tests.ranks.launch import Launch
 from tests.ranks.lora_cases import Case, make_models, train_densely
-
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 TORCH = [
     Case("ddp", tied=False, exchange="weight"),
@@ -52,7 +52,11 @@ FOUR = [
     Case("hsdp", tied=False, exchange="stats", ranks=4, adapter="two"),
     Case("hsdp", tied=True, exchange="logits", ranks=4),
 ]
-LAUNCHES = {"torch": TORCH, "deepspeed": DEEPSPEED, "four": FOUR}
+LAUNCHES = {
+    "torch": Launch(lora_worker, ranks=2, spec={"train": TORCH}, together="torch"),
+    "deepspeed": Launch(lora_worker, ranks=2, spec={"train": DEEPSPEED}, needs_deepspeed=True),
+    "four": Launch(lora_worker, ranks=4, spec={"train": FOUR}),
+}
 
 
 @functools.cache
@@ -61,19 +65,14 @@ def truth(case: Case) -> dict[str, Tensor]:
     return train_densely(case)
 
 
-@pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    return Launches(lora_worker, LAUNCHES, tmp_path_factory.mktemp, timeout_s=200)
-
-
 @pytest.mark.parametrize(
     "case",
     [*TORCH, *(pytest.param(case, marks=pytest.mark.slow) for case in (*DEEPSPEED, *FOUR))],
     ids=lambda case: case.name,
 )
-def test_ranks_train_adapters_like_one_dense_process(launches: Launches, case: Case) -> None:
+def test_ranks_train_adapters_like_one_dense_process(result_of: Callable[..., Any], case: Case) -> None:
     """Parameters within 1e-5, after having moved a hundred times that far; frozen ones do not move."""
-    found, wanted = launches.of(case), truth(replace(case, wrapper="single", exchange="weight"))
+    found, wanted = result_of(case), truth(replace(case, wrapper="single", exchange="weight"))
     start = dict(make_models(case)[0].named_parameters())
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +15,17 @@ from torch import Tensor
 import kd_plugin as kd
 from kd_plugin.training.run import TrainResult
 from tests.experts import COEFFICIENT, make_mixture
-from tests.ranks import router_worker
+from tests.ranks import router_worker, train_worker
 from tests.ranks.attach_cases import LEARNING_RATE, STEPS, Case, make_batch
-from tests.ranks.launch import launch
-from tests.ranks.router_worker import CASES, MIXTURE
-from tests.ranks.runs import launch_runs, results_of
-from tests.tiny import LETTERS, make_folder, run_config
+from tests.ranks.launch import Launch, Launched
+from tests.ranks.router_worker import MIXTURE
+from tests.tiny_runs import LETTERS, make_folder, run_config
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+CASES = [
+    Case(wrapper, "llama", teacher="replicate", num_items=counted, accumulation=2 if counted == "given" else 1)
+    for wrapper in ("ddp", "fsdp", "zero2", "zero3")
+    for counted in ("given", "counted")
+]
 
 
 class Dense(NamedTuple):
@@ -55,18 +59,9 @@ def train_densely(ranks: int, accumulation: int) -> Dense:
     return Dense({name: p.detach() for name, p in model.named_parameters()}, routers, losses)
 
 
-@pytest.fixture(scope="module")
-def attached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("deepspeed")
-    folder = tmp_path_factory.mktemp("router")
-    done = launch(Path(router_worker.__file__), str(folder), ranks=2, timeout_s=240)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return folder
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_attached_mixtures_train_as_the_dense_weighted_mean(attached: Path, case: Case) -> None:
-    found, wanted = torch.load(attached / f"{case.name}.pt"), train_densely(case.ranks, case.accumulation)
+def test_attached_mixtures_train_as_the_dense_weighted_mean(result_of: Callable[..., Any], case: Case) -> None:
+    found, wanted = result_of(case), train_densely(case.ranks, case.accumulation)
     assert found["router"] == pytest.approx(wanted.router, rel=1e-5)
     assert found["losses"] == pytest.approx(wanted.losses, rel=1e-5)
     start = dict(make_mixture(MIXTURE).named_parameters())
@@ -82,52 +77,58 @@ SPLITS = {"4 x 1": 4, "1 x 4": 1}
 ONE_STEP = {"max_steps": 1, "tokens_per_step": 4 * 32, "warmup_steps": 0, "max_grad_norm": None, "export": False}
 
 
-def sections(folder: Path, micro: int, *, text: str) -> dict[str, dict[str, Any]]:
+def sections(folder: Path | str, micro: int) -> dict[str, dict[str, Any]]:
     """One step over four sequences."""
     return {
-        "student": {"from_teacher": None, "model": str(folder / "mixture")},
+        "student": {"from_teacher": None, "model": f"{folder}/mixture"},
         "distill": {"soft_weight": 0.0, "hard_weight": 1.0},
-        "data": {"train": str(folder / text), "eval_fraction": 0.1},
+        "data": {"train": f"{folder}/same.txt", "eval_fraction": 0.1},
         "train": {**ONE_STEP, "micro_batch_size": micro},
     }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_mixture_folder(folder: Path) -> None:
     """A mixture with the tiny teacher's tokenizer; a text whose every sequence is the same, and one that is not."""
     from transformers import AutoTokenizer
 
-    pytest.importorskip("deepspeed")
-    folder = make_folder(tmp_path_factory.mktemp("mixture"))
+    make_folder(folder)
     make_mixture(MIXTURE, vocab_size=64).save_pretrained(folder / "mixture")
     AutoTokenizer.from_pretrained(folder / "teacher").save_pretrained(folder / "mixture")
     (folder / "same.txt").write_text(SEQUENCE * 60)
-    return folder
+
+
+def run_of(layout: str, micro: int) -> dict[str, Any]:
+    """One entry of the worker's list: of two ranks one sequence a micro-batch, accumulated twice; or both at once."""
+    entry = sections("{folder}", micro)
+    entry["train"] |= {"parallel": "deepspeed" if layout == "zero3" else layout}
+    entry |= {"deepspeed": {"zero_optimization": {"stage": 3}}} if layout == "zero3" else {}
+    return {"name": f"{layout} {micro}", "sections": entry}
+
+
+LAUNCHES = {
+    "cases": Launch(router_worker, ranks=2, spec={"train": CASES}, together="deepspeed", needs_deepspeed=True),
+    "runs": Launch(
+        train_worker,
+        ranks=2,
+        spec=[run_of(layout, micro) for layout in LAYOUTS for micro in (1, 2)],
+        prepare=make_mixture_folder,
+        together="deepspeed",
+        needs_deepspeed=True,
+    ),
+}
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[str, Any]:
-    """Of two ranks: one sequence a micro-batch and rank, accumulated twice; or both at once."""
-    runs = []
-    for layout in LAYOUTS:
-        parallel = {"parallel": "deepspeed" if layout == "zero3" else layout}
-        for micro in (1, 2):
-            entry = sections(folder, micro, text="same.txt")
-            entry["train"] |= parallel
-            entry |= {"deepspeed": {"zero_optimization": {"stage": 3}}} if layout == "zero3" else {}
-            runs.append({"name": f"{layout} {micro}", "sections": entry})
-    launch_runs(folder, runs, ranks=2)
-    return results_of(folder, rank=0)
+def folder(launched: Callable[[str], Launched]) -> Path:
+    return launched("runs").folder
 
 
 @pytest.fixture(scope="module")
 def single(folder: Path) -> dict[str, TrainResult]:
-    return {
-        name: kd.train(run_config(folder, name, **sections(folder, micro, text="same.txt")))
-        for name, micro in SPLITS.items()
-    }
+    return {name: kd.train(run_config(folder, name, **sections(folder, micro))) for name, micro in SPLITS.items()}
 
 
+@cache
 def dense_step(folder: Path) -> tuple[float, float, float]:
     """(loss, router loss, gradient norm) of the mixture's own loss on the one sequence, as Transformers has it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -151,9 +152,9 @@ def test_both_splits_in_one_process_are_the_models_own_step(folder: Path, single
 
 
 @pytest.mark.parametrize("name", [f"{layout} {micro}" for layout in LAYOUTS for micro in (1, 2)])
-def test_two_ranks_are_the_models_own_step_too(folder: Path, results: dict[str, Any], name: str) -> None:
+def test_two_ranks_are_the_models_own_step_too(folder: Path, launched: Callable[[str], Launched], name: str) -> None:
     loss, router, norm = dense_step(folder)
-    found = results[name]["history"][0]
+    found = launched("runs").file("results.pt")[0][name]["history"][0]
     assert (found["loss"], found["router_loss"]) == pytest.approx((loss, router), rel=1e-5)
     assert found["grad_norm"] == pytest.approx(norm, rel=1e-4)
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from tests.ranks import safeguards_worker
-from tests.ranks.launch import launch
+from tests.ranks.launch import Launch, Launched
 from tests.ranks.safeguards_worker import IDS, LAYOUTS
-from tests.tiny import make_folder
+from tests.tiny_runs import make_folder
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+LAUNCHES = {
+    "safeguards": Launch(safeguards_worker, ranks=2, prepare=make_folder, together="deepspeed", needs_deepspeed=True)
+}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of both ranks."""
-    pytest.importorskip("deepspeed")
-    folder = make_folder(tmp_path_factory.mktemp("safeguards"))
-    done = launch(Path(safeguards_worker.__file__), str(folder), ranks=2, timeout_s=280)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return torch.load(folder / "found.pt", weights_only=False)
+def found(launched: Callable[[str], Launched]) -> list[dict[str, Any]]:
+    """What both ranks found."""
+    return launched("safeguards").file("found.pt")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

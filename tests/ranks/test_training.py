@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ from safetensors.torch import load_file
 
 import kd_plugin as kd
 from kd_plugin.training.run import TrainResult
-from tests.ranks.runs import curve, launch_runs, results_of
-from tests.tiny import make_folder, run_config
-
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+from tests.ranks import train_worker
+from tests.ranks.launch import Launch, Launched
+from tests.tiny_runs import curve, make_folder, run_config
 
 LAYOUTS = ("fsdp", "fsdp1", "ddp", "zero0", "zero1", "zero2", "zero3")
 
@@ -67,29 +67,25 @@ RUNS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("deepspeed")
-    folder = make_folder(tmp_path_factory.mktemp("tiny"))
-    for entry in RUNS:
-        if "log" in entry["sections"]:
-            entry["sections"]["log"]["output_dir"] = str(folder / entry["name"])
-    return folder
+LAUNCHES = {
+    "runs": Launch(train_worker, ranks=2, spec=RUNS, prepare=make_folder, together="deepspeed", needs_deepspeed=True)
+}
 
 
 @pytest.fixture(scope="module")
-def launched(folder: Path) -> str:
-    return launch_runs(folder, RUNS, ranks=2)
+def runs(launched: Callable[[str], Launched]) -> Launched:
+    return launched("runs")
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path, launched: str) -> dict[str, Any]:
-    return results_of(folder, rank=0)
+def results(runs: Launched) -> dict[str, Any]:
+    """By the runs' names, as the first rank saw them."""
+    return runs.file("results.pt")[0]
 
 
 @pytest.fixture(scope="module")
-def single(folder: Path) -> TrainResult:
-    return kd.train(run_config(folder, "single", train={"parallel": "single"}))
+def single(runs: Launched) -> TrainResult:
+    return kd.train(run_config(runs.folder, "single", train={"parallel": "single"}))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -145,15 +141,15 @@ def test_half_precision_follows_full_precision(
     assert {str(value.dtype) for value in exported.values()} == {f"torch.{dtype}"}
 
 
-def test_all_ranks_hold_the_same_numbers(folder: Path, results: dict[str, Any]) -> None:
-    other = results_of(folder, rank=1)
+def test_all_ranks_hold_the_same_numbers(runs: Launched, results: dict[str, Any]) -> None:
+    other = runs.file("results.pt")[1]
     for name, result in results.items():
         assert curve(other[name]) == curve(result)
         assert other[name]["after"] == result["after"]
 
 
-def test_only_rank_zero_speaks_and_says_what_was_filled_in(launched: str) -> None:
-    lines = launched.splitlines()
+def test_only_rank_zero_speaks_and_says_what_was_filled_in(runs: Launched) -> None:
+    lines = runs.printed.splitlines()
     finished = [line for line in lines if line.startswith("step 5/5 loss")]
     assert len(finished) == sum("max_steps" not in entry["sections"]["train"] for entry in RUNS)
     assert any(
@@ -162,6 +158,6 @@ def test_only_rank_zero_speaks_and_says_what_was_filled_in(launched: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["fsdp1", "zero3"])
-def test_sharded_models_continue_a_prompt(folder: Path, launched: str, name: str) -> None:
-    samples = json.loads((folder / f"{name}_sampled" / "summary.json").read_text())["samples"]
+def test_sharded_models_continue_a_prompt(runs: Launched, name: str) -> None:
+    samples = json.loads((runs.folder / f"{name}_sampled" / "summary.json").read_text())["samples"]
     assert samples["prompt"] == "the fox" and samples["teacher"] and samples["student"] is not None

@@ -1,42 +1,38 @@
-"""Run several trainings under one launcher and write their results: `train_worker.py FOLDER SPEC.json`.
+"""Several runs of `kd.train`, one after another; FOLDER/results.pt has what each left behind, from all ranks.
 
-SPEC is a list of {"name", "sections", "keep"}: `sections` are merged over tests.tiny.run_config, and after a
-run with "keep" all checkpoints but that step's are removed, as if the run had been killed there.
+The spec is a list of {"name", "sections"}: `sections` are merged over tests.tiny_runs.run_config. A run with "output"
+writes into that folder instead of its name's, and after one with "keep" all checkpoints but that step's are removed, as
+if it had been killed there. "{folder}" in a text stands for FOLDER.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 import kd_plugin as kd
-from kd_plugin.engines.process_group import start_process_group
-from tests.tiny import run_config
+from tests.ranks.worker import save_of_all_ranks
+from tests.tiny_runs import run_config
 
 
-def main(folder: Path, spec: Path) -> None:
-    place = start_process_group(60)
+def run(folder: Path, spec: list[dict[str, Any]], rank: int) -> None:
+    """Do all runs in the folder that tests.tiny_runs.make_folder has filled."""
     results = {}
-    for run in json.loads(spec.read_text()):
-        result = kd.train(run_config(folder, run.get("output", run["name"]), **run["sections"]))
-        results[run["name"]] = {
+    for entry in json.loads(json.dumps(spec).replace("{folder}", str(folder))):
+        result = kd.train(run_config(folder, entry.get("output", entry["name"]), **entry["sections"]))
+        results[entry["name"]] = {
             "history": result.history,
             "before": result.before,
             "after": result.after,
             "export": str(result.export_dir),
         }
-        if place.rank == 0 and "keep" in run:
+        if rank == 0 and "keep" in entry:
             for path in result.output_dir.glob("checkpoints/step_*"):
-                if int(path.name.removeprefix("step_")) != run["keep"]:
+                if int(path.name.removeprefix("step_")) != entry["keep"]:
                     shutil.rmtree(path)
         dist.barrier()
-    (folder / f"results_{place.rank}.json").write_text(json.dumps(results))
-    place.close()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    save_of_all_ranks(folder / "results.pt", results)

@@ -11,7 +11,7 @@ import pytest
 
 import kd_plugin as kd
 from kd_plugin.settings.yaml_file import ConfigError, load_config, to_yaml
-from tests.conftest import MINIMAL
+from tests.minimal_config import MINIMAL
 
 
 def faults(path: Path, *overrides: str) -> list[str]:

@@ -13,7 +13,7 @@ import kd_plugin as kd
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training import checkpoint
 from kd_plugin.training.run import TrainResult
-from tests.tiny import make_folder, run_config
+from tests.tiny_runs import make_folder, run_config
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from kd_plugin.estimate.account import estimate
 from kd_plugin.loss import checks
 from kd_plugin.training import precision, run
 from kd_plugin.training.precision import settled_precision
-from tests.tiny import make_folder, run_config
+from tests.tiny_runs import make_folder, run_config
 
 CPU = torch.device("cpu")
 

@@ -26,7 +26,7 @@ from kd_plugin.settings.run import RunConfig
 from kd_plugin.settings.yaml_file import to_yaml
 from kd_plugin.training import checkpoint, loop
 from kd_plugin.training.finite import BrokenWeightsError, DivergedError, FiniteWatch, has_finite_parameters
-from tests.tiny import make_folder, run_config
+from tests.tiny_runs import make_folder, run_config
 
 FINE, NAN, INF = torch.tensor(1.0), torch.tensor(math.nan), torch.tensor(math.inf)
 

@@ -10,7 +10,7 @@ import pytest
 
 import kd_plugin as kd
 from kd_plugin.training.tensorboard import TAGS, NullWriter, make_writer
-from tests.tiny import make_folder, run_config
+from tests.tiny_runs import make_folder, run_config
 
 pytest.importorskip("tensorboard")
 

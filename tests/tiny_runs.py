@@ -1,4 +1,4 @@
-"""A tiny teacher with tokenizer and a text, as folders on disk, and run configurations on them."""
+"""Tiny runs of `kd.train`: a teacher with its tokenizer and a text on disk, configurations, what a run logged."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from kd_plugin.settings.run import RunConfig
+from kd_plugin.training.run import TrainResult
+from tests.tiny_models import make_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps under an old tree".split()
@@ -16,7 +18,7 @@ WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps under an o
 def make_teacher(folder: Path, *, layers: int = 4, tied: bool = False, dropout: float = 0.0) -> Path:
     """A random Llama (V 64, hidden 32) with a character tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *LETTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -24,20 +26,12 @@ def make_teacher(folder: Path, *, layers: int = 4, tied: bool = False, dropout: 
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
     fast.save_pretrained(folder)
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        attention_dropout=dropout,
-        initializer_range=0.2,
+    sizes = {"vocab_size": 64, "num_hidden_layers": layers, "max_position_embeddings": 128}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    model = make_model(
+        "llama", seed=7, dtype=torch.float32, dropout=dropout, tie_word_embeddings=tied, **sizes, **special
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -77,3 +71,9 @@ def make_folder(folder: Path, **teacher: Any) -> Path:
     make_teacher(folder / "teacher", **teacher)
     make_text(folder / "text.txt")
     return folder
+
+
+def curve(result: dict[str, Any] | TrainResult, name: str = "loss") -> list[float]:
+    """One number of every logged step of a run."""
+    history = result.history if isinstance(result, TrainResult) else result["history"]
+    return [values[name] for values in history]

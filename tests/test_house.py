@@ -1,0 +1,114 @@
+"""The project keeps its rules: imports point down, files and functions are short, helpers lie outside of tests."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+MAX_FILE, MAX_FUNCTION, MAX_CLASS = 300, 45, 160  # lines
+MEDIAN, NINE_TENTHS = 8, 20  # of functions
+LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+
+
+def lines_of(repo_root: Path, *kinds: type[ast.AST]) -> dict[str, int]:
+    """Lines of every definition of these kinds in the package, by path and name."""
+    return {
+        f"{path.relative_to(repo_root)}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for path in (repo_root / "kd_plugin").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, kinds)
+    }
+
+
+def above(limit: int, lines: dict[str, int]) -> dict[str, int]:
+    return {name: count for name, count in lines.items() if count > limit}
+
+
+@pytest.mark.parametrize("folder", ["kd_plugin", "tests"])
+def test_no_file_is_long(repo_root: Path, folder: str) -> None:
+    paths = (repo_root / folder).rglob("*.py")
+    counts = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert len(counts) > 50
+    assert above(MAX_FILE, counts) == {}
+
+
+def test_functions_are_short(repo_root: Path) -> None:
+    functions = lines_of(repo_root, ast.FunctionDef, ast.AsyncFunctionDef)
+    assert above(MAX_FUNCTION, functions) == {}
+
+
+def test_most_functions_are_a_few_lines(repo_root: Path) -> None:
+    functions = lines_of(repo_root, ast.FunctionDef, ast.AsyncFunctionDef)
+    assert statistics.median(functions.values()) <= MEDIAN
+    assert sorted(functions.values())[int(0.9 * len(functions))] <= NINE_TENTHS
+
+
+def test_no_class_is_long(repo_root: Path) -> None:
+    assert above(MAX_CLASS, lines_of(repo_root, ast.ClassDef)) == {}
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """The modules of `from tests.x import y`: both tests.x and tests.x.y."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_no_helper_is_imported_from_a_test_file(repo_root: Path) -> None:
+    found = [
+        f"{path.relative_to(repo_root)} imports {module}"
+        for folder in ("tests", "benchmarks")
+        for path in (repo_root / folder).rglob("*.py")
+        for module in imported_modules(path)
+        if re.search(r"^tests\.(\w+\.)*(test_\w+|conftest)(\.|$)", module)
+    ]
+    assert found == []
+
+
+def test_the_tests_lie_in_the_folders_of_the_package(repo_root: Path) -> None:
+    folders = {path.parent.name for path in (repo_root / "kd_plugin").glob("*/__init__.py")}
+    tested = {path.parent.name for path in (repo_root / "tests").glob("*/test_*.py")}
+    assert tested - folders == {"gpu", "ranks", "sweep"}
+
+
+@pytest.fixture
+def copy(repo_root: Path, tmp_path: Path) -> Path:
+    """The package and its contracts, to be changed."""
+    pytest.importorskip("importlinter")
+    shutil.copytree(repo_root / "kd_plugin", tmp_path / "kd_plugin", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(repo_root / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def linted(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LINT]
+    environment = {"PYTHONPATH": str(folder), "COLUMNS": "200"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def test_a_planted_upward_import_breaks_the_contract(copy: Path) -> None:
+    with (copy / "kd_plugin" / "loss" / "output.py").open("a", encoding="utf-8") as file:
+        file.write("\nimport kd_plugin.plugin\n")
+    done = linted(copy)
+    assert done.returncode != 0
+    assert "Imports point down BROKEN" in done.stdout, done.stdout
+    assert re.search(r"Contracts: \d+ kept, 1 broken", done.stdout), done.stdout
+
+
+def test_without_it_every_contract_is_kept(copy: Path) -> None:
+    done = linted(copy)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"Contracts: \d+ kept, 0 broken", done.stdout), done.stdout
