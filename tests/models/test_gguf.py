@@ -135,7 +135,9 @@ def test_ranks_at_once_unpack_once(cache: Path, tmp_path: Path, monkeypatch: pyt
     write_gguf(make_teacher("llama"), tmp_path / "tiny.gguf")
     marks = tmp_path / "marks"
     marks.mkdir()
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as ranks:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # else each would import everything
+    with ProcessPoolExecutor(2, mp_context=context) as ranks:
         loads = [ranks.submit(load_as_one_of_two, tmp_path / "tiny.gguf", marks) for _ in range(2)]
         folders = {load.result() for load in loads}
     assert len(list(marks.iterdir())) == 1

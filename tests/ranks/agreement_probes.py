@@ -126,34 +126,42 @@ def tensor_parallel(rank: int) -> dict[str, float]:
     return found
 
 
+def loss_of_compiled(rank: int, wrap: Callable[[Any], Any], *, before: bool = False) -> float:
+    """This rank's loss; `wrap` puts things around an attached student, `before` compiles both models before that."""
+    torch._dynamo.reset()
+    input_ids = torch.randint(3, VOCAB_SIZE, (2, 11), generator=torch.Generator().manual_seed(rank))
+    student, teacher = (make_model("llama", width, VOCAB_SIZE, seed=i) for i, width in enumerate((16, 24)))
+    if before:
+        student, teacher = (torch.compile(model, backend="eager") for model in (student, teacher))
+    kd.attach(student, teacher, make_config("weight"))
+    model = wrap(student)  # kept: a DDP wrapper that is gone before backward reduces nothing
+    loss = model(input_ids, labels=input_ids).loss
+    loss.backward()
+    return loss.item()
+
+
 def compiled(rank: int) -> dict[str, tuple[float, float]]:
     """By what is compiled, and around what: this rank's loss, and that of the same student left as it is."""
-    input_ids = torch.randint(3, VOCAB_SIZE, (2, 11), generator=torch.Generator().manual_seed(rank))
+    plain = loss_of_compiled(rank, DistributedDataParallel)
+    found = {
+        "around DDP": loss_of_compiled(rank, lambda s: torch.compile(DistributedDataParallel(s), backend="eager")),
+        "both models before attach": loss_of_compiled(rank, DistributedDataParallel, before=True),
+    }
+    return {name: (loss, plain) for name, loss in found.items()}
 
-    def loss_of(wrap: Callable[[Any], Any], *, before: bool = False, teacher_too: bool = False) -> float:
-        torch._dynamo.reset()
-        student, teacher = (make_model("llama", width, VOCAB_SIZE, seed=i) for i, width in enumerate((16, 24)))
-        if before:
-            student = torch.compile(student, backend="eager")
-        teacher = torch.compile(teacher, backend="eager") if teacher_too else teacher
-        kd.attach(student, teacher, make_config("weight"))
-        model = wrap(student)  # kept: a DDP wrapper that is gone before backward reduces nothing
-        loss = model(input_ids, labels=input_ids).loss
-        loss.backward()
-        return loss.item()
+
+def compiled_elsewhere(rank: int) -> dict[str, tuple[float, float]]:
+    """As `compiled`, in the other places for it."""
 
     def compile_in_place(student: Any) -> Any:
         student.compile(backend="eager")
         return DistributedDataParallel(student)
 
-    plain = loss_of(DistributedDataParallel)
+    plain = loss_of_compiled(rank, DistributedDataParallel)
     found = {
-        "alone": loss_of(lambda student: torch.compile(student, backend="eager")),
-        "in place": loss_of(compile_in_place),
-        "in DDP": loss_of(lambda student: DistributedDataParallel(torch.compile(student, backend="eager"))),
-        "around DDP": loss_of(lambda student: torch.compile(DistributedDataParallel(student), backend="eager")),
-        "before attach": loss_of(DistributedDataParallel, before=True),
-        "the teacher, too": loss_of(DistributedDataParallel, before=True, teacher_too=True),
+        "alone": loss_of_compiled(rank, lambda s: torch.compile(s, backend="eager")),
+        "in place": loss_of_compiled(rank, compile_in_place),
+        "in DDP": loss_of_compiled(rank, lambda s: DistributedDataParallel(torch.compile(s, backend="eager"))),
     }
     return {name: (loss, plain) for name, loss in found.items()}
 

@@ -17,6 +17,7 @@ LAUNCHES = {
         spec=["agreement", "larger_student", "following_teacher", "tensor_parallel", "compiled"],
         together="torch",
     ),
+    "two, elsewhere": Launch(agreement_probes, ranks=2, spec=["compiled_elsewhere"]),
     "four": Launch(agreement_probes, ranks=4, spec=["agreement", "tensor_parallel"], together="four"),
 }
 
@@ -41,12 +42,21 @@ def test_every_exchange_gives_a_larger_student_the_same_numbers(launched: Callab
             assert metrics == pytest.approx(expected_metrics, rel=1e-9, abs=1e-12)
 
 
-def test_a_compiled_student_trains_on_several_ranks(launched: Callable[[str], Launched]) -> None:
+@pytest.mark.parametrize(
+    ("name", "probe", "places"),
+    [
+        ("two", "compiled", 2),
+        pytest.param("two, elsewhere", "compiled_elsewhere", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_student_trains_on_several_ranks(
+    launched: Callable[[str], Launched], name: str, probe: str, places: int
+) -> None:
     """Settling what the ranks agree on is left to eager code."""
-    for found in launched("two").file("compiled.pt"):
-        assert len(found) == 6
-        for name, (loss, plain) in found.items():
-            assert loss == pytest.approx(plain, rel=1e-5), name
+    for found in launched(name).file(f"{probe}.pt"):
+        assert len(found) == places
+        for place, (loss, plain) in found.items():
+            assert loss == pytest.approx(plain, rel=1e-5), place
 
 
 def test_what_is_written_to_a_teacher_between_steps_counts_in_every_exchange(
