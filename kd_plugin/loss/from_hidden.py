@@ -32,7 +32,7 @@ class _Context(Context, Protocol):
 
 
 class FusedDistill(torch.autograd.Function):
-    """(hidden [N, D], weight [V, D], bias [V] or None, problem) -> (loss sum, statistics sums [K]).
+    """The loss of a head: (hidden [N, D], weight [V, D], bias [V] or None, problem) -> (loss sum, statistics sums [K]).
 
     A low-rank term follows as (factor [N, r], up [V, r]).
     """

@@ -29,7 +29,7 @@ class LowRank(NamedTuple):
         return LowRank(self.factor, self.up[start:stop], None if self.bias is None else self.bias[start:stop])
 
     def plus(self, bias: Tensor | None) -> Tensor | None:
-        """This bias and the head's."""
+        """The sum of this term's bias and the head's `bias`; None where there is neither."""
         return bias if self.bias is None else self.bias if bias is None else self.bias + bias
 
 
@@ -56,7 +56,7 @@ class LowRankProduct:
 
     @property
     def held_bytes(self) -> int:
-        """Of the gradients."""
+        """Bytes of the gradients."""
         return sum(t.numel() * t.element_size() for t in (self.grad_factor, self.grad_up) if t is not None)
 
     def add_to(self, logits: Tensor, factor: Tensor) -> None:
@@ -85,7 +85,10 @@ class LowRankProduct:
 def low_rank_product(
     factor: Tensor | None, up: Tensor | None, dtype: torch.dtype, needed: list[bool]
 ) -> LowRankProduct | None:
-    """The term of an autograd function's optional last inputs; `needed` of all of its inputs."""
+    """The low-rank term given as the last two inputs of an autograd function, None without one.
+
+    `needed` says of each input of that function, in order, whether its gradient is wanted.
+    """
     if factor is None or up is None:
         return None
     return LowRankProduct(factor, up, dtype, need_factor=needed[-2], need_up=needed[-1])

@@ -112,7 +112,7 @@ class Operand:
 
     @property
     def held_bytes(self) -> int:
-        """Of the wide copy; 0 where there is none."""
+        """Bytes of the wide copy; 0 where there is none."""
         return 0 if self.wide is self.weight else self.wide.numel() * self.wide.element_size()
 
     @property

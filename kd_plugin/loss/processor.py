@@ -35,8 +35,8 @@ def instructions(dtype: torch.dtype) -> str | None:
     """The instruction set by which this processor multiplies matrices of `dtype`; None where it has none."""
     if not torch.backends.mkldnn.is_available():  # which alone uses them
         return None
-    found = torch.cpu.get_capabilities()
-    return next((name for name in _PRODUCTS.get(dtype, ()) if found.get(name)), None)
+    processor = torch.cpu.get_capabilities()
+    return next((name for name in _PRODUCTS.get(dtype, ()) if processor.get(name)), None)
 
 
 def wanted(dtype: torch.dtype) -> str:
@@ -55,12 +55,12 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 def describe(dtype: torch.dtype) -> str:
     """In what products of the half precision `dtype` are computed, and why."""
-    found = instructions(dtype)
-    if found is None:
+    instruction_set = instructions(dtype)
+    if instruction_set is None:
         return f"in float32 (the processor has none of {wanted(dtype)})"
     if dist.is_available() and dist.is_initialized() and dtype in _emulated_elsewhere:
         return "in float32 (another rank's processor lacks it)"
-    return f"in {str(dtype).removeprefix('torch.')} (the processor has {found})"
+    return f"in {str(dtype).removeprefix('torch.')} (the processor has {instruction_set})"
 
 
 @functools.cache
@@ -79,6 +79,6 @@ def settle(everyone: Iterable[Mapping[str, float]]) -> None:
 
     It holds for as long as the process group does, or until ranks settle again.
     """
-    found = list(everyone)
+    ranks = list(everyone)
     _emulated_elsewhere.clear()
-    _emulated_elsewhere.update(dtype for name, dtype in HALVES.items() if any(other[name] for other in found))
+    _emulated_elsewhere.update(dtype for name, dtype in HALVES.items() if any(rank[name] for rank in ranks))

@@ -39,7 +39,7 @@ def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
 
 
 def _distance(name: str, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Of the logits themselves, over the tokens that neither side masks with -inf."""
+    """The distance of the logits themselves, over the tokens that neither side masks with -inf."""
     both = student_logits.isfinite() & teacher_logits.isfinite()
     z, v = (torch.where(both, logits, 0.0) for logits in (student_logits, teacher_logits))
     if name == "cosine":

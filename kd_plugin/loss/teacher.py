@@ -65,20 +65,20 @@ class HeadTeacher:
         self._operand: Operand | None = None
 
     def prepare(self, plan: ChunkPlan | None, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
-        """See `TeacherSource`."""
+        """Upcast the head once, where its products need that (`loss.matmul`)."""
         self._plan = plan
         weight, hidden_dtype = self.weight[:vocab_size], self.hidden.dtype
         self._operand = Operand("teacher", weight, dtype, rounded=rounded, hidden_dtype=hidden_dtype)
         self._bias = None if self.bias is None else self.bias.detach()[:vocab_size]
 
     def logits_into(self, out: Tensor, index: int) -> None:
-        """See `TeacherSource`."""
+        """Multiply the chunk's hidden states by the head; no collective."""
         assert self._plan is not None
         self.multiply_into(out, self.hidden[self._plan.of(index)[0]])
 
     @property
     def held_bytes(self) -> int:
-        """See `TeacherSource`."""
+        """Bytes of the upcast head, 0 where there is none."""
         return 0 if self._operand is None else self._operand.held_bytes
 
     def multiply_into(self, out: Tensor, hidden: Tensor) -> None:
@@ -88,7 +88,7 @@ class HeadTeacher:
         add_bias(out, self._bias)
 
     def vocab_slice(self, start: int, stop: int) -> HeadTeacher:
-        """A copy of the head's rows `[start, stop)`, to be kept when the whole is freed."""
+        """A copy of the head's token ids `[start, stop)`, to be kept when the whole is freed."""
         bias = None if self.bias is None else self.bias.detach()[start:stop].clone()
         return HeadTeacher(self.hidden, self.weight[start:stop].clone(), bias, self.transform)
 
@@ -106,6 +106,6 @@ class AfterHead(NamedTuple):
     def close_to(self, other: AfterHead) -> bool:
         """Whether the same happens."""
         mine, others = ([t.scale, t.softcap or 0.0] for t in (self.transform, other.transform))
-        bias, others_bias = (torch.zeros(()) if found is None else found for found in (self.bias, other.bias))
+        bias, others_bias = (torch.zeros(()) if b is None else b for b in (self.bias, other.bias))
         near = functools.partial(torch.allclose, rtol=1e-4, atol=1e-6)
         return near(torch.tensor(mine), torch.tensor(others)) and near(*torch.broadcast_tensors(bias, others_bias))

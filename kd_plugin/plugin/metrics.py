@@ -64,8 +64,8 @@ class MetricSums:
         if ranks > 1:
             all_reduce(total, group, "metrics")
         sums, everyone = total[:names].tolist(), total[names:].view(len(own), ranks).tolist()
-        found = dict(zip(self.names, sums, strict=True))
-        return found | {name: max(values) for name, values in zip(largest or {}, everyone, strict=True)}
+        totals = dict(zip(self.names, sums, strict=True))
+        return totals | {name: max(values) for name, values in zip(largest or {}, everyone, strict=True)}
 
 
 def _widened(values: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class Measures:
     def take(
         self, config: DistillConfig, device: torch.device, group: dist.ProcessGroup | None, chunk_size: int
     ) -> dict[str, float]:
-        """See `Plugin.metrics`, for the objective of `config`. One collective."""
+        """What `Plugin.metrics` returns, for the objective of `config`; all numbers then start anew. One collective."""
         peaks = {"loss_peak_gib": self._peak_loss_bytes / GIB, "logits_avoided_gib": self._dense_bytes / GIB}
         self._peak_loss_bytes = self._dense_bytes = 0
         sums = self._sums.take(device, group, largest=peaks)

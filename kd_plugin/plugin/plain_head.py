@@ -98,8 +98,8 @@ def _is_linear_at(head: nn.Linear, scale: float) -> bool:
         return False
     # In half precision a plain product is rounded too, but not by the same factor everywhere.
     half = weight.dtype not in (torch.float32, torch.float64)
-    found, tolerance = logits.to(wide), 2e-2 if half else 1e-4
-    factors = (found * wanted).sum(-1) / wanted.square().sum(-1).clamp_min(torch.finfo(wide).tiny)
+    given, tolerance = logits.to(wide), 2e-2 if half else 1e-4
+    factors = (given * wanted).sum(-1) / wanted.square().sum(-1).clamp_min(torch.finfo(wide).tiny)
     alike = torch.allclose(factors, torch.ones_like(factors), rtol=0, atol=3e-3 if half else 1e-4)
     largest = wanted.abs().amax(-1, keepdim=True)
-    return alike and bool(((found - wanted).abs() <= tolerance * (wanted.abs() + largest)).all())
+    return alike and bool(((given - wanted).abs() <= tolerance * (wanted.abs() + largest)).all())

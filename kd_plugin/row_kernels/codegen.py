@@ -33,14 +33,14 @@ def generate(spec: RowSpec, vocab_size: int, given: tuple[str, ...], teacher_siz
 
 
 def _reachable(roots: list[Node], *, within: Callable[[Node], bool] = lambda node: True) -> set[Node]:
-    found: set[Node] = set()
+    reached: set[Node] = set()
     stack = [root for root in roots if within(root)]
     while stack:
         node = stack.pop()
-        if node not in found:
-            found.add(node)
+        if node not in reached:
+            reached.add(node)
             stack.extend(operand for operand in node.operands if within(operand))
-    return found
+    return reached
 
 
 class _Writer:

@@ -104,9 +104,9 @@ class _Graph:
         return self._keep(Node(text, (), columns=None, sweep=0, constant=float(value)))
 
     def apply(self, template: str, *operands: Node) -> Node:
-        found = {operand.columns for operand in operands if operand.columns is not None}
-        assert len(found) < 2, "the two parts of a row meet in numbers per row only"
-        columns = next(iter(found), None)
+        parts = {operand.columns for operand in operands if operand.columns is not None}
+        assert len(parts) < 2, "the two parts of a row meet in numbers per row only"
+        columns = next(iter(parts), None)
         return self._keep(Node(template, operands, columns, max(operand.sweep for operand in operands)))
 
     def reduce(self, kind: str, x: Node) -> Node:
@@ -184,8 +184,8 @@ class _Converter:
         return name, (start, start + _width(node)) if name in INPUTS[:2] else None
 
     def _node(self, node: torch.fx.Node) -> Node:
-        if (found := self.input_of(node)) is not None:
-            return self.graph.input(*found)
+        if (argument := self.input_of(node)) is not None:
+            return self.graph.input(*argument)
         packet = getattr(node.target, "overloadpacket", None)  # of an operator of ATen
         name = "" if packet is None else packet.__name__
         args, kwargs = node.args, node.kwargs
@@ -243,11 +243,16 @@ class Expressions(NamedTuple):
 
 
 def trace(spec: RowSpec, vocab_size: int, given: tuple[str, ...], teacher_size: int | None = None) -> Expressions:
-    """Of `row_pass` for `spec` and rows of `vocab_size` logits; `given` names its arguments that are not None.
+    """The expressions of `row_pass` for `spec`.
 
-    The teacher's rows have `teacher_size` logits, or as many as the student's.
+    Args:
+        spec: the objective and what both models do to their logits.
+        vocab_size: logits of a row of the student's.
+        given: names of `row_pass`'s arguments that are not None.
+        teacher_size: logits of a row of the teacher's; None: as many as the student's.
 
-    Raises `Unsupported` for an operation (of a registered divergence, or a sort) without a Triton expression.
+    Raises:
+        Unsupported: an operation (of a registered divergence, or a sort) has no Triton expression.
     """
     traced = _aten_graph(spec, (vocab_size, teacher_size or vocab_size), given)
     placeholders = traced.find_nodes(op="placeholder")

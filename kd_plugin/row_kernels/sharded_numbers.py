@@ -20,11 +20,11 @@ class Kind(NamedTuple):
 
 def student_softmaxes(objective: Objective, unequal: bool) -> tuple[Kind, ...]:
     """The student's softmaxes that are needed, in the order in which they are exchanged."""
-    found = {term.temperature for term in soft_terms(objective)}
+    temperatures = {term.temperature for term in soft_terms(objective)}
     wants_all = bool(objective.hard_weight or objective.measured)
     if wants_all and not unequal:
-        found.add(1.0)
-    over_shared = tuple(Kind(temperature, False) for temperature in sorted(found))
+        temperatures.add(1.0)
+    over_shared = tuple(Kind(temperature, False) for temperature in sorted(temperatures))
     return (*over_shared, Kind(1.0, True)) if wants_all and unequal else over_shared
 
 
@@ -41,7 +41,7 @@ def soft_terms(objective: Objective) -> tuple[Term, ...]:
 
 
 def chained(objective: Objective) -> list[Term]:
-    """Those whose values travel with the moments."""
+    """Terms whose values travel with the moments."""
     return [term for term in soft_terms(objective) if term.divergence.chain_rule]
 
 
@@ -57,9 +57,9 @@ def has_sums(objective: Objective) -> bool:
 
 
 def exchanged_numbers(objective: Objective, unequal: bool = False) -> tuple[int, int]:
-    """Per row: numbers that every rank gathers from all (with the label's logit), and sums added over ranks.
+    """How many numbers of a row every rank gathers from all, the label's logit included, and how many it adds up.
 
-    `unequal`: the student has token ids that the teacher lacks.
+    `unequal` says that the student has token ids that the teacher lacks.
     """
     one = torch.zeros(1, 1)
     row = Row(one, one, one, one, one, one, 1)

@@ -68,7 +68,7 @@ def shard_moments(
     student_logits: Tensor,  # [n, V_r]
     teacher_logits: Tensor | None,  # [n, V'_r], V'_r <= V_r
 ) -> Tensor:
-    """`[n, M]` of this rank's columns.
+    """The first part: what this rank's columns say of each row, `[n, M]`.
 
     Maximum and sum of exponentials of each softmax, student's first; whether one column is the maximum of both
     models; the values of the divergences that obey the chain rule, of the softmaxes over these columns alone.
@@ -100,15 +100,16 @@ def _logs(moment: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(s: Tensor, t: Tensor, of_s: tuple[Tensor, Tensor], of_t: tuple[Tensor, Tensor], size: int) -> Row:
-    """`of_s`, `of_t`: maximum and log-sum `[n, 1]`."""
+    """Both models' rows, given what normalises them: maximum and log-sum, `[n, 1]` each."""
     lq, lp = (((x - m) - log_sum).clamp_min(LOG_FLOOR) for x, (m, log_sum) in ((s, of_s), (t, of_t)))
     return Row(s, t, lq, lp, lq.exp(), lp.exp(), size)
 
 
 def merge_moments(spec: RowSpec, sizes: Sizes, gathered: Tensor) -> Tensor:
-    """`[W, n, M]` of all ranks -> `[n, M]` of the whole rows, with *logarithms* of the sums of exponentials.
+    """Merge the moments `[W, n, M]` of all ranks into those of the whole rows, `[n, M]`.
 
-    With a hard loss, one more column on both sides: the label's logit, 0 except from its owner.
+    The sums of exponentials come out as *logarithms*. With a hard loss there is one more column on both sides: the
+    label's logit, 0 except from the rank that holds it.
     """
     objective = spec.objective
     of_student, of_teacher = student_softmaxes(objective, sizes.unequal), teacher_temperatures(objective)
@@ -149,22 +150,22 @@ class _Rows:
         self.student = dict(zip(of_student, pairs, strict=False))
         self.others = list(columns[2 * (len(of_student) + len(of_teacher)) :])
         self.parts = parts_of(student_logits, _here(student_logits, teacher_logits))
-        """Of the raw logits: the columns that the teacher has too, and the rest if there is one."""
+        """The raw logits in parts: the columns that the teacher has too, and the rest if there is one."""
         self.logits = [spec.student.apply(part) for part in self.parts]
         self.rows: dict[float, Row] = {}
-        """Of the shared token ids, as distributions of their own."""
+        """By temperature: both models' distributions over the shared token ids."""
         self.measured: Row | None = None
-        """At temperature 1, the student's normalised over all of its token ids."""
+        """Both models at temperature 1, the student normalised over all of its token ids."""
         if teacher_logits is not None:
             others = spec.teacher.apply(teacher_logits)
             for t, moment in zip(of_teacher, pairs[len(of_student) :], strict=False):
                 s_t, t_t = _tempered(self.logits[0], t), _tempered(others, t)
                 kinds = [kind for kind in of_student if kind.temperature == t]
-                found = {kind: _normalised(s_t, t_t, self.student[kind], moment, sizes.shared) for kind in kinds}
-                if (row := found.get(Kind(t, False))) is not None:
+                of_kind = {kind: _normalised(s_t, t_t, self.student[kind], moment, sizes.shared) for kind in kinds}
+                if (row := of_kind.get(Kind(t, False))) is not None:
                     self.rows[t] = row
                 if t == 1.0 and objective.measured:
-                    self.measured = found[Kind(1.0, sizes.unequal)]
+                    self.measured = of_kind[Kind(1.0, sizes.unequal)]
 
     def whole_student(self) -> Whole:
         """The student's distribution at temperature 1 over all of its token ids, of which the parts here."""
@@ -184,8 +185,8 @@ def shard_sums(
 ) -> Tensor:
     """`[n, S]`: this rank's part of every sum that a gradient reads."""
     rows = _Rows(spec, student_logits, teacher_logits, merged, sizes).rows
-    found = (t.divergence.elements(torch, rows[t.temperature]) for t in summed(spec.objective))
-    return torch.cat([row_sum(element) for elements in found for element in elements], -1)
+    of_terms = (t.divergence.elements(torch, rows[t.temperature]) for t in summed(spec.objective))
+    return torch.cat([row_sum(element) for elements in of_terms for element in elements], -1)
 
 
 def shard_finish(
@@ -227,7 +228,7 @@ def shard_finish(
 
 
 def _soft(spec: RowSpec, rows: _Rows, sums: Iterable[Tensor], zero: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All terms -> value `[n, 1]` of whole rows, what these columns add to it, gradient `[n, V'_r]`."""
+    """The soft loss: its value where a whole row's is known `[n, 1]`, what these columns add, gradient `[n, V'_r]`."""
     remaining = iter(sums)
     whole, part, gradient = zero, zero, None
     for term in soft_terms(spec.objective):

@@ -20,7 +20,7 @@ _LOWEST = -1e30
 
 
 def row_sum(*parts: Tensor) -> Tensor:
-    """Over the columns of all parts `[n, columns]` -> `[n, 1]`."""
+    """The sum over the columns of all parts `[n, columns]`, `[n, 1]`."""
     total, *others = (part.sum(-1, keepdim=True) for part in parts)
     for other in others:
         total = total + other
@@ -39,7 +39,7 @@ class Softmax(NamedTuple):
 
 
 def softmax(logits: Tensor) -> Softmax:
-    """Of logits `[n, V]`, over the vocabulary."""
+    """The softmax of logits `[n, V]` over the vocabulary."""
     maximum = logits.amax(-1, keepdim=True)
     shifted = logits - maximum
     log_sum = shifted.exp().sum(-1, keepdim=True).log()
@@ -47,7 +47,10 @@ def softmax(logits: Tensor) -> Softmax:
 
 
 class Softmaxes:
-    """Of one model's logits `[n, V]`, each temperature's computed once: torch.compile does not merge repetitions."""
+    """The softmaxes of one model's logits `[n, V]`, each temperature's computed once.
+
+    torch.compile does not merge repetitions.
+    """
 
     def __init__(self, logits: Tensor, temperatures: set[float]) -> None:
         self._logits = logits
@@ -66,10 +69,10 @@ class Softmaxes:
 
     def _plain(self, temperature: float) -> tuple[Tensor, Softmax, Tensor]:
         scaled = self._logits / temperature if temperature != 1.0 else self._logits
-        found = softmax(scaled)
+        known = softmax(scaled)
         if temperature == self._root:  # by the exponentials that `_power` reads, too
-            return scaled, found, (scaled - found.maximum).exp() / found.log_sum.exp()
-        return scaled, found, found.log_probs.exp()
+            return scaled, known, (scaled - known.maximum).exp() / known.log_sum.exp()
+        return scaled, known, known.log_probs.exp()
 
     def _power(self) -> tuple[Tensor, Softmax, Tensor]:
         """Temperature 1 from the exponentials of another."""
@@ -100,7 +103,7 @@ def parts_of(raw: Tensor, shared: int) -> tuple[Tensor, ...]:
 
 
 def whole_row(student: Softmaxes, rest: Sequence[Tensor]) -> Whole:
-    """From the softmax of the shared columns and the logits of the rest, if there is one."""
+    """The student's distribution, from its softmax over the shared columns and the logits of the rest, if there are any."""
     _, shared, q = student.at(1.0)
     if not rest:
         return Whole((shared.log_probs,), (q,), shared.maximum, shared.log_sum)
