@@ -103,7 +103,7 @@ def parts_of(raw: Tensor, shared: int) -> tuple[Tensor, ...]:
 
 
 def whole_row(student: Softmaxes, rest: Sequence[Tensor]) -> Whole:
-    """The student's distribution, from its softmax over the shared columns and the logits of the rest, if there are any."""
+    """The student's distribution, from its softmax over the shared columns and the logits of the rest, if any."""
     _, shared, q = student.at(1.0)
     if not rest:
         return Whole((shared.log_probs,), (q,), shared.maximum, shared.log_sum)
