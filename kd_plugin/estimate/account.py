@@ -13,6 +13,7 @@ from kd_plugin.estimate.memory import Memory, memory
 from kd_plugin.estimate.setup import EstimateError, Line, Setup, make_setup
 from kd_plugin.estimate.sizes import load_sizes
 from kd_plugin.estimate.wire import Volume, exchanges, parameters, recommended, settled
+from kd_plugin.settings.distill import ExchangeMode
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training.precision import automatic_dtype, with_dtypes
 
@@ -45,7 +46,7 @@ class Estimate:
 
     setup: Setup
     memory: Memory
-    exchanges: dict[str, Volume]
+    exchanges: dict[ExchangeMode, Volume]
     """Name -> bytes per micro-batch of every possible exchange, under the configured sharding."""
     exchange: str
     """The name of the exchange with the fewest bytes, which is recommended."""

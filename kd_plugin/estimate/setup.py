@@ -10,6 +10,7 @@ from kd_plugin.engines.protocol import DTYPES
 from kd_plugin.engines.zero_block import zero_stage
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.loss.chunk_size import rows_per_chunk, teacher_columns
+from kd_plugin.settings.distill import ExchangeMode
 from kd_plugin.settings.run import DistillConfig, RunConfig
 from kd_plugin.training.preflight import layout_problems
 from kd_plugin.training.schedule import accumulation_steps, parallel_mode
@@ -44,7 +45,7 @@ class Setup:
     world_size: int
     shard_ranks: int
     """Ranks that one copy of a model is cut over by FSDP; fewer than all of them under HSDP."""
-    exchange: str
+    exchange: ExchangeMode
     rows: int
     """Rows n in the loss, per rank and micro-batch."""
     chunk: int
@@ -182,7 +183,7 @@ class Setup:
         return self.zero_option("stage3_param_persistence_threshold", _PERSISTENCE)
 
     def spread(
-        self, *, mode: str, teacher_sharded: bool, exchange: str = "weight", shard_ranks: int | None = None
+        self, *, mode: str, teacher_sharded: bool, exchange: ExchangeMode = "weight", shard_ranks: int | None = None
     ) -> Setup:
         """This run with its models spread over the ranks in another way."""
         ranks = self.shard_ranks if shard_ranks is None else shard_ranks

@@ -15,6 +15,7 @@ from kd_plugin.estimate.sizes import ModelSizes, Unit
 from kd_plugin.exchange import cost
 from kd_plugin.exchange.cost import Head, stats_bytes, teacher_logits_bytes
 from kd_plugin.row_kernels import sharded_dispatch
+from kd_plugin.settings.distill import ExchangeMode
 
 _FLOAT = 4
 
@@ -26,9 +27,9 @@ class Volume(NamedTuple):
     how: str
 
 
-def exchanges(setup: Setup) -> dict[str, Volume]:
+def exchanges(setup: Setup) -> dict[ExchangeMode, Volume]:
     """Bytes per micro-batch of every exchange that the objective allows, by name, under the wrapper of `setup`."""
-    volumes = {"weight": _weight(setup)}
+    volumes: dict[ExchangeMode, Volume] = {"weight": _weight(setup)}
     if setup.world_size > 1 and not setup.by_rank:
         if setup.teacher is not None:
             volumes["logits"] = _logits(setup)
@@ -36,13 +37,13 @@ def exchanges(setup: Setup) -> dict[str, Volume]:
     return volumes
 
 
-def recommended(setup: Setup) -> str:
+def recommended(setup: Setup) -> ExchangeMode:
     """The name of the exchange with the fewest bytes; `weight`, the simplest, where they are equal."""
     volumes = exchanges(setup)
     return min(volumes, key=lambda name: volumes[name].num_bytes)
 
 
-def settled(setup: Setup) -> str:
+def settled(setup: Setup) -> ExchangeMode:
     """The name of the exchange that the run will take: as configured, or by the plugin's own rule for `auto`."""
     settled_by, teacher = cost.by_settings(setup.distill, ranks=setup.world_size), setup.teacher
     if settled_by is not None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.row_kernels.sharded_numbers import exchanged_numbers
-from kd_plugin.settings.distill import DistillConfig
+from kd_plugin.settings.distill import DistillConfig, ExchangeMode
 
 _FP32 = 4
 _KL_NUMBERS = (6, 0)  # of a KL at temperature 1 with cross-entropy and metrics
@@ -79,7 +79,7 @@ def stats_bytes(
 
 def volumes(
     student: Head, teacher: Head, rows: float, *, ranks: int, numbers: tuple[int, int] = _KL_NUMBERS
-) -> dict[str, float]:
+) -> dict[ExchangeMode, float]:
     """The bytes of each mode, which `auto` compares."""
     return {
         "weight": weight_bytes(student, teacher),
@@ -88,7 +88,7 @@ def volumes(
     }
 
 
-def by_settings(config: DistillConfig, *, ranks: int) -> str | None:
+def by_settings(config: DistillConfig, *, ranks: int) -> ExchangeMode | None:
     """The exchange that `config` settles for so many ranks in all; None where `auto` has to compare volumes.
 
     Between less than two ranks nothing crosses a wire, and an objective that sorts whole rows has no other choice.
@@ -101,8 +101,14 @@ def by_settings(config: DistillConfig, *, ranks: int) -> str | None:
 
 
 def cheapest(
-    config: DistillConfig, student: Head, teacher: Head, rows: float, *, ranks: int, without: Collection[str] = ()
-) -> tuple[str, dict[str, float]]:
+    config: DistillConfig,
+    student: Head,
+    teacher: Head,
+    rows: float,
+    *,
+    ranks: int,
+    without: Collection[ExchangeMode] = (),
+) -> tuple[ExchangeMode, dict[ExchangeMode, float]]:
     """The rule behind `auto`: the mode with the fewest bytes (`weight`, then `logits`, if equal), and those of each.
 
     Args:
@@ -115,5 +121,5 @@ def cheapest(
     """
     numbers = exchanged_numbers(make_objective(config), teacher.vocab_size < student.vocab_size)
     every = volumes(student, teacher, rows, ranks=ranks, numbers=numbers)
-    possible = {mode: size for mode, size in every.items() if mode not in without}
+    possible: dict[ExchangeMode, float] = {mode: size for mode, size in every.items() if mode not in without}
     return min(possible, key=lambda mode: possible[mode]), possible

@@ -21,7 +21,7 @@ from kd_plugin.exchange.cost import Head
 from kd_plugin.exchange.teacher_slice import SliceConsumer, TeacherHead, TeacherSlice
 from kd_plugin.loss import processor
 from kd_plugin.loss.head_call import HeadCall
-from kd_plugin.settings.run import DistillConfig
+from kd_plugin.settings.distill import DistillConfig, ExchangeMode
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Exchange:
 
     def __init__(self, config: DistillConfig, group: dist.ProcessGroup | None) -> None:
         self.config, self.group = config, group
-        self.mode: str | None = None
+        self.mode: ExchangeMode | None = None
         """`weight`, `logits` or `stats`, settled by the first forward; `auto` by the first that trains."""
         self.teacher: TeacherHead | None = None
         """The head of the attached teacher."""
@@ -142,7 +142,7 @@ class Exchange:
             self.mode = self._settle(hidden, weight, student_size)
         return self.mode != "weight"
 
-    def _settle(self, hidden: Tensor, weight: Tensor, student_size: int) -> str:
+    def _settle(self, hidden: Tensor, weight: Tensor, student_size: int) -> ExchangeMode:
         wanted = self.config.exchange
         settled = cost.by_settings(self.config, ranks=num_ranks(self.group))
         if wanted in ("logits", "stats") and settled != wanted:
@@ -161,7 +161,9 @@ class Exchange:
             return settled
         return self._cheapest(hidden, weight, student_size, without=["stats"] if elsewhere else [])
 
-    def _cheapest(self, hidden: Tensor, weight: Tensor, student_size: int, *, without: list[str]) -> str:
+    def _cheapest(
+        self, hidden: Tensor, weight: Tensor, student_size: int, *, without: list[ExchangeMode]
+    ) -> ExchangeMode:
         """The mode with the fewest bytes, of those that are possible, said by rank 0. Collective.
 
         Of a student's head that its wrapper does not leave in slices (ZeRO, FSDP1, DDP, tied to an embedding that has

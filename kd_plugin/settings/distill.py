@@ -19,7 +19,16 @@ from pydantic import (
 from pydantic.functional_validators import field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-__all__ = ["BUILT_IN", "DistillConfig", "Section", "SettingsError", "TermConfig", "registered_names", "sorts"]
+__all__ = [
+    "BUILT_IN",
+    "DistillConfig",
+    "ExchangeMode",
+    "Section",
+    "SettingsError",
+    "TermConfig",
+    "registered_names",
+    "sorts",
+]
 
 
 class BuiltIn(NamedTuple):
@@ -67,6 +76,7 @@ def _known(name: str) -> str:
 
 
 DivergenceName = Annotated[str, AfterValidator(_known), WithJsonSchema({"type": "string", "enum": list(BUILT_IN)})]
+ExchangeMode = Literal["weight", "logits", "stats"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -193,7 +203,7 @@ class DistillConfig(Section):
     precision: faster where the hardware has no fp32 result, but gradients are off by several per cent, and by all of
     their size once the models are close."""
 
-    exchange: Literal["auto", "weight", "logits", "stats"] = "auto"
+    exchange: Literal["auto", ExchangeMode] = "auto"
     """What crosses the wire for sharded heads. `weight`: each head, once per micro-batch. `logits`:
     the student's head, and chunk by chunk the teacher's logits: every rank keeps a vocabulary slice of its head.
     `stats`: hidden states and a few numbers per token; every rank keeps a vocabulary slice of both heads.
