@@ -43,7 +43,7 @@ class PartOfRun(NamedTuple):
 
 PARTS = (
     PartOfRun("tests", "gpu_tests.py", 3),
-    PartOfRun("loss", "gpu_loss.py", 6),
+    PartOfRun("loss", "gpu_loss.py", 7),
     PartOfRun("profile", "gpu_profile.py", 1.5),
     PartOfRun("step", "gpu_step.py", 2.5),
     PartOfRun("ranks", "gpu_ranks.py", 1.5),
