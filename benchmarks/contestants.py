@@ -13,122 +13,30 @@ The objective is `soft_weight * T^2 * divergence + hard_weight * cross-entropy`,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from cases import IGNORE_INDEX, Case, Tensors
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin.loss.chunk_size import rows_per_chunk
-
-IGNORE_INDEX = -100
-_BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 
 Step = Callable[[], "Tensor | None"]
 """Runs one loss with its gradients, which it leaves in `.grad`; returns the loss."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One problem; everything that a contestant must know."""
-
-    rows: int = 2048
-    vocab: int = 49152
-    width: int = 576
-    dtype: str = "float32"
-    device: str = "cpu"
-    divergence: str = "forward_kl"
-    temperature: float = 1.0
-    soft_weight: float = 0.5
-    hard_weight: float = 0.5
-    ignored: float = 0.0
-    """Share of the rows that have no label."""
-    train: bool = True
-    """False: the loss alone, under no_grad."""
-    logit_std: float = 3.0
-    teacher_noise: float | None = None
-    """The teacher is the student plus so much noise in its hidden states; None: an unrelated teacher."""
-    metrics: bool = True
-    logits_dtype: str = "float32"
-    row_kernel: str = "auto"
-    loss_memory_mb: float = 512.0
-    chunk_size: int | None = None
-    seed: int = 0
-
-    @property
-    def valid(self) -> int:
-        """Number of rows with a label."""
-        return self.rows - round(self.rows * self.ignored)
-
-    @property
-    def beta(self) -> float:
-        """The divergence as Liger's and TRL's beta."""
-        return _BETAS[self.divergence]
-
-    def config(self) -> kd.DistillConfig:
-        """The case as kd_plugin's settings."""
-        return kd.DistillConfig(
-            divergence=self.divergence,
-            temperature=self.temperature,
-            soft_weight=self.soft_weight,
-            hard_weight=self.hard_weight,
-            ignore_index=IGNORE_INDEX,
-            metrics=self.metrics,
-            logits_dtype=self.logits_dtype,
-            row_kernel=self.row_kernel,
-            loss_memory_mb=self.loss_memory_mb,
-            chunk_size=self.chunk_size or "auto",
-        )
-
-
-class Tensors(NamedTuple):
-    """Inputs of the loss; the student's two get gradients."""
-
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V, D]
-    teacher_hidden: Tensor  # [N, D]
-    teacher_weight: Tensor  # [V, D]
-    targets: Tensor  # [N] int64
-
-    def clear(self) -> None:
-        """Drop the gradients of the last step."""
-        self.hidden.grad = self.weight.grad = None
-
-    def to(self, dtype: torch.dtype) -> Tensors:
-        """Fresh leaves with the same values in `dtype`."""
-        floats = (t.detach().to(dtype, copy=True) for t in self[:4])
-        hidden, weight, *teacher = floats
-        return Tensors(hidden.requires_grad_(), weight.requires_grad_(), *teacher, self.targets)
-
-
-def make_tensors(case: Case) -> Tensors:
-    """Random inputs whose logits have the standard deviation `logit_std`; the same values for every contestant."""
-    generator = torch.Generator().manual_seed(case.seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    scale = case.logit_std / case.width**0.5
-    hidden, weight = normal(case.rows, case.width), normal(case.vocab, case.width).mul_(scale)
-    if case.teacher_noise is None:
-        teacher_hidden, teacher_weight = normal(case.rows, case.width), normal(case.vocab, case.width).mul_(scale)
-    else:
-        teacher_hidden, teacher_weight = hidden + case.teacher_noise * normal(case.rows, case.width), weight
-    targets = torch.randint(0, case.vocab, (case.rows,), generator=generator)
-    targets[torch.randperm(case.rows, generator=generator)[: case.rows - case.valid]] = IGNORE_INDEX
-    dtype = getattr(torch, case.dtype)
-    floats = (t.to(case.device, dtype) for t in (hidden, weight, teacher_hidden, teacher_weight))
-    tensors = Tensors(*floats, targets.to(case.device))
-    tensors.hidden.requires_grad_()
-    tensors.weight.requires_grad_()
-    return tensors
-
-
 def dense_loss(case: Case, tensors: Tensors) -> Tensor:
     """The objective on whole logits, in at least fp32 after the products; in fp64 it is the oracle."""
+    return _dense_sum(case, *tensors) / max(case.valid, 1)
+
+
+def _dense_sum(case: Case, *inputs: Tensor) -> Tensor:
+    """Reads neither `case.rows` nor what follows from it, so that one compiled graph serves all numbers of rows."""
+    tensors = Tensors(*inputs)
     wide = torch.promote_types(tensors.hidden.dtype, torch.float32)
     student = (tensors.hidden @ tensors.weight.T).to(wide)
     teacher = (tensors.teacher_hidden @ tensors.teacher_weight.T).to(wide)
@@ -142,7 +50,12 @@ def dense_loss(case: Case, tensors: Tensors) -> Tensor:
         loss = loss + case.hard_weight * F.cross_entropy(
             student, tensors.targets, ignore_index=IGNORE_INDEX, reduction="sum"
         )
-    return loss / max(case.valid, 1)
+    return loss
+
+
+@functools.cache
+def _compiled_dense_sum() -> Callable[..., Tensor]:
+    return torch.compile(_dense_sum)
 
 
 def _divergence(beta: float, log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -159,7 +72,8 @@ def _divergence(beta: float, log_q: Tensor, log_p: Tensor) -> Tensor:
 def _trained(case: Case, tensors: Tensors, loss: Callable[[], Tensor]) -> Step:
     def step() -> Tensor:
         tensors.clear()
-        with torch.set_grad_enabled(case.train):
+        narrow = torch.autocast(tensors.hidden.device.type, torch.bfloat16, enabled=case.autocast)
+        with torch.set_grad_enabled(case.train), narrow:
             value = loss()
         if case.train:
             value.backward()
@@ -179,10 +93,11 @@ def gemms(case: Case, tensors: Tensors) -> Step:
     _, weight, _, teacher_weight, _ = (t.detach() for t in tensors)
     keep = tensors.targets != IGNORE_INDEX
     hidden, teacher_hidden = tensors.hidden.detach()[keep], tensors.teacher_hidden[keep]
-    chunk = min(case.chunk_size or rows_per_chunk("auto", case.loss_memory_mb, case.vocab), max(case.valid, 1))
+    chunk = case.chunk
     wide = torch.promote_types(hidden.dtype, torch.float32)
     student, teacher = (torch.empty(chunk, case.vocab, dtype=wide, device=case.device) for _ in range(2))
-    narrow = student if hidden.dtype == wide else student.to(hidden.dtype)
+    # What a device multiplies fastest are zeros, of which fresh memory may be full.
+    narrow = student if hidden.dtype == wide else torch.randn(student.shape, dtype=hidden.dtype, device=case.device)
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=wide)
     mixed = {"out_dtype": wide} if hidden.is_cuda and hidden.dtype != wide else {}
 
@@ -204,8 +119,8 @@ def gemms(case: Case, tensors: Tensors) -> Step:
 
 def compiled_naive(case: Case, tensors: Tensors) -> Step:
     """`torch.compile` of the dense loss, forward and backward."""
-    compiled = torch.compile(lambda *args: dense_loss(case, Tensors(*args)))
-    return _trained(case, tensors, lambda: compiled(*tensors))
+    compiled = _compiled_dense_sum()
+    return _trained(case, tensors, lambda: compiled(case, *tensors) / max(case.valid, 1))
 
 
 def naive(case: Case, tensors: Tensors) -> Step:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import Case, make_tensors
 from common import Options, Row, Target, figure, markdown, options, publish, write_csv
-from contestants import Case, errors, make_tensors, oracle_of
+from contestants import errors, oracle_of
 from torch import Tensor
 
 import kd_plugin as kd

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from cases import Case, make_tensors
 from common import GIB, Options, Row, Target, figure, markdown, options, publish, write_csv
-from contestants import CONTESTANTS, Case, make_tensors
+from contestants import CONTESTANTS
 from race import Entry
 
 MOST_BYTES = 16 * GIB

@@ -12,8 +12,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from cases import Case, make_tensors
 from common import Options, Row, Target, emulates_bfloat16, figure, markdown, median_ratio, options, publish, write_csv
-from contestants import Case, errors, make_tensors, oracle_of, without_cross_entropy
+from contestants import errors, oracle_of, without_cross_entropy
 from race import Entry, Outcome, race
 
 from kd_plugin.settings.distill import BUILT_IN

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from contestants import Case
+from cases import Case
 
 
 class Entry(NamedTuple):
@@ -51,20 +52,42 @@ class Outcome:
 
 
 class Worker:
-    """A process that holds one or more entries with the same tensors' sizes."""
+    """A process that holds one or more entries with the same tensors' sizes.
 
-    def __init__(self, entries: Sequence[Entry], threads: int) -> None:
+    Args:
+        entries: what it can be asked for.
+        threads: its CPU threads.
+        serve: what it runs, on its end of the pipe, the entries and the threads; by default the races' requests.
+    """
+
+    def __init__(self, entries: Sequence[Entry], threads: int, serve: Callable[..., None] | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self.labels = [entry.label for entry in entries]
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, list(entries), threads), daemon=True)
+        self._process = context.Process(target=serve or _serve, args=(theirs, list(entries), threads), daemon=True)
         self._process.start()
         theirs.close()
 
     def ask(self, *request: Any) -> Any:
         """Send a request, wait for the answer; an exception over there is raised here."""
-        try:
+        self.send(*request)
+        return self.answer()
+
+    def send(self, *request: Any) -> None:
+        """Send a request, whose `answer` is fetched later."""
+        with suppress(BrokenPipeError, ConnectionResetError):  # which fetching the answer says
             self._pipe.send(request)
+
+    def answer(self, seconds: float | None = None) -> Any:
+        """Wait for the answer to the last request.
+
+        Raises:
+            TimeoutError: none came within `seconds`.
+            RuntimeError: the process is gone.
+        """
+        try:
+            if not self._pipe.poll(seconds):
+                raise TimeoutError(f"no answer within {seconds:.0f} s")
             answer = self._pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise RuntimeError("the process was killed, most likely for its memory") from None
@@ -72,10 +95,10 @@ class Worker:
             raise answer
         return answer
 
-    def close(self) -> None:
-        """End the process."""
+    def close(self, patience: float = 10) -> None:
+        """End the process, by force if it has not ended after `patience` seconds."""
         self._pipe.close()
-        self._process.join(10)
+        self._process.join(patience)
         if self._process.is_alive():
             self._process.terminate()
 
@@ -149,7 +172,8 @@ def _started(group: Sequence[Entry], threads: int, outcome: Outcome) -> list[Wor
 
 def _serve(pipe: Connection, entries: list[Entry], threads: int) -> None:
     import torch
-    from contestants import CONTESTANTS, make_tensors
+    from cases import make_tensors
+    from contestants import CONTESTANTS
 
     torch.set_num_threads(threads)
     tensors: dict[Any, Any] = {}

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODULES = (
     "common",
+    "cases",
     "contestants",
     "race",
     "report",
@@ -56,9 +57,9 @@ def tiny(bench: Any) -> Any:
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
 def test_contestants_compute_the_same_loss_and_gradients(bench: Any, tiny: Any, name: str, divergence: str) -> None:
     pytest.importorskip({"Liger eager": "liger_kernel", "TRL": "trl"}.get(name, "torch"))
-    case = replace(tiny, divergence=divergence, temperature=2.0, ignored=0.25)
+    case = replace(tiny, divergence=divergence, temperature=2.0, ignored=0.25, teacher_width=24)
     case = bench.contestants.without_cross_entropy(case) if name == "TRL" else case
-    tensors = bench.contestants.make_tensors(case)
+    tensors = bench.cases.make_tensors(case)
     found = bench.contestants.errors(name, case, tensors, bench.contestants.oracle_of(case, tensors))
     assert max(found) < 1e-5
 
@@ -66,7 +67,7 @@ def test_contestants_compute_the_same_loss_and_gradients(bench: Any, tiny: Any, 
 @pytest.mark.parametrize(("changes", "products"), [({}, 4), ({"train": False}, 2), ({"ignored": 0.5}, 2)])
 def test_the_floor_is_four_products_of_the_valid_rows(bench: Any, tiny: Any, changes: Any, products: int) -> None:
     case = replace(tiny, **changes)
-    step = bench.contestants.gemms(case, bench.contestants.make_tensors(case))
+    step = bench.contestants.gemms(case, bench.cases.make_tensors(case))
 
     def addmm_flops(_total: Any, left: torch.Size, right: torch.Size, **_: Any) -> int:
         return 2 * left[0] * left[1] * right[1]
@@ -78,7 +79,7 @@ def test_the_floor_is_four_products_of_the_valid_rows(bench: Any, tiny: Any, cha
 
 
 def test_contestants_get_the_same_tensors(bench: Any, tiny: Any) -> None:
-    one, other = bench.contestants.make_tensors(tiny), bench.contestants.make_tensors(replace(tiny, metrics=False))
+    one, other = bench.cases.make_tensors(tiny), bench.cases.make_tensors(replace(tiny, metrics=False))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
@@ -91,7 +92,7 @@ def test_race_times_every_contestant_every_round_and_reports_those_that_fail(ben
     outcome = bench.race.race([[entry] for entry in entries], threads=1, seconds=0, fewest=2, profile=["dense"])
     assert [len(outcome.wall(entry.label)) for entry in entries] == [2, 2, 0]
     assert "no such dtype" in outcome.failed["impossible"]
-    expected = bench.contestants.dense_loss(tiny, bench.contestants.make_tensors(tiny)).item()
+    expected = bench.contestants.dense_loss(tiny, bench.cases.make_tensors(tiny)).item()
     assert outcome.samples["dense"][1].loss == pytest.approx(expected, rel=1e-5)
     assert outcome.profiles["dense"]["matrix products"] > 0
 
