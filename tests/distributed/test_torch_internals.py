@@ -214,14 +214,14 @@ def test_a_torch_without_it_has_a_cache_for_each_code_and_the_limit_around_the_c
         return original(body, fullgraph=fullgraph, backend=backend, dynamic=False)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    kernels = [torch_internals.compiled_alone(partial(torch.mul, factor), max_graphs=12) for factor in (2, 3)]
-    for size in range(2, 14):
-        for kernel, factor in zip(kernels, (2, 3), strict=True):
-            assert torch.equal(kernel(torch.ones(size)), torch.full((size,), float(factor)))
-    assert len(graphs) == 24
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-        kernels[0](torch.ones(14))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        kernels = [torch_internals.compiled_alone(partial(torch.mul, factor), max_graphs=12) for factor in (2, 3)]
+        for size in range(2, 14):
+            for kernel, factor in zip(kernels, (2, 3), strict=True):
+                assert torch.equal(kernel(torch.ones(size)), torch.full((size,), float(factor)))
+        assert len(graphs) == 24
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            kernels[0](torch.ones(14))
 
 
 # -- the rule -----------------------------------------------------------------------------------------------------
