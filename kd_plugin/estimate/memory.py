@@ -51,10 +51,12 @@ class Memory:
 
 def memory(setup: Setup) -> Memory:
     """Count the bytes on the fullest rank of `setup`."""
-    held = [*_activations(setup), *_kept_gathered(setup)]
+    kept = _teacher_kept(setup)
+    held = [*kept, *_activations(setup), *_kept_gathered(setup)]
     phases: dict[str, tuple[Line, ...]] = {}
     if setup.teacher is not None:
-        phases["teacher forward"] = (*held, *_teacher_forward(setup, setup.teacher))
+        before = kept if setup.teacher_ahead else held
+        phases["teacher forward"] = (*before, *_teacher_forward(setup, setup.teacher))
     phases["loss"] = (*held, *heads(setup), *loss(setup))
     if setup.student.head_trainable:
         phases["head's gradient reduced"] = (*held, *_head_gradient(setup))
@@ -74,7 +76,8 @@ def heads(setup: Setup) -> tuple[Line, ...]:
         lines.append(Line("student head, own rows", size, f"{setup.slice_size} x {student.width} x {item} B"))
     elif not (is_cut or whole):
         lines.append(_whole_head(setup, "student", student, item, "V", gathered=setup.gathers_student))
-    if teacher is not None and setup.teacher_gathered and setup.exchange == "weight":
+    copied = setup.teacher_ahead and setup.teacher_sharded
+    if teacher is not None and setup.teacher_gathered and setup.exchange == "weight" and not copied:
         lines.append(_whole_head(setup, "teacher", teacher, setup.teacher_item, "V'", gathered=True))
     return (*lines, *_upcast_heads(setup, is_cut))
 
@@ -183,8 +186,24 @@ def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
     if setup.teacher_gathered:
         lines.append(_working_copy(teacher, setup.teacher_item))
     if teacher.activations is not None:
-        size = max(teacher.activations.layers)
-        lines.append(Line("teacher, one layer's tensors", size, "what a layer would keep for backward; nothing stays"))
+        together = -(-setup.accumulation // setup.teacher_forwards)
+        size, how = together * max(teacher.activations.layers), "what a layer would keep for backward; nothing stays"
+        how += f"; of {together} micro-batches" if together > 1 else ""
+        lines.append(Line("teacher, one layer's tensors", size, how))
+    return lines
+
+
+def _teacher_kept(setup: Setup) -> list[Line]:
+    """What a teacher that has run ahead leaves for the micro-batches of a step, most of it after its last forward."""
+    teacher, item = setup.teacher, setup.teacher_item
+    if teacher is None or not setup.teacher_ahead:
+        return []
+    tokens = setup.accumulation * setup.tokens
+    how = f"{tokens} tokens x E {teacher.width} x {item} B, of all micro-batches"
+    lines = [Line("teacher's hidden states", tokens * teacher.width * item, how)]
+    if setup.exchange == "weight" and setup.teacher_sharded:
+        how = f"V' {teacher.vocab_size} x E {teacher.width} x {item} B, a copy for the step"
+        lines.append(Line("teacher head, whole", teacher.head_numel * item, how))
     return lines
 
 

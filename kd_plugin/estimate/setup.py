@@ -13,7 +13,7 @@ from kd_plugin.loss.chunk_size import rows_per_chunk, teacher_columns
 from kd_plugin.settings.distill import ExchangeMode
 from kd_plugin.settings.run import DistillConfig, RunConfig
 from kd_plugin.training.preflight import layout_problems
-from kd_plugin.training.schedule import accumulation_steps, parallel_mode
+from kd_plugin.training.schedule import accumulation_steps, micro_batches_together, parallel_mode
 
 # DeepSpeed's defaults, in elements (deepspeed/runtime/zero/config.py)
 _MAX_LIVE, _REDUCE_BUCKET, _PERSISTENCE = 10**9, 5 * 10**8, 10**5
@@ -135,6 +135,16 @@ class Setup:
         if teacher is None or self.mode != "fsdp" or not self.teacher_sharded or self.teacher_streamed or teacher.tied:
             return False
         return -(-teacher.vocab_size // ranks) == -(-self.student.vocab_size // ranks)
+
+    @property
+    def teacher_forwards(self) -> int:
+        """Forwards of the teacher per rank and optimizer step."""
+        return -(-self.accumulation // micro_batches_together(self.config))
+
+    @property
+    def teacher_ahead(self) -> bool:
+        """Whether the teacher reads several micro-batches of a step at once."""
+        return self.teacher is not None and self.teacher_forwards < self.accumulation
 
     @property
     def by_rank(self) -> bool:

@@ -83,7 +83,12 @@ def _teacher_gathered(setup: Setup) -> tuple[float, str]:
     teacher = setup.teacher
     if teacher is None or not setup.teacher_sharded:
         return 0.0, "teacher's head is whole" if teacher else "no teacher"
-    return _teacher_head(setup, teacher).num_bytes, f"f V' E x {setup.teacher_item}"
+    size, how = _teacher_head(setup, teacher).num_bytes, f"f V' E x {setup.teacher_item}"
+    if not setup.teacher_ahead:
+        return size, how
+    # A head of its own is copied in the first forward of a step; one in a unit with the embedding comes with each.
+    times = setup.teacher_forwards if teacher.tied else 1
+    return size * times / setup.accumulation, f"{how} x {times} / {setup.accumulation}"
 
 
 def _weight(setup: Setup) -> Volume:
@@ -135,8 +140,10 @@ def parameters(setup: Setup) -> tuple[Line, ...]:
     teacher, share = setup.teacher, (setup.teacher_ranks - 1) / setup.teacher_ranks
     if teacher is not None and setup.teacher_sharded:
         rest = teacher.numel - teacher.head_numel
-        size = setup.accumulation * share * rest * setup.teacher_item
-        lines.append(Line("teacher gathered", size, f"{_times(setup)}f x {rest:,} x {setup.teacher_item} B"))
+        times = setup.teacher_forwards
+        size = times * share * rest * setup.teacher_item
+        how = f"{times} forwards x " if times > 1 else ""
+        lines.append(Line("teacher gathered", size, f"{how}f x {rest:,} x {setup.teacher_item} B"))
     return tuple(lines)
 
 

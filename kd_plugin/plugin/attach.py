@@ -2,12 +2,24 @@
 
 One forward of the student in distillation mode is its backbone (`student_side`), then both heads (`both_heads`), of
 which its own computes the loss.
+
+With `labels`, the student's forward also takes `num_items_in_batch` (valid tokens of the whole optimizer step over
+all ranks, as the Hugging Face Trainer passes it: then loss = local sum / num_items_in_batch and the caller undoes the
+wrapper's averaging), `loss_rows` (flat indices of the rows that count, found on the host) and `token_weights` (`[B,
+S]`, by row: that of the token which row s predicts). Without `num_items_in_batch` one collective counts the valid
+tokens of all ranks (in exchange logits and stats the one that settles the chunks anyway), and the loss is scaled so
+that gradients averaged over the ranks are those of the global mean; over several micro-batches that is a mean of
+means. The output has a loss and no logits. What a mixture of experts adds to its loss (router losses) is added with
+the model's own coefficients, as if it were a loss of each valid token: a step has the mean of its forwards' router
+losses, weighted by their valid tokens. Without gradients and without `num_items_in_batch` the loss is the mean over
+this rank's tokens, for which no other rank is needed; only where FSDP or ZeRO-3 shards a model do its forwards want
+all ranks.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -16,7 +28,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from kd_plugin.distributed.collectives import located, named_in_wrapper, num_ranks
-from kd_plugin.distributed.uncompiled import uncompiled
 from kd_plugin.exchange.mode import Exchange
 from kd_plugin.loss import checks
 from kd_plugin.loss.chunk_size import chunk_rows
@@ -30,27 +41,14 @@ from kd_plugin.plugin.replaced_forward import NamedCall
 from kd_plugin.plugin.router_loss import with_router_loss
 from kd_plugin.plugin.student_side import StudentSide
 from kd_plugin.plugin.teacher_side import TeacherSide
-from kd_plugin.plugin.token_ids import check_inputs, embedded_ids
+from kd_plugin.plugin.token_ids import check_inputs
 from kd_plugin.plugin.tokenizers import TokenizerPair
 from kd_plugin.plugin.wrappers import before_first_step
 from kd_plugin.settings.run import DistillConfig
 
 
 class Plugin:
-    """A student bound to its teacher; made by `attach`.
-
-    With `labels`, the student's forward also takes `num_items_in_batch` (valid tokens of the whole optimizer step over
-    all ranks, as the Hugging Face Trainer passes it: then loss = local sum / num_items_in_batch and the caller undoes
-    the wrapper's averaging), `loss_rows` (flat indices of the rows that count, found on the host) and `token_weights`
-    (`[B, S]`, by row: that of the token which row s predicts). Without `num_items_in_batch` one collective counts the
-    valid tokens of all ranks (in exchange logits and stats the one that settles the chunks anyway), and the loss is
-    scaled so that gradients averaged over the ranks are those of the global mean; over several micro-batches that is a
-    mean of means. The output has a loss and no logits. What a mixture of experts adds to its loss (router losses) is
-    added with the model's own coefficients, as if it were a loss of each valid token: a step has the mean of its
-    forwards' router losses, weighted by their valid tokens. Without gradients and without `num_items_in_batch` the loss
-    is the mean over this rank's tokens, for which no other rank is needed; only where FSDP or ZeRO-3 shards a model do
-    its forwards want all ranks.
-    """
+    """A student bound to its teacher; made by `attach`."""
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module | None, config: DistillConfig, group: ProcessGroup | None = None
@@ -77,6 +75,25 @@ class Plugin:
         watch = self._student.watch
         (watch.measured if values["valid_tokens"] else watch.nothing_measured)()
         return values
+
+    def teacher_ahead(self, micro_batches: Sequence[Mapping[str, Any]], together: int | None = None) -> bool:
+        """Run the teacher over several micro-batches of the optimizer step to come, before the student.
+
+        A sharded teacher is then gathered once for all of them. The student's forwards must follow with the very
+        tensors, in any order. Where the teacher's forward is collective, call this on every rank, with as many
+        micro-batches.
+
+        Args:
+            micro_batches: the keyword arguments of each forward; what concerns the loss is not read.
+            together: how many the teacher reads at once; None: all.
+
+        Returns:
+            Whether it has run. Before the first step with gradients it does not: that step settles what is kept.
+
+        Raises:
+            ValueError: micro-batches that cannot be put together (`TeacherAhead.run`), or an encoder-decoder.
+        """
+        return self._heads.run_ahead(micro_batches, together or len(micro_batches), self.teacher)
 
     @contextmanager
     def objective(self, config: DistillConfig) -> Iterator[None]:
@@ -152,7 +169,7 @@ class Plugin:
         vocab_size, ignored = None if looked_at else student.vocab_size, self.config.ignore_index
         targets = student.labels.targets(inputs, labels, shift_labels, ignore_index=ignored, vocab_size=vocab_size)
         if not looked_at:
-            self._check_inputs(inputs)
+            check_inputs(inputs, student.model, causal_lm.unwrap(self.teacher) if self.config.soft_weight else None)
         inputs.pop("logits_to_keep", None)
         mode, chunk_size = self.exchange.mode or self.config.exchange, self.config.chunk_size
         with located(lambda: f"{targets.numel()} rows, exchange {mode}, chunk_size {chunk_size}"):
@@ -160,13 +177,6 @@ class Plugin:
                 output = self._loss(inputs, targets, loss_rows, token_weights, num_items_in_batch)
         student.watch.loss_ran()
         return output
-
-    @uncompiled
-    def _check_inputs(self, inputs: dict[str, Any]) -> None:
-        models: dict[str, nn.Module] = {"student": self._student.model}
-        if self.config.soft_weight:
-            models["teacher"] = causal_lm.unwrap(self.teacher)
-        check_inputs(inputs, {role: (model, embedded_ids(model)) for role, model in models.items()})
 
     @torch.compiler.disable(recursive=False)
     def _loss(

@@ -10,6 +10,7 @@ slice of the teacher's head (`distill.exchange` logits and stats), the teacher r
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.plugin.metrics import Stopwatch
 from kd_plugin.plugin.student_side import StudentSide
+from kd_plugin.plugin.teacher_ahead import TeacherAhead
 from kd_plugin.plugin.teacher_side import TeacherSide
 
 
@@ -37,6 +39,7 @@ class BothHeads:
 
     def __init__(self, student: StudentSide, teacher: TeacherSide | None, exchange: Exchange, watch: Stopwatch) -> None:
         self._student, self._teacher, self._exchange, self._watch = student, teacher, exchange, watch
+        self._ahead = None if teacher is None else TeacherAhead(teacher)
 
     @uncompiled
     def loss_sum(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any], teacher: nn.Module | None) -> Tensor:
@@ -51,13 +54,39 @@ class BothHeads:
         if not self._student.config.soft_weight:
             self._slice_consumer(hidden, call)  # cuts the vocabulary without a teacher, too
             return self.student_loss(hidden, call)
-        assert self._teacher is not None and teacher is not None
-        self._teacher.look_again(inputs)
+        assert self._teacher is not None and self._ahead is not None and teacher is not None
+        kept = self._ahead.take(inputs)
+        if kept is None:
+            self._teacher.look_again(inputs)
         consumer = self._slice_consumer(hidden, call) or _NestedHead(self, hidden, call)
-        self._teacher.run(teacher, inputs, consumer)
+        if kept is not None and not consumer.needs_head:
+            consumer.use_hidden(kept.hidden)
+        elif kept is not None and isinstance(consumer, _NestedHead):
+            consumer.use_head(self._ahead.source(kept))
+        else:
+            self._teacher.run(teacher, inputs, consumer)
         loss_sum = consumer.loss_sum if isinstance(consumer, _NestedHead) else self.student_loss(hidden, call)
         call.teacher = None
         return loss_sum
+
+    @uncompiled
+    def run_ahead(self, micro_batches: Sequence[Mapping[str, Any]], together: int, teacher: nn.Module | None) -> bool:
+        """Run `teacher` over the micro-batches of the step to come, `together` at a time.
+
+        Returns:
+            False, and does nothing, before the first step has settled the exchange and shown what the teacher does to
+            its logits.
+
+        Raises:
+            ValueError: as `TeacherAhead.run`.
+        """
+        if self._ahead is None or self._teacher is None or teacher is None:
+            return False
+        self._ahead.forget()
+        if self._exchange.mode is None or self._teacher.head.after_head is None:
+            return False
+        self._ahead.run(teacher, micro_batches, together, whole_head=self._exchange.mode == "weight")
+        return True
 
     def _slice_consumer(self, hidden: Tensor, call: HeadCall) -> SliceConsumer | None:
         student = self._student

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Inputs of one model's own bookkeeping, of no use to the other.
-_NOT_FOR_TEACHER = {"past_key_values", "use_cache", "cache_position", "inputs_embeds", "output_attentions"}
-_NOT_FOR_TEACHER |= {"output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"}
+NOT_FOR_TEACHER = {"past_key_values", "use_cache", "cache_position", "inputs_embeds", "output_attentions"}
+NOT_FOR_TEACHER |= {"output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"}
 
 
 class TeacherSide:
@@ -63,6 +63,7 @@ class TeacherSide:
             raise
 
     def _take_over(self, model: PreTrainedModel) -> None:
+        self.model = model
         self._freeze(model)
         self._slot = causal_lm.find_head(model, "teacher")
         inner = causal_lm.unwrap(self._slot.module)
@@ -105,7 +106,7 @@ class TeacherSide:
                 "plugin.teacher, *_ = deepspeed.initialize(model=teacher, config=...) with stage 3 and no optimizer"
             )
         self._engine_seen = True
-        shared = {name: value for name, value in inputs.items() if name not in _NOT_FOR_TEACHER}
+        shared = {name: value for name, value in inputs.items() if name not in NOT_FOR_TEACHER}
         self._asked = False
         with torch.no_grad():
             teacher(**shared, kd_consumer=consumer)

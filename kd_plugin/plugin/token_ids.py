@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from kd_plugin.distributed.uncompiled import uncompiled
 from kd_plugin.loss import checks
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def _replaced_ids(model: nn.Module) -> list[int]:
     return [value for name, value in values if isinstance(value, int) and name.startswith(kinds) and "token" in name]
 
 
-def check_inputs(inputs: Mapping[str, object], models: Mapping[str, tuple[nn.Module, int | None]]) -> None:
+@uncompiled
+def check_inputs(inputs: Mapping[str, object], student: nn.Module, teacher: nn.Module | None) -> None:
     """Refuse ids in `input_ids` and `decoder_input_ids` that one of the models cannot embed.
 
     On a CPU always; on a GPU, where looking waits for the device, only if the models embed different numbers of ids:
@@ -49,12 +51,15 @@ def check_inputs(inputs: Mapping[str, object], models: Mapping[str, tuple[nn.Mod
 
     Args:
         inputs: of the forward.
-        models: by role, "student" and "teacher": the model, and `embedded_ids` of it.
+        student: the model, without wrappers.
+        teacher: likewise; None where it reads nothing.
 
     Raises:
         UnknownTokenError: naming the first such id and its place.
     """
-    sizes = {size for _, size in models.values() if size is not None}
+    models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    embedded = {role: size for role, model in models.items() if (size := embedded_ids(model)) is not None}
+    sizes = set(embedded.values())
     if not sizes:
         return
     for name in ("input_ids", "decoder_input_ids"):
@@ -65,9 +70,8 @@ def check_inputs(inputs: Mapping[str, object], models: Mapping[str, tuple[nn.Mod
             continue
         if int(ids.max()) < min(sizes) and int(ids.min()) >= 0:
             continue
-        for role, (model, size) in models.items():
-            if size is not None:  # else what is wrong is so for the other
-                _refuse_unknown(name, ids, role, model, size)
+        for role, size in embedded.items():  # what is wrong for a model that does not say is so for the other
+            _refuse_unknown(name, ids, role, models[role], size)
 
 
 def _refuse_unknown(name: str, ids: Tensor, role: str, model: nn.Module, size: int) -> None:

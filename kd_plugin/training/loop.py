@@ -26,7 +26,7 @@ from kd_plugin.training import checkpoint
 from kd_plugin.training.console import progress, step_line
 from kd_plugin.training.finite import CHECK_EVERY, DivergedError, FiniteWatch, has_finite_parameters, scales_loss
 from kd_plugin.training.memory import memory_readings
-from kd_plugin.training.schedule import learning_rate_at
+from kd_plugin.training.schedule import learning_rate_at, micro_batches_together
 from kd_plugin.training.session import Session
 from kd_plugin.training.tensorboard import tagged
 
@@ -143,8 +143,10 @@ def _train_step(session: Session, step: int) -> tuple[Tensor, Tensor | None]:
     counted = reduce_numbers({"valid": sum(batch.num_valid for batch in batches)})
     num_items = max(1, int(counted["valid"]))
     loss = torch.zeros((), device=session.place.device)
-    for index, batch in enumerate(batches):
-        inputs = batch.to(session.place.device, non_blocking=True).model_inputs()
+    micro_batches = [batch.to(session.place.device, non_blocking=True).model_inputs() for batch in batches]
+    if (together := micro_batches_together(session.config)) > 1:
+        session.plugin.teacher_ahead(micro_batches, together)
+    for index, inputs in enumerate(micro_batches):
         loss += engine.forward_backward(inputs, num_items=num_items, is_last=index == len(batches) - 1)
     return loss, engine.step(learning_rate_at(step, session.config.train))
 

@@ -45,6 +45,7 @@ def early_problems(
     """
     return [
         *_source_problems(config),
+        *_teacher_ahead_problems(config),
         *_data_problems(config.data),
         *_output_problems(Path(config.log.output_dir)),
         *layout_problems(config, mode, world_size),
@@ -79,6 +80,16 @@ def _source_problems(config: RunConfig) -> list[str]:
         if source.tokenizer:
             problems += _faults_of(resolve_tokenizer, source)
     return problems
+
+
+def _teacher_ahead_problems(config: RunConfig) -> list[str]:
+    together, each = config.teacher.micro_batch_size, config.train.micro_batch_size
+    if together is None or together % each == 0:
+        return []
+    return [
+        f"teacher.micro_batch_size is {together}, wanted a multiple of train.micro_batch_size, {each}: it reads "
+        "whole micro-batches of the student"
+    ]
 
 
 def _data_problems(data: DataConfig) -> list[str]:
@@ -158,8 +169,11 @@ def _deepspeed_problems(
 
 def _idle_sources(config: RunConfig) -> Idle:
     student = config.student
-    if not config.distill.soft_weight and student.model:
-        yield "teacher", "distill.soft_weight is 0"
+    if not config.distill.soft_weight:
+        if student.model:
+            yield "teacher", "distill.soft_weight is 0"
+        else:
+            yield from _each_changed(config.teacher, ["micro_batch_size"], "distill.soft_weight is 0")
     for source in (config.teacher, student):
         name = source.tokenizer or source.model
         if source.revision and source.model and is_local(source.model) and is_local(str(name)):

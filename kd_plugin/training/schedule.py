@@ -63,6 +63,11 @@ def accumulation_steps(train: TrainConfig, *, seq_len: int, world_size: int) -> 
     return steps
 
 
+def micro_batches_together(config: RunConfig) -> int:
+    """Micro-batches of a rank that the teacher reads at once, by `teacher.micro_batch_size`."""
+    return max(1, (config.teacher.micro_batch_size or 0) // config.train.micro_batch_size)
+
+
 def learning_rate_at(step: int, train: TrainConfig) -> float:
     """The rate of optimizer step `step` (counted from 1): linear warm-up, then the schedule's descent.
 

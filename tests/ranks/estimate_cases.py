@@ -41,16 +41,26 @@ def make_ids(rank: int) -> Tensor:
 
 
 def make_config(case: str, folder: Path = Path("nowhere"), row_kernel: str = "compile") -> RunConfig:
-    """A run on `folder`/student and `folder`/teacher; `case` is EXCHANGE[:SHARD_SIZE][@train.parallel]."""
+    """A run on `folder`/student and `folder`/teacher; `case` is EXCHANGE[:SHARD_SIZE][@train.parallel][+ACCUMULATION].
+
+    With several micro-batches the teacher runs ahead over all of them.
+    """
+    case, _, accumulation = case.partition("+")
     case, _, parallel = case.partition("@")
+    times = int(accumulation or 1)
     exchange, _, shard_size = case.partition(":")
     return RunConfig.model_validate(
         {
             "student": {"model": str(folder / "student"), "dtype": "float32"},
-            "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
+            "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "micro_batch_size": times * BATCH},
             "distill": {"exchange": exchange, "chunk_size": CHUNK, "row_kernel": row_kernel},
             "data": {"seq_len": LENGTH},
-            "train": {"micro_batch_size": BATCH, "parallel": parallel or "fsdp", "shard_size": shard_size or None},
+            "train": {
+                "micro_batch_size": BATCH,
+                "gradient_accumulation_steps": times,
+                "parallel": parallel or "fsdp",
+                "shard_size": shard_size or None,
+            },
         }
     )
 

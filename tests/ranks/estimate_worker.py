@@ -33,8 +33,13 @@ def make_step(case: str, row_kernel: str) -> Callable[[], None]:
             fsdp_units.shard_teacher(teacher, mesh)
     ids = make_ids(dist.get_rank())
 
+    micro_batches = [{"input_ids": ids.clone(), "labels": ids} for _ in range(config.train.gradient_accumulation_steps)]
+
     def step() -> None:
-        student(input_ids=ids, labels=ids, num_items_in_batch=ids.numel()).loss.backward()
+        if len(micro_batches) > 1:
+            plugin.teacher_ahead(micro_batches)
+        for inputs in micro_batches:
+            student(**inputs, num_items_in_batch=ids.numel()).loss.backward()
 
     step()  # compiles, makes the gradients, and agrees with the other ranks
     return step

@@ -1,0 +1,60 @@
+"""A teacher that runs ahead over the micro-batches of a step: two ranks train as one process does without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import kd_plugin as kd
+from kd_plugin.training.run import TrainResult
+from tests.ranks import train_worker
+from tests.ranks.launch import Launch, Launched
+from tests.tiny_runs import curve, make_folder, run_config
+
+MODES = ("weight", "logits", "stats")
+DISTILL = {"row_kernel": "eager", "chunk_size": 48, "temperature": 2.0}
+
+
+def run(layout: str, mode: str, together: int, *, teacher: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One entry of the worker's list: four micro-batches of one sequence on each rank."""
+    zero = layout.startswith("zero")
+    sections: dict[str, Any] = {
+        "train": {"parallel": "deepspeed" if zero else layout, "micro_batch_size": 1, "export": False},
+        "teacher": {"micro_batch_size": together, **(teacher or {})},
+        "distill": {**DISTILL, "exchange": mode},
+    }
+    if zero:
+        sections["deepspeed"] = {"zero_optimization": {"stage": int(layout[-1])}}
+    name = "_".join([layout, mode, str(together), *(teacher or {})])
+    return {"name": name, "sections": sections}
+
+
+RUNS = [run(layout, mode, 4) for layout in ("fsdp", "fsdp1", "zero3") for mode in MODES]
+RUNS += [run("fsdp", "weight", 2), run("zero3", "weight", 3), run("ddp", "weight", 4), run("zero2", "stats", 4)]
+RUNS += [
+    run("fsdp", "weight", 4, teacher={"sharding": "replicate"}),
+    run("fsdp", "stats", 4, teacher={"offload": True}),
+]
+
+LAUNCHES = {
+    "runs": Launch(train_worker, ranks=2, spec=RUNS, prepare=make_folder, together="deepspeed", needs_deepspeed=True)
+}
+
+
+@pytest.fixture(scope="module")
+def single(launched: Callable[[str], Launched]) -> TrainResult:
+    """One process, whose teacher reads what its student reads."""
+    folder = launched("runs").folder
+    return kd.train(run_config(folder, "single", train={"parallel": "single", "micro_batch_size": 1, "export": False}))
+
+
+@pytest.mark.parametrize("name", [entry["name"] for entry in RUNS])
+def test_ranks_whose_teacher_runs_ahead_train_like_one_process_without(
+    launched: Callable[[str], Launched], single: TrainResult, name: str
+) -> None:
+    result = launched("runs").file("results.pt")[0][name]
+    for number in ("loss", "soft_loss", "grad_norm", "top1_agreement", "valid_tokens"):
+        assert curve(result, number) == pytest.approx(curve(single, number), rel=2e-5, abs=1e-6), number
+    assert result["before"] == pytest.approx(single.before, rel=2e-5)
