@@ -167,3 +167,18 @@ def test_a_setting_without_effect_is_named(tmp_path: Path, sections: dict[str, A
     found = idle_settings(config(tmp_path, **sections))
     assert [line.split()[0] for line in found] == names
     assert all(" has no effect: " in line for line in found)
+
+
+def test_a_teacher_ahead_reads_whole_micro_batches(tmp_path: Path) -> None:
+    def with_teacher(sequences: int, **sections: Any) -> RunConfig:
+        run = config(tmp_path, train={"micro_batch_size": 4}, **sections)
+        teacher = run.teacher.model_copy(update={"micro_batch_size": sequences})
+        return run.model_copy(update={"teacher": teacher})
+
+    assert early_problems(with_teacher(8)) == []
+    (line,) = early_problems(with_teacher(6))
+    assert line.startswith("teacher.micro_batch_size is 6, wanted a multiple of train.micro_batch_size, 4")
+    (line,) = early_problems(with_teacher(2))
+    assert "is 2, wanted a multiple" in line
+    (idle,) = idle_settings(with_teacher(8, distill={"soft_weight": 0.0}), "single")
+    assert idle == "teacher.micro_batch_size has no effect: distill.soft_weight is 0"
