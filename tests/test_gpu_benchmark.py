@@ -185,7 +185,7 @@ def test_targets_compare_the_right_lines_and_the_last_of_equal_keys_counts(bench
         loss_row("kd_plugin", 12.0, 0.002, gib=2.0, promised_gib=2.0),
     ]
     results = bench.gpu_report.Results(lines)
-    found = {target.what: (target.found, target.verdict) for target in bench.gpu_report.loss_targets(results)}
+    found = {target.what: (target.measured, target.verdict) for target in bench.gpu_report.loss_targets(results)}
     where = ", 8/8/64, 32 tokens"
     assert found[f"time: kd_plugin / four products{where}"] == (1.2, "met")
     assert found[f"time: kd_plugin / Liger{where}"] == (0.6, "met")

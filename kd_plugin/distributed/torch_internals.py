@@ -186,6 +186,15 @@ def compiled_alone(body: Callable[..., Tensor], *, max_graphs: int) -> Callable[
     return limited
 
 
+def compile_error() -> type[Exception]:
+    """What torch.compile raises, by its frontend or its backend, before anything that is compiled has run.
+
+    Raises:
+        UnsupportedTorch: torch has no such class.
+    """
+    return _dynamo("exc.TorchDynamoException")
+
+
 def _with_code_of_its_own(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A call of `body` by a function whose code is no other's: by its code torch before 2.13 finds what it compiled."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kd_plugin.estimate.setup import Line, Setup
+from kd_plugin.estimate.setup import Line, Setup, runs_ahead, teacher_forwards
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.estimate.states import host_states, student_states, teacher_states
 from kd_plugin.row_kernels.dispatch import block_rows
@@ -55,7 +55,7 @@ def memory(setup: Setup) -> Memory:
     held = [*kept, *_activations(setup), *_kept_gathered(setup)]
     phases: dict[str, tuple[Line, ...]] = {}
     if setup.teacher is not None:
-        before = kept if setup.teacher_ahead else held
+        before = kept if runs_ahead(setup) else held
         phases["teacher forward"] = (*before, *_teacher_forward(setup, setup.teacher))
     phases["loss"] = (*held, *heads(setup), *loss(setup))
     if setup.student.head_trainable:
@@ -76,7 +76,7 @@ def heads(setup: Setup) -> tuple[Line, ...]:
         lines.append(Line("student head, own rows", size, f"{setup.slice_size} x {student.width} x {item} B"))
     elif not (is_cut or whole):
         lines.append(_whole_head(setup, "student", student, item, "V", gathered=setup.gathers_student))
-    copied = setup.teacher_ahead and setup.teacher_sharded
+    copied = runs_ahead(setup) and setup.teacher_sharded
     if teacher is not None and setup.teacher_gathered and setup.exchange == "weight" and not copied:
         lines.append(_whole_head(setup, "teacher", teacher, setup.teacher_item, "V'", gathered=True))
     return (*lines, *_upcast_heads(setup, is_cut))
@@ -186,7 +186,7 @@ def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
     if setup.teacher_gathered:
         lines.append(_working_copy(teacher, setup.teacher_item))
     if teacher.activations is not None:
-        together = -(-setup.accumulation // setup.teacher_forwards)
+        together = -(-setup.accumulation // teacher_forwards(setup))
         size, how = together * max(teacher.activations.layers), "what a layer would keep for backward; nothing stays"
         how += f"; of {together} micro-batches" if together > 1 else ""
         lines.append(Line("teacher, one layer's tensors", size, how))
@@ -196,7 +196,7 @@ def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
 def _teacher_kept(setup: Setup) -> list[Line]:
     """What a teacher that has run ahead leaves for the micro-batches of a step, most of it after its last forward."""
     teacher, item = setup.teacher, setup.teacher_item
-    if teacher is None or not setup.teacher_ahead:
+    if teacher is None or not runs_ahead(setup):
         return []
     tokens = setup.accumulation * setup.tokens
     how = f"{tokens} tokens x E {teacher.width} x {item} B, of all micro-batches"

@@ -137,16 +137,6 @@ class Setup:
         return -(-teacher.vocab_size // ranks) == -(-self.student.vocab_size // ranks)
 
     @property
-    def teacher_forwards(self) -> int:
-        """Forwards of the teacher per rank and optimizer step."""
-        return -(-self.accumulation // micro_batches_together(self.config))
-
-    @property
-    def teacher_ahead(self) -> bool:
-        """Whether the teacher reads several micro-batches of a step at once."""
-        return self.teacher is not None and self.teacher_forwards < self.accumulation
-
-    @property
     def by_rank(self) -> bool:
         """Whether the objective sorts the vocabulary (uld): all of both models' token ids count."""
         return make_objective(self.distill).by_rank
@@ -198,6 +188,16 @@ class Setup:
         """This run with its models spread over the ranks in another way."""
         ranks = self.shard_ranks if shard_ranks is None else shard_ranks
         return replace(self, mode=mode, teacher_sharded=teacher_sharded, exchange=exchange, shard_ranks=ranks)
+
+
+def teacher_forwards(setup: Setup) -> int:
+    """Forwards of the teacher per rank and optimizer step."""
+    return -(-setup.accumulation // micro_batches_together(setup.config))
+
+
+def runs_ahead(setup: Setup) -> bool:
+    """Whether the teacher reads several micro-batches of a step at once."""
+    return setup.teacher is not None and teacher_forwards(setup) < setup.accumulation
 
 
 def make_setup(

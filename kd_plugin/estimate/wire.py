@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kd_plugin.divergences.objective import make_objective
-from kd_plugin.estimate.setup import Line, Setup
+from kd_plugin.estimate.setup import Line, Setup, runs_ahead, teacher_forwards
 from kd_plugin.estimate.sizes import ModelSizes, Unit
 from kd_plugin.exchange import cost
 from kd_plugin.exchange.cost import Head, stats_bytes, teacher_logits_bytes
@@ -84,10 +84,10 @@ def _teacher_gathered(setup: Setup) -> tuple[float, str]:
     if teacher is None or not setup.teacher_sharded:
         return 0.0, "teacher's head is whole" if teacher else "no teacher"
     size, how = _teacher_head(setup, teacher).num_bytes, f"f V' E x {setup.teacher_item}"
-    if not setup.teacher_ahead:
+    if not runs_ahead(setup):
         return size, how
     # A head of its own is copied in the first forward of a step; one in a unit with the embedding comes with each.
-    times = setup.teacher_forwards if teacher.tied else 1
+    times = teacher_forwards(setup) if teacher.tied else 1
     return size * times / setup.accumulation, f"{how} x {times} / {setup.accumulation}"
 
 
@@ -140,7 +140,7 @@ def parameters(setup: Setup) -> tuple[Line, ...]:
     teacher, share = setup.teacher, (setup.teacher_ranks - 1) / setup.teacher_ranks
     if teacher is not None and setup.teacher_sharded:
         rest = teacher.numel - teacher.head_numel
-        times = setup.teacher_forwards
+        times = teacher_forwards(setup)
         size = times * share * rest * setup.teacher_item
         how = f"{times} forwards x " if times > 1 else ""
         lines.append(Line("teacher gathered", size, f"{how}f x {rest:,} x {setup.teacher_item} B"))

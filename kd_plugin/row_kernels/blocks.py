@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kd_plugin.distributed import torch_internals
+
+logger = logging.getLogger(__name__)
 
 # A chunk is passed to the compiled kernel in blocks of rows, given in bytes of both models' logits. On a CPU they
 # stay in the last-level cache, so that its five or so sweeps over the vocabulary read memory once (measured on 2
@@ -21,8 +24,32 @@ _MAX_GRAPHS = 64
 
 
 def compiled(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`body` by torch.compile, as one graph with a code cache of its own."""
-    return torch_internals.compiled_alone(body, max_graphs=_MAX_GRAPHS)
+    """`body` by torch.compile, as one graph with a code cache of its own.
+
+    Where this release of torch cannot compile it, that is said once, and `body` runs as it is from then on.
+    """
+    return _Compiled(body)
+
+
+class _Compiled:
+    """A compiled function that falls back to the plain one."""
+
+    def __init__(self, body: Callable[..., Tensor]) -> None:
+        self._plain = body
+        self._run = torch_internals.compiled_alone(body, max_graphs=_MAX_GRAPHS)
+
+    def __call__(self, *tensors: Tensor | None) -> Tensor:
+        try:
+            return self._run(*tensors)
+        except torch_internals.compile_error() as error:  # before anything has run
+            self._run = self._plain
+            name, reason = type(error).__name__, " ".join(str(error).split("\n")[:2])
+            logger.warning(
+                "row_kernel: torch %s cannot compile one (%s: %s), which runs eager now; try another release of torch, "
+                "or set distill.row_kernel to eager",
+                *(torch.__version__, name, reason),
+            )
+            return self._plain(*tensors)
 
 
 def block_rows(vocab_size: int, device_type: str) -> int:

@@ -172,3 +172,37 @@ def test_a_second_temperature_costs_one_more_exponential(divergence: str, temper
 
     assert exponentials(1.0) >= 2
     assert exponentials(temperature) == exponentials(1.0) + 1
+
+
+class Uncompilable:
+    """A row pass whose compilation ends in an error of the backend, as some releases of torch have them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = 0
+        compile_ = torch.compile
+
+        def broken(graph: object, inputs: object) -> object:
+            self.calls += 1
+            raise KeyError("buf0")
+
+        def with_broken_backend(body: object, **options: object) -> object:
+            options.pop("options")
+            return compile_(body, backend=broken, **options)
+
+        monkeypatch.setattr(torch, "compile", with_broken_backend)
+
+
+def test_a_kernel_that_cannot_be_compiled_runs_eager_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = Uncompilable(monkeypatch)
+    config = kd.DistillConfig(divergence="forward_kl", temperature=1.37, chunk_size=4, row_kernel="compile")
+    problem = make_problem()
+    with caplog.at_level(logging.WARNING, "kd_plugin"):
+        outs = [kd.distill_loss(*problem, config=config) for _ in range(2)]
+    eager = kd.distill_loss(*problem, config=config.model_copy(update={"row_kernel": "eager"}))
+    assert [out.loss.item() for out in outs] == [eager.loss.item()] * 2
+    assert backend.calls == 1
+    (message,) = [message for message in caplog.messages if "cannot compile" in message]
+    assert "(BackendCompilerFailed: backend='broken' raised: KeyError: 'buf0')" in message
+    assert "runs eager now" in message
