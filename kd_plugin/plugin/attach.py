@@ -123,7 +123,7 @@ class Plugin:
             teacher = TeacherSide(self.teacher, self.exchange, self._measures.watch)
             self._undo.append(teacher.restore)
             check_same_rows(student.labels.convention, teacher.convention)
-            checks.warn_of_untrained_rows(self.config, student.slot.module, student.vocab_size, teacher.head.vocab_size)
+            checks.warn_of_untrained_ids(self.config, student.slot.module, student.vocab_size, teacher.head.vocab_size)
         self._heads = BothHeads(student, teacher, self.exchange, self._measures.watch)
 
     def _compare_ranks(self) -> None:

@@ -222,7 +222,7 @@ def test_an_offloaded_teacher_is_on_the_gpu_layer_by_layer(qwen: Path, sharding:
     gathered = {line.name for line in offloaded.memory.phases["teacher forward"]}
     assert "gathered parameters" in gathered
     rows = estimate(config.model_copy(update={"distill": DistillConfig(exchange="stats")}), world_size=8)
-    assert "teacher head, own rows" not in lines(rows), "FSDP2's own are multiplied"
+    assert "teacher head, own slice" not in lines(rows), "FSDP2's own are multiplied"
     on_cpu = estimate(offloaded.setup.config, world_size=8, device="cpu")
     assert "teacher" in lines(on_cpu) and on_cpu.memory.host == (), "a CPU has one memory"
 

@@ -115,7 +115,7 @@ FOUR_RANKS: Cases = {
     "four slices of the vocabulary": [
         Case(wrapper, False, "stats", ranks=4) for wrapper in ("alone", "fsdp1", "zero3")
     ],
-    "ranks without a row of a head": [Case("alone", False, "stats", ranks=4, vocab_size=9, teacher_vocab_size=7)],
+    "ranks without a token id of a head": [Case("alone", False, "stats", ranks=4, vocab_size=9, teacher_vocab_size=7)],
     "ranks with few rows and many": RAGGED_RANKS,
     "the same tokens in other micro-batches": splits("alone", 4),
 }
