@@ -285,7 +285,7 @@ def distill_config(config: object) -> DistillConfig:
 
 def warn_of_untrained_ids(config: DistillConfig, head: torch.nn.Module, student_size: int, teacher_size: int) -> None:
     """Warn of the token ids of the student that no loss reaches, though its head is trained."""
-    if config.hard_weight or student_size <= teacher_size or make_objective(config).by_rank:
+    if config.hard_weight or student_size <= teacher_size or make_objective(config).sorts:
         return
     if any(parameter.requires_grad for parameter in head.parameters()):
         logger.warning(

@@ -62,7 +62,7 @@ def _moment(logits: Tensor) -> tuple[Tensor, Tensor]:
     return shift, (logits - shift).exp().sum(-1, keepdim=True)
 
 
-def shard_moments(
+def slice_moments(
     spec: RowSpec,
     sizes: Sizes,
     student_logits: Tensor,  # [n, V_r]
@@ -176,7 +176,7 @@ class _Rows:
         return Whole(log_probs, tuple(part.exp() for part in log_probs), maximum, log_sum)
 
 
-def shard_sums(
+def slice_sums(
     spec: RowSpec,
     sizes: Sizes,
     student_logits: Tensor,  # [n, V_r]
@@ -189,7 +189,7 @@ def shard_sums(
     return torch.cat([row_sum(element) for elements in of_terms for element in elements], -1)
 
 
-def shard_finish(
+def slice_finish(
     spec: RowSpec,
     sizes: Sizes,
     student_logits: Tensor,  # [n, V_r]; overwritten with the gradient of this rank's columns
@@ -215,7 +215,7 @@ def shard_finish(
     if objective.hard_weight or objective.measured:
         student = rows.whole_student()
         if rows.measured is not None:
-            added |= metric_sums(rows.measured, student, by_rank=False)
+            added |= metric_sums(rows.measured, student, sorts=False)
         if objective.hard_weight:
             labels = spec.student.apply(rows.others[-1])
             value, smoothed, hard_gradients = cross_entropy(objective, student, sizes.student, labels)
