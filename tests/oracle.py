@@ -45,7 +45,7 @@ def _expectation(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _log(mixture: Tensor) -> Tensor:
-    """Of what is positive; the rest counts for nothing, and must not turn gradients into NaN."""
+    """Logarithm of what is positive; the rest counts for nothing, and must not turn gradients into NaN."""
     return torch.where(mixture > 0, mixture, 1.0).log()
 
 
@@ -214,7 +214,7 @@ class Problem:
         return {name: bias for name, bias in pairs if bias is not None}
 
     def expected(self, config: Any, **options: Any) -> Expected:
-        """Of the inputs as they are, upcast; use `gradients` on its loss."""
+        """The expected results of the inputs as they are, upcast; use `gradients` on its loss."""
         student = self.hidden.double() @ self.weight.double().T
         teacher = self.teacher_hidden.double() @ self.teacher_weight.double().T
         if self.bias is not None:

@@ -30,10 +30,12 @@ class Measure(NamedTuple):
     """Whether it means something where the divergence sorts, so that token ids do not correspond."""
 
 
+TOP1_AGREEMENT = "top1_agreement"
+"""The metric that is no sum over token ids; each row pass finds it in its own way."""
 MEASURES = (
     Measure("teacher_entropy", lambda row: -row.p * row.lp, if_sorted=True),
     Measure("student_entropy", lambda row: -row.q * row.lq, lambda lq, q: -q * lq, if_sorted=True),
-    Measure("top1_agreement", None),
+    Measure(TOP1_AGREEMENT, None),
     # The chance that speculative decoding accepts a draft of the student (arXiv:2211.17192)
     Measure("acceptance_rate", lambda row: torch.minimum(row.q, row.p)),
     # KL(teacher || student); q - p sums to 0 and makes every term positive

@@ -80,5 +80,7 @@ def remember(name: str, function: Elementwise) -> None:
 
 
 def value(name: str, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """The registered function itself, elementwise."""
+    """The registered function itself, elementwise. Raises `ValueError` for a name that is not registered."""
+    if name not in _functions:
+        raise ValueError(f"divergence {name!r} is not registered, and `loss/reference.py` has no formula for it")
     return _functions[name](log_q, log_p)

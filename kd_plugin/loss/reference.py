@@ -4,8 +4,8 @@
 Same signatures as the fused functions, one difference: `[tokens, vocab]` logits exist. Nothing of the loss
 engine is used here, so that the two can be compared.
 
-Of a teacher with more token ids than the student the others are cut off. To a student with more, the hard loss is over
-all of its ids and the soft loss over those of both; the metrics give the ids that the teacher lacks probability 0.
+Token ids that only the teacher has are cut off. Where the student has more than the teacher, the hard loss is over all
+of its ids and the soft loss over those of both; the metrics give the ids that the teacher lacks probability 0.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def divergence(name: str, student_logits: Tensor, teacher_logits: Tensor, *, bet
             return registered.value(name, q, p).sum(-1)
 
 
-def _soft(student_logits: Tensor, teacher_logits: Tensor, config: DistillConfig) -> Tensor:
+def _soft_loss(student_logits: Tensor, teacher_logits: Tensor, config: DistillConfig) -> Tensor:
     total = student_logits.new_zeros(student_logits.shape[0])
     for term in config.terms or (TermConfig(name=config.divergence),):
         temperature = term.temperature or config.temperature
@@ -128,7 +128,7 @@ def _output(
     if config.soft_weight:
         assert teacher_logits is not None
         shared = None if _sorts(config) else teacher_logits.shape[-1]
-        soft = _soft(student_logits[:, :shared], teacher_logits, config)
+        soft = _soft_loss(student_logits[:, :shared], teacher_logits, config)
         if config.metrics:
             metrics = _metrics(student_logits.detach(), teacher_logits.detach(), _sorts(config))
     if config.hard_weight:

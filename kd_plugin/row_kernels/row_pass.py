@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kd_plugin.divergences.measures import TOP1_AGREEMENT
 from kd_plugin.divergences.objective import Objective
 from kd_plugin.divergences.registry import Row
 from kd_plugin.row_kernels.softmaxes import Softmaxes, Whole, parts_of, row_sum, whole_row
@@ -71,7 +72,7 @@ def _sorted_pairs(row: Row) -> tuple[Row, Tensor]:
     return row._replace(p=matched), row_sum(descending[:, width:])
 
 
-def _soft(spec: RowSpec, rows: dict[float, Row], zero: Tensor) -> tuple[Tensor, Tensor | None]:
+def _soft_and_gradient(spec: RowSpec, rows: dict[float, Row], zero: Tensor) -> tuple[Tensor, Tensor | None]:
     """All terms -> value `[n, 1]`, and its gradient `[n, V]` with respect to the logits if it is wanted."""
     value, gradient = zero, None
     for divergence, weight, temperature, scale in spec.objective.terms:
@@ -102,7 +103,7 @@ def _agreement(student: Softmaxes, whole: Whole, teacher: Softmaxes) -> Tensor:
 def _metrics(student: Softmaxes, whole: Whole, teacher: Softmaxes, *, sorts: bool) -> dict[str, Tensor]:
     """The metrics by name, `[n, 1]`; to a teacher with fewer columns the student's others have probability 0."""
     metrics = metric_sums(_row(student, teacher, 1.0), whole, sorts=sorts)
-    return metrics if sorts else metrics | {"top1_agreement": _agreement(student, whole, teacher)}
+    return metrics if sorts else metrics | {TOP1_AGREEMENT: _agreement(student, whole, teacher)}
 
 
 def write_gradient(
@@ -149,7 +150,7 @@ def row_pass(
         assert teacher_logits is not None
         teacher = Softmaxes(spec.teacher.apply(teacher_logits), temperatures)
         rows = {term.temperature: _row(student, teacher, term.temperature) for term in objective.terms}
-        values["soft_loss"], soft_gradient = _soft(spec, rows, zero)
+        values["soft_loss"], soft_gradient = _soft_and_gradient(spec, rows, zero)
     if objective.measured or objective.hard_weight:
         whole = whole_row(student, rest)
         if objective.measured:

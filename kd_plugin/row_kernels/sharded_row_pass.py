@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kd_plugin.distributed.vocab_slice import Sizes
 from kd_plugin.divergences.definition import TINY
+from kd_plugin.divergences.measures import TOP1_AGREEMENT
 from kd_plugin.divergences.registry import LOG_FLOOR, Row
 from kd_plugin.row_kernels.row_pass import RowSpec, write_gradient
 from kd_plugin.row_kernels.sharded_numbers import (
@@ -209,9 +210,9 @@ def slice_finish(
     added: dict[str, Tensor] = {}
     hard_gradients: list[Tensor] = []
     if objective.measured:
-        known["top1_agreement"] = rows.others.pop(0)
+        known[TOP1_AGREEMENT] = rows.others.pop(0)
     totals = sums.split(1, -1) if sums.shape[-1] else ()
-    known["soft_loss"], added["soft_loss"], soft_gradient = _soft(spec, rows, totals, zero)
+    known["soft_loss"], added["soft_loss"], soft_gradient = _slice_soft(spec, rows, totals, zero)
     if objective.hard_weight or objective.measured:
         student = rows.whole_student()
         if rows.measured is not None:
@@ -227,7 +228,9 @@ def slice_finish(
     return torch.cat([in_columns(known, zero), in_columns(added, zero)], -1)
 
 
-def _soft(spec: RowSpec, rows: _Rows, sums: Iterable[Tensor], zero: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _slice_soft(
+    spec: RowSpec, rows: _Rows, sums: Iterable[Tensor], zero: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The soft loss: its value where a whole row's is known `[n, 1]`, what these columns add, gradient `[n, V'_r]`."""
     remaining = iter(sums)
     whole, part, gradient = zero, zero, None
