@@ -45,7 +45,7 @@ def _expectation(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _log(mixture: Tensor) -> Tensor:
-    """Of what is positive; the rest counts for nothing, and must not turn gradients into NaN."""
+    """Logarithm of what is positive; the rest counts for nothing, and must not turn gradients into NaN."""
     return torch.where(mixture > 0, mixture, 1.0).log()
 
 
@@ -117,18 +117,18 @@ def soft_loss(student: Tensor, teacher: Tensor, config: Any) -> Tensor:
     return total
 
 
-def measurements(student: Tensor, teacher: Tensor, by_rank: bool = False) -> dict[str, Tensor]:
+def measurements(student: Tensor, teacher: Tensor, sorts: bool = False) -> dict[str, Tensor]:
     """One row's metrics, at temperature 1; where ids do not correspond only the entropies mean anything.
 
     Both distributions are whole: the teacher gives an id that it lacks the probability 0, and so does the student.
     """
-    if not by_rank:
+    if not sorts:
         size = max(len(student), len(teacher))
         student, teacher = (F.pad(z, (0, size - len(z)), value=-math.inf) for z in (student, teacher))
     log_q, log_p = log_probs(student), log_probs(teacher)
     q, p = log_q.exp(), log_p.exp()
     entropies = {"teacher_entropy": _expectation(p, -log_p), "student_entropy": _expectation(q, -log_q)}
-    if by_rank:
+    if sorts:
         return entropies
     return {
         **entropies,
@@ -151,11 +151,11 @@ def distill_logits(
     over those that both have. Columns that only the teacher has do not exist."""
     student = student.double()
     shared = student.shape[1]
-    by_rank = "uld" in ([term.name for term in config.terms] if config.terms else [config.divergence])
+    sorts = "uld" in ([term.name for term in config.terms] if config.terms else [config.divergence])
     if config.soft_weight:
         assert teacher is not None
         teacher = teacher.detach().double()
-        if not by_rank:
+        if not sorts:
             teacher = teacher[:, :shared]
             shared = teacher.shape[1]
     rows = [i for i in range(len(student)) if targets is None or int(targets[i]) != config.ignore_index]
@@ -167,7 +167,7 @@ def distill_logits(
         if config.soft_weight:
             t = teacher[i]
             soft = soft + weight * soft_loss(z[:shared], t, config)
-            for name, measured in measurements(z.detach(), t, by_rank).items():
+            for name, measured in measurements(z.detach(), t, sorts).items():
                 sums[name] = sums.get(name, 0.0) + measured
         if config.hard_weight:
             hard = hard + weight * cross_entropy(z, targets[i], config.label_smoothing, config.z_loss_weight)
@@ -214,7 +214,7 @@ class Problem:
         return {name: bias for name, bias in pairs if bias is not None}
 
     def expected(self, config: Any, **options: Any) -> Expected:
-        """Of the inputs as they are, upcast; use `gradients` on its loss."""
+        """The expected results of the inputs as they are, upcast; use `gradients` on its loss."""
         student = self.hidden.double() @ self.weight.double().T
         teacher = self.teacher_hidden.double() @ self.teacher_weight.double().T
         if self.bias is not None:

@@ -35,13 +35,13 @@ def _required(owner: object, name: str, path: str) -> Any:
     Raises:
         UnsupportedTorch: there is none.
     """
-    found = getattr(owner, name, None)
-    if found is None:
+    attribute = getattr(owner, name, None)
+    if attribute is None:
         raise UnsupportedTorch(
             f"torch {torch.__version__} is installed and has no {path}, which kd_plugin needs; it is tested with torch "
             f"{TESTED_TORCH}: pip install 'torch=={TESTED_TORCH}.*'"
         )
-    return found
+    return attribute
 
 
 # -- autograd and tensors -------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Row(NamedTuple):
     q: Tensor
     p: Tensor
     vocab_size: int
-    """Number of columns that the sums run over (all shards together)."""
+    """Number of columns that the sums run over (all ranks together)."""
 
 
 Sums: TypeAlias = "tuple[Tensor, ...]"
@@ -86,8 +86,8 @@ class Divergence:
     """`(op, sums)` -> the row's value `[C]`."""
     gradient: Callable[[Ops, Row, Sums], Tensor]
     """`(op, row, sums)` -> gradient `[C, V]` with respect to `z_s / temperature`."""
-    match_by_rank: bool = False
-    """True when `p` is to be paired with `q` by rank instead of by token id."""
+    sorts: bool = False
+    """Whether both distributions are sorted and paired by place, instead of by token id."""
     gradient_without_sums: bool = False
     """The gradient reads no sum and the value is the first: parts of a row must know only of each other's softmax."""
     chain_rule: bool = False
@@ -112,7 +112,7 @@ def separable(
     formula: str,
     gradient_formula: str,
     source: str,
-    match_by_rank: bool = False,
+    sorts: bool = False,
 ) -> Divergence:
     """A divergence `sum_v element(q, p)` whose `slope` is d element / d log q."""
     return Divergence(
@@ -123,5 +123,5 @@ def separable(
         formula=formula,
         gradient_formula=gradient_formula,
         source=source,
-        match_by_rank=match_by_rank,
+        sorts=sorts,
     )

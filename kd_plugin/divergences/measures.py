@@ -26,14 +26,16 @@ class Measure(NamedTuple):
     the student's ids. None for the agreement, which is no sum: whether one token id is the most likely of both."""
     beyond: Callable[[Tensor, Tensor], Tensor] | None = None
     """`(log q, q) -> [n, V - V']`, what each id adds that the student alone has; None: nothing."""
-    by_rank: bool = False
-    """Whether it means something where tokens are paired by rank, so that ids do not correspond."""
+    if_sorted: bool = False
+    """Whether it means something where the divergence sorts, so that token ids do not correspond."""
 
 
+TOP1_AGREEMENT = "top1_agreement"
+"""The metric that is no sum over token ids; each row pass finds it in its own way."""
 MEASURES = (
-    Measure("teacher_entropy", lambda row: -row.p * row.lp, by_rank=True),
-    Measure("student_entropy", lambda row: -row.q * row.lq, lambda lq, q: -q * lq, by_rank=True),
-    Measure("top1_agreement", None),
+    Measure("teacher_entropy", lambda row: -row.p * row.lp, if_sorted=True),
+    Measure("student_entropy", lambda row: -row.q * row.lq, lambda lq, q: -q * lq, if_sorted=True),
+    Measure(TOP1_AGREEMENT, None),
     # The chance that speculative decoding accepts a draft of the student (arXiv:2211.17192)
     Measure("acceptance_rate", lambda row: torch.minimum(row.q, row.p)),
     # KL(teacher || student); q - p sums to 0 and makes every term positive

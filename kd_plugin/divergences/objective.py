@@ -37,16 +37,16 @@ class Objective(NamedTuple):
         return len(self.terms) > 0 and self.soft_weight != 0
 
     @property
-    def by_rank(self) -> bool:
-        """Whether tokens are paired by rank: then ids need not agree, nor vocabularies have one size."""
-        return any(term.divergence.match_by_rank for term in self.terms)
+    def sorts(self) -> bool:
+        """Whether a divergence sorts both distributions: then ids need not agree, nor vocabularies have one size."""
+        return any(term.divergence.sorts for term in self.terms)
 
     @property
     def measured(self) -> tuple[str, ...]:
         """The names of the metrics that mean something for this objective."""
         if not (self.metrics and self.needs_teacher):
             return ()
-        return tuple(measure.name for measure in MEASURES if measure.by_rank or not self.by_rank)
+        return tuple(measure.name for measure in MEASURES if measure.if_sorted or not self.sorts)
 
     def weighted(self, soft: Tensor, hard: Tensor) -> Tensor:
         """The loss of its two parts."""

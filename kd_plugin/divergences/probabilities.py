@@ -177,5 +177,5 @@ def uld() -> Divergence:
         formula="sum |sort p - sort q|",
         gradient_formula="q (s - sum q s), s = sign(q - p of the same rank)",
         source="Boizard et al. 2024, arXiv:2402.12030",
-        match_by_rank=True,
+        sorts=True,
     )

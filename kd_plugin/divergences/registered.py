@@ -64,9 +64,9 @@ def _elementwise(name: str, function: Elementwise, log_q: Tensor, log_p: Tensor)
             f"divergence {name!r} fails with {type(error).__name__}: {reason}; {wanted} for you"
         ) from error
     if not isinstance(result, Tensor) or result.shape != log_p.shape or result.dtype != log_p.dtype:
-        found = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else type(result).__name__
+        returned = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else type(result).__name__
         given = f"{tuple(log_p.shape)} {log_p.dtype}"
-        raise ValueError(f"divergence {name!r} returned {found} for inputs {given}: {wanted} for you")
+        raise ValueError(f"divergence {name!r} returned {returned} for inputs {given}: {wanted} for you")
     return result
 
 
@@ -80,5 +80,7 @@ def remember(name: str, function: Elementwise) -> None:
 
 
 def value(name: str, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """The registered function itself, elementwise."""
+    """The registered function itself, elementwise. Raises `ValueError` for a name that is not registered."""
+    if name not in _functions:
+        raise ValueError(f"divergence {name!r} is not registered, and `loss/reference.py` has no formula for it")
     return _functions[name](log_q, log_p)

@@ -73,7 +73,7 @@ def heads(setup: Setup) -> tuple[Line, ...]:
     is_cut = setup.exchange == "stats" and setup.student_head_is_cut and setup.world_size > 1
     if is_cut and item != _FLOAT:
         size = setup.slice_size * student.width * item
-        lines.append(Line("student head, own rows", size, f"{setup.slice_size} x {student.width} x {item} B"))
+        lines.append(Line("student head, own slice", size, f"{setup.slice_size} x {student.width} x {item} B"))
     elif not (is_cut or whole):
         lines.append(_whole_head(setup, "student", student, item, "V", gathered=setup.gathers_student))
     copied = runs_ahead(setup) and setup.teacher_sharded
@@ -97,13 +97,13 @@ def _upcast_heads(setup: Setup, is_cut: bool) -> list[Line]:
         return []
     lines, cut = [], setup.exchange != "weight" and setup.world_size > 1
     if setup.student_item < _FLOAT:
-        rows = setup.slice_size if is_cut or setup.exchange == "stats" else setup.student.vocab_size
-        how = f"{rows} x {setup.student.width} x 4 B, CPU only"
-        lines.append(Line("student head in fp32", rows * setup.student.width * _FLOAT, how))
+        columns = setup.slice_size if is_cut or setup.exchange == "stats" else setup.student.vocab_size
+        how = f"{columns} x {setup.student.width} x 4 B, CPU only"
+        lines.append(Line("student head in fp32", columns * setup.student.width * _FLOAT, how))
     if setup.teacher is not None and setup.teacher_item < _FLOAT:
-        rows = setup.teacher_slice_size if cut else setup.teacher_columns
-        how = f"{rows} x {setup.teacher.width} x 4 B, CPU only"
-        lines.append(Line("teacher head in fp32", rows * setup.teacher.width * _FLOAT, how))
+        columns = setup.teacher_slice_size if cut else setup.teacher_columns
+        how = f"{columns} x {setup.teacher.width} x 4 B, CPU only"
+        lines.append(Line("teacher head in fp32", columns * setup.teacher.width * _FLOAT, how))
     return lines
 
 
@@ -131,7 +131,7 @@ def _gradients_of_loss(setup: Setup, columns: int) -> list[Line]:
     lines = [Line("dX", setup.rows * student.width * item, f"n {setup.rows} x D {student.width} x {item} B")]
     if student.head_trainable:
         size = columns * student.width * _FLOAT
-        lines.append(Line("dW", size, f"{columns} rows x D {student.width} x 4 B"))
+        lines.append(Line("dW", size, f"{columns} token ids x D {student.width} x 4 B"))
     return lines
 
 

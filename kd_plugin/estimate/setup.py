@@ -137,9 +137,9 @@ class Setup:
         return -(-teacher.vocab_size // ranks) == -(-self.student.vocab_size // ranks)
 
     @property
-    def by_rank(self) -> bool:
+    def sorts(self) -> bool:
         """Whether the objective sorts the vocabulary (uld): all of both models' token ids count."""
-        return make_objective(self.distill).by_rank
+        return make_objective(self.distill).sorts
 
     @property
     def is_zero(self) -> bool:

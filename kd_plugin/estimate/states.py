@@ -1,6 +1,6 @@
 """Bytes on the fullest rank that stay from step to step: parameters, gradients and the optimizer.
 
-FSDP2 cuts dimension 0, so rank 0 has ceil(rows / W) rows: with many ranks and small matrices that is more
+FSDP2 cuts dimension 0, so rank 0 has ceil(size / W) of it: with many ranks and small matrices that is more
 than 1 / W. FSDP1 and ZeRO cut flat ranges, and ZeRO leaves parameters below its threshold whole.
 """
 
@@ -34,7 +34,7 @@ def student_states(setup: Setup) -> list[Line]:
     if setup.is_zero:
         return _zero_states(setup, kept)
     learnt = sum(shard_numel(setup, weight) for weight in trained)
-    cuts = {"fsdp": f"ceil(rows / {setup.group_ranks}) of each", "fsdp1": f"1 / {setup.group_ranks}"}
+    cuts = {"fsdp": f"ceil(dimension 0 / {setup.group_ranks}) of each", "fsdp1": f"1 / {setup.group_ranks}"}
     cut = cuts.get(setup.mode, "whole")
     return [
         Line("student parameters", _FLOAT * kept, f"{kept:,} x 4 B (fp32 masters), {cut}"),
@@ -74,9 +74,9 @@ def teacher_states(setup: Setup) -> list[Line]:
         return []
     lines = [] if setup.teacher_streamed else [_teacher_parameters(setup, teacher)]
     if setup.exchange != "weight" and not setup.teacher_slice_held:
-        rows = setup.teacher_slice_size
-        how = f"{rows} x E {teacher.width} x {item} B, a copy"
-        lines.append(Line("teacher head, own rows", rows * teacher.width * item, how))
+        size = setup.teacher_slice_size
+        how = f"{size} x E {teacher.width} x {item} B, a copy"
+        lines.append(Line("teacher head, own slice", size * teacher.width * item, how))
     return lines
 
 

@@ -30,7 +30,7 @@ class Volume(NamedTuple):
 def exchanges(setup: Setup) -> dict[ExchangeMode, Volume]:
     """Bytes per micro-batch of every exchange that the objective allows, by name, under the wrapper of `setup`."""
     volumes: dict[ExchangeMode, Volume] = {"weight": _weight(setup)}
-    if setup.world_size > 1 and not setup.by_rank:
+    if setup.world_size > 1 and not setup.sorts:
         if setup.teacher is not None:
             volumes["logits"] = _logits(setup)
         volumes["stats"] = _stats(setup)

@@ -93,7 +93,7 @@ def by_settings(config: DistillConfig, *, ranks: int) -> ExchangeMode | None:
 
     Between less than two ranks nothing crosses a wire, and an objective that sorts whole rows has no other choice.
     """
-    if ranks == 1 or make_objective(config).by_rank:
+    if ranks == 1 or make_objective(config).sorts:
         return "weight"
     if not config.soft_weight:
         return "stats" if config.exchange == "stats" else "weight"

@@ -47,8 +47,8 @@ class Exchange:
         self._teacher_slice: TeacherSlice | None = None
 
     @uncompiled
-    def check(self, head: Linear, teacher: object = None) -> None:
-        """Before anything of the step: all ranks must be about to compute the same. Collective in the first call.
+    def check_step(self, head: Linear, teacher: object = None) -> None:
+        """Refuse a step in which the ranks would not compute the same, before it runs. Collective in the first call.
 
         Without gradients a rank may be alone, and none is waited for, unless the student's `head` or `teacher` (as it
         is called) is sharded, so that the forward is collective anyway: judged by what is the same on all ranks.
@@ -60,10 +60,10 @@ class Exchange:
         may_be = num_ranks(self.group) > 1 and not torch.is_grad_enabled() and self._cut is None
         self._alone = may_be and not is_gathered(teacher)
         if not self._alone:
-            self.compare(head)
+            self.compare_ranks(head)
 
-    def compare(self, head: Linear) -> None:
-        """The comparison of `check` alone, which may come before the student's forward. Collective in the first call.
+    def compare_ranks(self, head: Linear) -> None:
+        """The comparison of `check_step` alone, for before the student's forward. Collective in the first call.
 
         Without gradients only the ranks that exchange take part: one copy of an HSDP model may evaluate alone.
         """
@@ -166,8 +166,8 @@ class Exchange:
     ) -> ExchangeMode:
         """The mode with the fewest bytes, of those that are possible, said by rank 0. Collective.
 
-        Of a student's head that its wrapper does not leave in slices (ZeRO, FSDP1, DDP, tied to an embedding that has
-        been gathered) only the teacher's share is counted: its own traffic is the same in every mode.
+        Where the wrapper does not leave the student's head in slices (ZeRO, FSDP1, DDP, tied to an embedding that has
+        been gathered), only the teacher's share is counted: the head's own traffic is the same in every mode.
         """
         assert self.teacher is not None
         ranks, width, item = num_ranks(self._exchange_group), hidden.shape[-1], hidden.element_size()

@@ -37,7 +37,7 @@ from kd_plugin.row_kernels import dispatch, sharded_dispatch
 from kd_plugin.row_kernels.dispatch import RowSpec
 
 
-class _Loop:
+class _SlicedLoop:
     """What the chunks of one call share. All tensors of a chunk have `W * C` rows, of all ranks in turn."""
 
     def __init__(
@@ -83,7 +83,7 @@ class _Loop:
         return rows if self.teacher is None else rows | {"teacher": self.teacher.hidden}
 
     def _own_labels(self) -> Tensor:
-        """`[N]`, once those that count are token ids: one that no rank holds would pass for a logit of 0."""
+        """Labels `[N]` of this rank's rows; an id that no rank holds is refused: it would pass for a logit of 0."""
         labels, size = self.problem.targets, self.vocab_slice.sizes.student
         assert labels is not None
         counted = labels if self.problem.rows is None else labels[self.problem.rows]
@@ -207,7 +207,7 @@ class VocabParallelDistill(torch.autograd.Function):
         """All the work; gradients wait in `ctx`."""
         needed = [need and problem.with_gradient for need in ctx.needs_input_grad]
         low_rank = low_rank_product(factor, up, wide_dtype(hidden.dtype), needed)
-        loop = _Loop(problem, vocab_slice, hidden, weight, bias, low_rank, grads=any(needed))
+        loop = _SlicedLoop(problem, vocab_slice, hidden, weight, bias, low_rank, grads=any(needed))
         grad_hidden, grad_weight, grad_bias = _run(loop, hidden, weight, needed[:3])
         total = loop.total()
         problem.workspace_bytes = loop.held_bytes(grad_hidden, grad_weight, grad_bias)
@@ -233,7 +233,7 @@ class VocabParallelDistill(torch.autograd.Function):
 
 
 def _run(
-    loop: _Loop, hidden: Tensor, weight: Tensor, needed: list[bool]
+    loop: _SlicedLoop, hidden: Tensor, weight: Tensor, needed: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """All chunks -> gradients of hidden `[N, D]`, weight `[V_r, D]` and bias `[V_r]`, of those that are needed."""
     need_hidden, need_weight, need_bias = needed

@@ -18,15 +18,15 @@ class Context(Protocol):
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]:
-        """In backward. Those that were saved as None are None."""
+        """The tensors that `save_for_backward` was given, to be read in backward; None where None was saved."""
         ...
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """In forward."""
+        """Keep tensors for backward; to be called in forward."""
         ...
 
     def mark_non_differentiable(self, *outputs: Tensor) -> None:
-        """In forward, of some of its results."""
+        """Say which results of forward get no gradient; to be called in forward."""
         ...
 
 

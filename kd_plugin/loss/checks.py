@@ -113,9 +113,7 @@ def _pair(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
             "wanted [..., width] and [vocab, width]"
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(
-            f"{side}_bias has shape {tuple(bias.shape)}; wanted [{weight.shape[0]}], one per vocabulary row"
-        )
+        raise ValueError(f"{side}_bias has shape {tuple(bias.shape)}; wanted [{weight.shape[0]}], one per token id")
     if bias is not None:
         floats(f"{side}_bias", bias, "the head's bias")
     if hidden.device != weight.device:
@@ -285,13 +283,13 @@ def distill_config(config: object) -> DistillConfig:
     return config
 
 
-def warn_of_untrained_rows(config: DistillConfig, head: torch.nn.Module, student_size: int, teacher_size: int) -> None:
-    """Say which rows of the student's head no loss reaches, though it is trained."""
-    if config.hard_weight or student_size <= teacher_size or make_objective(config).by_rank:
+def warn_of_untrained_ids(config: DistillConfig, head: torch.nn.Module, student_size: int, teacher_size: int) -> None:
+    """Warn of the token ids of the student that no loss reaches, though its head is trained."""
+    if config.hard_weight or student_size <= teacher_size or make_objective(config).sorts:
         return
     if any(parameter.requires_grad for parameter in head.parameters()):
         logger.warning(
-            "distill.hard_weight is 0, and the student's head has %d rows, the teacher's %d: nothing trains rows %d to "
+            "distill.hard_weight is 0, and the student has %d token ids, the teacher %d: nothing trains ids %d to "
             "%d, which generation samples from all the same; set hard_weight > 0, or resize the student to %d tokens",
             *(student_size, teacher_size, teacher_size, student_size - 1, teacher_size),
         )

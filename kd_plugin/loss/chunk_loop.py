@@ -110,7 +110,7 @@ def _plan(problem: Problem, device: torch.device) -> ChunkPlan:
     return agreed_plan(problem.rows, problem.num_rows, problem.chunk_size, group, device)
 
 
-class _Loop:
+class _ChunkLoop:
     """State shared by the chunks of one call."""
 
     def __init__(
@@ -207,14 +207,14 @@ def run(
         low_rank: one more term of the student's logits, which keeps its own gradients.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        loop = _Loop(problem, hidden, weight, bias, low_rank)
+        loop = _ChunkLoop(problem, hidden, weight, bias, low_rank)
         gradients = _Gradients(loop, weight, needed)
         sums, per_row = _run_chunks(loop, gradients, keep_rows=keep_rows)
     problem.workspace_bytes = loop.held_bytes + gradients.held_bytes
     return Result(sums, gradients.hidden, gradients.weight, gradients.bias, per_row)
 
 
-def _run_chunks(loop: _Loop, gradients: _Gradients, *, keep_rows: bool) -> tuple[Tensor, Tensor | None]:
+def _run_chunks(loop: _ChunkLoop, gradients: _Gradients, *, keep_rows: bool) -> tuple[Tensor, Tensor | None]:
     """-> the statistics' sums, and those of each row `[n, K]` if they are kept."""
     problem, hidden, teacher = loop.problem, loop.hidden, loop.problem.teacher
     spec = RowSpec(
@@ -247,7 +247,7 @@ def _bytes_of(*tensors: Tensor | None) -> int:
 class _Gradients:
     """What the chunks' gradients add up to; None for those that are not needed."""
 
-    def __init__(self, loop: _Loop, weight: Tensor, needed: Needed) -> None:
+    def __init__(self, loop: _ChunkLoop, weight: Tensor, needed: Needed) -> None:
         problem, hidden = loop.problem, loop.hidden
         new = torch.empty_like if problem.rows is None else torch.zeros_like
         self._loop = loop

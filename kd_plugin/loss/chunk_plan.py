@@ -36,7 +36,7 @@ class ChunkPlan:
         return (slice(start, stop) if self.rows is None else self.rows[start:stop]), stop - start
 
     def at(self, index: int) -> AbstractContextManager[None]:
-        """For the collectives of chunk `index`: a failed one says this plan."""
+        """Let a failed collective of chunk `index` say this plan in its error."""
         return located(
             lambda: f"chunk {index + 1}/{self.num_chunks} of {self.chunk} rows, {self.num_rows} valid rows here"
         )
@@ -51,7 +51,7 @@ class ChunkPlan:
 
 
 def local_plan(rows: Tensor | None, num_rows: int, chunk_size: int) -> ChunkPlan:
-    """This rank's own; no collective."""
+    """The plan of this rank alone; no collective."""
     chunk = min(chunk_size, max(num_rows, 1))
     return ChunkPlan(rows, num_rows, chunk, -(-num_rows // chunk))
 

@@ -35,7 +35,7 @@ def rows_per_chunk(
 
 def teacher_columns(objective: Objective, student_size: int, teacher_size: int) -> int:
     """Columns of the teacher's logits that the loss reads: those of the token ids that the student has; for uld all."""
-    return teacher_size if objective.by_rank else min(student_size, teacher_size)
+    return teacher_size if objective.sorts else min(student_size, teacher_size)
 
 
 def chunk_rows(config: DistillConfig, student_size: int, teacher_size: int | None) -> int:

@@ -169,9 +169,10 @@ def distill_loss(
         student_hidden: `[..., D]`, any float dtype; gets a gradient if it requires one.
         student_weight: `[V, D]`; likewise.
         teacher_hidden: `[..., E]`, the same leading shape; never gets a gradient. None if `soft_weight` is 0.
-        teacher_weight: `[V', E]`. The soft loss is over the first min(V, V') rows of both, each softmax of its own;
-            the hard loss over all V. To kl_t1, top1_agreement and acceptance_rate the teacher's probability of a token
-            that it lacks is 0 (README, "Divergences").
+        teacher_weight: `[V', E]`. The soft loss is over the first min(V, V') token ids of both, each softmax of its
+            own;
+            the hard loss over all V. To the metrics (`divergences.measures`) the teacher's probability of a token that
+            it lacks is 0.
         targets: `[...]` int64, the label of each row itself (already shifted), any of the V token ids;
             `config.ignore_index` skips a row. None with `hard_weight=0`: every row counts.
         config: the objective.

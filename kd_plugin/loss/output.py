@@ -24,7 +24,7 @@ class DistillOutput(NamedTuple):
     num_valid: Tensor
     """Scalar int64: rows of this call that count."""
     metrics: dict[str, Tensor]
-    """Scalars per valid row: teacher_entropy, student_entropy, top1_agreement, acceptance_rate, kl_t1."""
+    """Scalars per valid row by name; `divergences.measures.MEASURED` has the names."""
 
 
 class LossSums(NamedTuple):

@@ -16,7 +16,10 @@ from kd_plugin.settings.run import DistillConfig
 
 
 class TokenLosses(NamedTuple):
-    """Shape of the targets each; 0 where the label is `ignore_index`. Only `loss` is differentiable."""
+    """Losses token by token, each in the targets' shape; 0 where the label is `ignore_index`.
+
+    Only `loss` is differentiable.
+    """
 
     loss: Tensor
     soft_loss: Tensor

@@ -24,14 +24,14 @@ _TOLERANCE = 3e-5
 
 
 def relative_error(product: Product, dtype: torch.dtype, device: torch.device) -> float:
-    """|found - exact| / |exact| of a small `product` of `dtype` operands on `device`, against the same in fp64."""
+    """|computed - exact| / |exact| of a small `product` of `dtype` operands on `device`, against the same in fp64."""
     rows, width, columns = _SHAPE
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(rows, width, generator=generator).to(dtype)
     right = torch.randn(width, columns, generator=generator).to(dtype)
     exact = left.double() @ right.double()
-    found = product(left.to(device), right.to(device)).cpu().double()
-    return float((found - exact).norm() / exact.norm())
+    computed = product(left.to(device), right.to(device)).cpu().double()
+    return float((computed - exact).norm() / exact.norm())
 
 
 def is_exact(name: str, product: Product, dtype: torch.dtype, device: torch.device, instead: str) -> bool:

@@ -4,8 +4,8 @@
 Same signatures as the fused functions, one difference: `[tokens, vocab]` logits exist. Nothing of the loss
 engine is used here, so that the two can be compared.
 
-Of a teacher with more token ids than the student the others are cut off. To a student with more, the hard loss is over
-all of its ids and the soft loss over those of both; the metrics give the ids that the teacher lacks probability 0.
+Token ids that only the teacher has are cut off. Where the student has more than the teacher, the hard loss is over all
+of its ids and the soft loss over those of both; the metrics give the ids that the teacher lacks probability 0.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def divergence(name: str, student_logits: Tensor, teacher_logits: Tensor, *, bet
             return registered.value(name, q, p).sum(-1)
 
 
-def _soft(student_logits: Tensor, teacher_logits: Tensor, config: DistillConfig) -> Tensor:
+def _soft_loss(student_logits: Tensor, teacher_logits: Tensor, config: DistillConfig) -> Tensor:
     total = student_logits.new_zeros(student_logits.shape[0])
     for term in config.terms or (TermConfig(name=config.divergence),):
         temperature = term.temperature or config.temperature
@@ -106,13 +106,13 @@ def _hard(student_logits: Tensor, targets: Tensor, config: DistillConfig) -> Ten
     return loss + config.z_loss_weight * torch.logsumexp(student_logits, -1).square()
 
 
-def _by_rank(config: DistillConfig) -> bool:
+def _sorts(config: DistillConfig) -> bool:
     return any(map(sorts, [config.divergence, *(term.name for term in config.terms or ())]))
 
 
 def _output(
     student_logits: Tensor,  # [N, V], valid rows, fp32 or wider
-    teacher_logits: Tensor | None,  # [N, V'], V' <= V unless paired by rank
+    teacher_logits: Tensor | None,  # [N, V'], V' <= V unless the objective sorts
     targets: Tensor | None,  # [N]
     weights: Tensor | None,  # [N]
     config: DistillConfig,
@@ -127,10 +127,10 @@ def _output(
     metrics = {}
     if config.soft_weight:
         assert teacher_logits is not None
-        shared = None if _by_rank(config) else teacher_logits.shape[-1]
-        soft = _soft(student_logits[:, :shared], teacher_logits, config)
+        shared = None if _sorts(config) else teacher_logits.shape[-1]
+        soft = _soft_loss(student_logits[:, :shared], teacher_logits, config)
         if config.metrics:
-            metrics = _metrics(student_logits.detach(), teacher_logits.detach(), _by_rank(config))
+            metrics = _metrics(student_logits.detach(), teacher_logits.detach(), _sorts(config))
     if config.hard_weight:
         assert targets is not None
         hard = _hard(student_logits, targets, config)
@@ -142,12 +142,12 @@ def _output(
     return DistillOutput(loss, soft_loss.detach(), hard_loss.detach(), num_valid, metrics)
 
 
-def _metrics(student_logits: Tensor, teacher_logits: Tensor, by_rank: bool) -> dict[str, Tensor]:
+def _metrics(student_logits: Tensor, teacher_logits: Tensor, sorts: bool) -> dict[str, Tensor]:
     q, p = _log_softmax(student_logits), _log_softmax(teacher_logits)
-    if not by_rank:
+    if not sorts:
         p = F.pad(p, (0, q.shape[-1] - p.shape[-1]), value=_FLOOR)
     per_row = {"teacher_entropy": -(p.exp() * p).sum(-1), "student_entropy": -(q.exp() * q).sum(-1)}
-    if not by_rank:  # otherwise token ids do not correspond
+    if not sorts:  # otherwise token ids do not correspond
         per_row["top1_agreement"] = (p.argmax(-1) == q.argmax(-1)).to(q.dtype)
         per_row["acceptance_rate"] = torch.minimum(p.exp(), q.exp()).sum(-1)
         per_row["kl_t1"] = _kl(p, q)
@@ -191,7 +191,7 @@ def distill_loss(
     if config.soft_weight:
         assert teacher_hidden is not None and teacher_weight is not None
         with torch.no_grad():
-            columns = None if _by_rank(config) else student_weight.shape[0]
+            columns = None if _sorts(config) else student_weight.shape[0]
             teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias, columns)
     flat_targets = None if targets is None else targets.reshape(-1)[rows]
     weights = None if token_weights is None else token_weights.reshape(-1)[rows]
@@ -212,7 +212,7 @@ def distill_logits(
     checks.distill_config(config)
     checks.logits_inputs(student_logits, teacher_logits, targets, config)
     rows = slice(None) if targets is None else targets.reshape(-1) != config.ignore_index
-    columns = None if _by_rank(config) else student_logits.shape[-1]
+    columns = None if _sorts(config) else student_logits.shape[-1]
 
     def flat(logits: Tensor) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)

@@ -24,7 +24,7 @@ class TeacherSource(Protocol):
     """Ranks that must ask for the same chunks, because a chunk takes collectives; None: no others."""
 
     def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
-        """Once before the chunks: only the first `vocab_size` columns will be asked for, in `dtype`.
+        """Make ready for the chunks, once before them: only the first `vocab_size` columns are asked for, in `dtype`.
 
         `rounded` allows logits in the precision of the model.
         """

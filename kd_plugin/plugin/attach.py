@@ -67,7 +67,7 @@ class Plugin:
         Where there was no token, that is said, as nothing was distilled then.
 
         Keys: loss, soft_loss, hard_loss, router_loss (of a mixture of experts that adds one; a part of loss),
-        teacher_entropy, student_entropy (nats), top1_agreement, acceptance_rate, kl_t1, valid_tokens, temperature,
+        the metrics of `divergences.measures.MEASURED` (entropies and KL in nats), valid_tokens, temperature,
         chunk_size, logits_avoided_gib and loss_peak_gib (of the largest forward on any rank), and this rank's wall
         time in student_ms (backbone), teacher_ms (backbone), loss_ms, summed over forwards.
         """
@@ -140,12 +140,12 @@ class Plugin:
             teacher = TeacherSide(self.teacher, self.exchange, self._measures.watch)
             self._undo.append(teacher.restore)
             check_same_rows(student.labels.convention, teacher.convention)
-            checks.warn_of_untrained_rows(self.config, student.slot.module, student.vocab_size, teacher.head.vocab_size)
+            checks.warn_of_untrained_ids(self.config, student.slot.module, student.vocab_size, teacher.head.vocab_size)
         self._heads = BothHeads(student, teacher, self.exchange, self._measures.watch)
 
     def _compare_ranks(self) -> None:
-        """Before a wrapper gathers the head, which would fail in its own words where the ranks' heads differ."""
-        self.exchange.compare(self._student.linear)
+        """Compare the ranks' heads before a wrapper gathers them and fails, in its own words, where they differ."""
+        self.exchange.compare_ranks(self._student.linear)
 
     @torch.compiler.disable(recursive=False)
     def _distill_forward(
@@ -189,7 +189,7 @@ class Plugin:
     ) -> Any:
         if self.config.soft_weight:
             check_readable(inputs)
-        self.exchange.check(self._student.linear, self.teacher if self.config.soft_weight else None)
+        self.exchange.check_step(self._student.linear, self.teacher if self.config.soft_weight else None)
         with self._measures.watch.region("student", targets.device):
             backbone, router_loss = self._student.backbone(inputs, targets.device)
         hidden = backbone.hidden_states

@@ -106,7 +106,7 @@ class DistillHead(nn.Linear):
         self.transform = transform
         self._logits_bias = None if logits_bias is None else (logits_bias,)  # a tuple: not registered as a buffer
 
-    def on_shards(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
+    def on_slice(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
         """The loss sum, by the vocabulary slice of the weight that FSDP2 left here.
 
         Not through `__call__`, which would gather the weight.

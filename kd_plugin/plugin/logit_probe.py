@@ -89,10 +89,10 @@ def _fitting(seen: Tensor, declared_transform: LogitTransform, tolerance: float)
     return next((AfterHead(transform) for transform in every if fits(transform)), None)
 
 
-def other_size(model: nn.Module, side: str, wanted: int, found: int) -> LogitsChanged:
+def other_size(model: nn.Module, side: str, wanted: int, returned: int) -> LogitsChanged:
     """The error about logits that are cut or padded after the head."""
     return LogitsChanged(
-        f"the {side} ({type(model).__name__}) returns {found} logits of the {wanted} that its head gives: the loss "
+        f"the {side} ({type(model).__name__}) returns {returned} logits of the {wanted} that its head gives: the loss "
         "would be computed on other logits than the model's; use DistillHead directly"
     )
 

@@ -22,7 +22,7 @@ from kd_plugin.loss.low_rank import LowRank
 from kd_plugin.plugin.causal_lm import unwrap
 from kd_plugin.plugin.replaced_forward import ReplacedForward, is_replaced
 
-__all__ = ["active_adapters", "on_shards", "take_over_adapter"]
+__all__ = ["active_adapters", "on_slice", "take_over_adapter"]
 
 
 def active_adapters(head: Any) -> list[str]:
@@ -109,7 +109,7 @@ def _term(factor: Tensor, up: Tensor, bias: Tensor | None, scaling: float) -> Lo
     return LowRank(flat * scaling, up, None if bias is None else bias * scaling)
 
 
-def on_shards(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
+def on_slice(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
     """The loss on the vocabulary slice of the student's head and its adapters that FSDP2 left here.
 
     What is small, lora_A, is gathered here: the modules' own forwards would gather the head with it.
@@ -122,7 +122,7 @@ def on_shards(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
         bias = None if up.bias is None else slice_here(up.bias, cut.replicas)
         terms.append(_term(factor, slice_here(up.weight, cut.replicas), bias, head.scaling[name]))
     call.low_rank = _side_by_side(terms)
-    return head.base_layer.on_shards(hidden, call)
+    return head.base_layer.on_slice(hidden, call)
 
 
 def _whole(weight: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class LossWatch:
 
     @contextmanager
     def our_forward(self) -> Iterator[None]:
-        """Around the plugin's own use of the model, labelled or not."""
+        """Mark what runs in the body as the plugin's own use of the model, labelled or not."""
         outer, self._inside = self._inside, True
         try:
             yield

@@ -52,7 +52,7 @@ class MetricSums:
     ) -> dict[str, float]:
         """Sums over all ranks since the last call, then zero. One all-reduce: call it on every rank.
 
-        Of `largest`, numbers of this rank's host, the result has the maximum over all ranks.
+        The result also has, for each of the host's numbers in `largest`, the maximum over all ranks.
         """
         total = self._total if self._total is not None else _widened(torch.zeros(len(self.names), device=device))
         self._total = None

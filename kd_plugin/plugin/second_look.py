@@ -29,7 +29,7 @@ _AT_SPECIAL = "at padding, start or end tokens, or where attention_mask is 0"
 _IN_TRAINING = "in training mode"
 
 
-class Found(NamedTuple):
+class SecondLook(NamedTuple):
     """What the second look adds to the first."""
 
     convention: Convention | None
@@ -39,7 +39,7 @@ class Found(NamedTuple):
 
 def second_look(
     model: PreTrainedModel, slot: HeadSlot, side: str, after_head: AfterHead | None, convention: Convention | None
-) -> Found:
+) -> SecondLook:
     """See whether a model does at special tokens, and a student in training mode, what it did in the first look.
 
     Args:
@@ -66,7 +66,7 @@ def second_look(
             "its logits or labels there is not known",
             *(side, type(model).__name__, " in training mode" if training else "", reason_of(error)),
         )
-        return Found(convention)
+        return SecondLook(convention)
 
 
 class _Look(NamedTuple):
@@ -78,7 +78,7 @@ class _Look(NamedTuple):
     after_head: AfterHead | None
     convention: Convention | None
 
-    def __call__(self, training: bool, when: str) -> Found:
+    def __call__(self, training: bool, when: str) -> SecondLook:
         self.model.train(training)
         inputs, labels = special_tokens(self.model, self.slot.vocab_size)
         with_labels = self.convention is not None and self.side == "student"
@@ -94,9 +94,9 @@ class _Look(NamedTuple):
                 f"{when} than else: the loss would be computed on other logits than the model's; use DistillHead "
                 "directly"
             )
-        return self._convention(inputs, output, when) if with_labels else Found(self.convention)
+        return self._convention(inputs, output, when) if with_labels else SecondLook(self.convention)
 
-    def _convention(self, inputs: dict[str, Tensor], output: Any, when: str) -> Found:
+    def _convention(self, inputs: dict[str, Tensor], output: Any, when: str) -> SecondLook:
         """The convention with what the special labels add to it."""
         assert self.convention is not None
         labels, mask = inputs["labels"], inputs.get("attention_mask")
@@ -109,7 +109,7 @@ class _Look(NamedTuple):
                 break
             shift, adds = learn_shift(first, lambda some=some: own_loss_of(again(), some))
             if shift == self.convention.shift:
-                return Found(self.convention._replace(masked=masked), adds)
+                return SecondLook(self.convention._replace(masked=masked), adds)
         raise LabelError(
             f"the student's own loss ({type(self.model).__name__}) is {when} not the mean cross-entropy of its labels, "
             "and what it does there the loss here would not: take that out of its forward, or use DistillHead directly"

@@ -90,6 +90,6 @@ def _put(slot: HeadSlot, head: DistillHead) -> Callable[[], None]:
     return restore
 
 
-def on_shards(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
+def on_slice(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
     """The loss on the vocabulary slice of the student's head that FSDP2 left here, peft's adapters included."""
-    return lora.on_shards(head, hidden, call) if hasattr(head, "base_layer") else head.on_shards(hidden, call)
+    return lora.on_slice(head, hidden, call) if hasattr(head, "base_layer") else head.on_slice(hidden, call)

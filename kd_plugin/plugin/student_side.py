@@ -125,7 +125,7 @@ class StudentSide:
         """The loss sum of `call`, computed inside the head's own forward."""
         linear = self.linear
         if call.vocab_slice is not None and vocab_cut(linear.weight) is not None:
-            return student_head.on_shards(linear, hidden_states, call)  # past the hooks that would gather the weight
+            return student_head.on_slice(linear, hidden_states, call)  # past the hooks that would gather the weight
         if self.slot.module is not self._head_module and type(self.slot.module).__module__.startswith("peft."):
             raise ValueError(
                 "peft has wrapped the student's head after attach(), where its adapter would be added to the loss and "

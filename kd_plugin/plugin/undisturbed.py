@@ -13,7 +13,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Eval mode to begin with; modes, buffers, plain attributes and random numbers come back as they were.
+    """Run the body with `module` in eval mode; its modes, buffers, plain attributes and random numbers come back.
 
     Some models remember the length or the expert capacity of their last call, and go by it in the next; running means
     and the vectors of `spectral_norm` are written in training mode.

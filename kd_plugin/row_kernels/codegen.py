@@ -23,7 +23,7 @@ class Source(NamedTuple):
 
     text: str
     inputs: tuple[str, ...]
-    """Those of `INPUTS` that it reads; each is passed as a tensor and its row stride, statistics come last."""
+    """Names from `INPUTS` that it reads; each is passed as a tensor and its row stride, statistics come last."""
     sweeps: int
 
 

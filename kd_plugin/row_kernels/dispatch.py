@@ -76,9 +76,7 @@ def run(
 ) -> Tensor:
     """`row_pass` over the first `num_rows` rows by the chosen kernel -> statistics `[num_rows, K]`.
 
-    The number of rows is the one dynamic dimension of the compiled graph, so ragged chunks neither recompile
-    nor need padding. torch.compile treats a size of 1 as a constant; a single row therefore takes a second,
-    meaningless one from the buffer along.
+    A single row takes a second, meaningless one from the buffer along (`in_blocks` says why).
     """
     if kernel == "triton":
         teacher = None if teacher_logits is None else teacher_logits[:num_rows]

@@ -75,7 +75,7 @@ class Node:
     """Triton expression of the operands; a reduction's kind; or an input's name."""
     operands: tuple[Node, ...]
     columns: Columns | None
-    """Those of a value per token, which is computed a block of them at a time; None: one number per row."""
+    """Columns of a value per token, which is computed a block of them at a time; None: one number per row."""
     sweep: int
     """The sweep over the vocabulary after which it can be computed; 0: before the first."""
     reduction: bool = False

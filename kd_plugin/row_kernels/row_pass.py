@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kd_plugin.divergences.measures import TOP1_AGREEMENT
 from kd_plugin.divergences.objective import Objective
 from kd_plugin.divergences.registry import Row
 from kd_plugin.row_kernels.softmaxes import Softmaxes, Whole, parts_of, row_sum, whole_row
@@ -57,8 +58,8 @@ def _row(student: Softmaxes, teacher: Softmaxes, temperature: float) -> Row:
     return Row(s, t, of_student.log_probs, of_teacher.log_probs, q, p, s.shape[-1])
 
 
-def _match_by_rank(row: Row) -> tuple[Row, Tensor]:
-    """Each student probability paired with the teacher's of the same rank, and what the teacher has left over.
+def _sorted_pairs(row: Row) -> tuple[Row, Tensor]:
+    """Student and teacher probabilities paired in descending order, and what the teacher has left over.
 
     The shorter vocabulary counts as padded with zeros.
     """
@@ -71,13 +72,13 @@ def _match_by_rank(row: Row) -> tuple[Row, Tensor]:
     return row._replace(p=matched), row_sum(descending[:, width:])
 
 
-def _soft(spec: RowSpec, rows: dict[float, Row], zero: Tensor) -> tuple[Tensor, Tensor | None]:
+def _soft_and_gradient(spec: RowSpec, rows: dict[float, Row], zero: Tensor) -> tuple[Tensor, Tensor | None]:
     """All terms -> value `[n, 1]`, and its gradient `[n, V]` with respect to the logits if it is wanted."""
     value, gradient = zero, None
     for divergence, weight, temperature, scale in spec.objective.terms:
         row = rows[temperature]
-        if divergence.match_by_rank:
-            row, left_over = _match_by_rank(row)
+        if divergence.sorts:
+            row, left_over = _sorted_pairs(row)
             value = value + weight * scale * left_over
         sums = tuple(row_sum(elements) for elements in divergence.elements(torch, row))
         value = value + weight * scale * divergence.value(torch, sums)
@@ -99,10 +100,10 @@ def _agreement(student: Softmaxes, whole: Whole, teacher: Softmaxes) -> Tensor:
     return agree.to(of_student.log_sum.dtype)
 
 
-def _metrics(student: Softmaxes, whole: Whole, teacher: Softmaxes, *, by_rank: bool) -> dict[str, Tensor]:
+def _metrics(student: Softmaxes, whole: Whole, teacher: Softmaxes, *, sorts: bool) -> dict[str, Tensor]:
     """The metrics by name, `[n, 1]`; to a teacher with fewer columns the student's others have probability 0."""
-    metrics = metric_sums(_row(student, teacher, 1.0), whole, by_rank=by_rank)
-    return metrics if by_rank else metrics | {"top1_agreement": _agreement(student, whole, teacher)}
+    metrics = metric_sums(_row(student, teacher, 1.0), whole, sorts=sorts)
+    return metrics if sorts else metrics | {TOP1_AGREEMENT: _agreement(student, whole, teacher)}
 
 
 def write_gradient(
@@ -124,7 +125,7 @@ def write_gradient(
 def row_pass(
     spec: RowSpec,
     student_logits: Tensor,  # [n, V] fp32 or fp64, raw; overwritten with the gradient
-    teacher_logits: Tensor | None,  # [n, V'] same dtype, raw; V' <= V unless paired by rank
+    teacher_logits: Tensor | None,  # [n, V'] same dtype, raw; V' <= V unless the objective sorts
     target_logits: Tensor | None,  # [n, 1] the student's raw logit of each row's label
     row_weights: Tensor | None,  # [n, 1] multiplies each row's gradient
 ) -> Tensor:
@@ -135,7 +136,7 @@ def row_pass(
     """
     objective = spec.objective
     shared = student_logits.shape[1]
-    if objective.needs_teacher and not objective.by_rank:
+    if objective.needs_teacher and not objective.sorts:
         assert teacher_logits is not None and teacher_logits.shape[1] <= shared
         shared = teacher_logits.shape[1]
     parts = parts_of(student_logits, shared)
@@ -149,12 +150,12 @@ def row_pass(
         assert teacher_logits is not None
         teacher = Softmaxes(spec.teacher.apply(teacher_logits), temperatures)
         rows = {term.temperature: _row(student, teacher, term.temperature) for term in objective.terms}
-        values["soft_loss"], soft_gradient = _soft(spec, rows, zero)
+        values["soft_loss"], soft_gradient = _soft_and_gradient(spec, rows, zero)
     if objective.measured or objective.hard_weight:
         whole = whole_row(student, rest)
         if objective.measured:
             assert teacher is not None
-            values |= _metrics(student, whole, teacher, by_rank=objective.by_rank)
+            values |= _metrics(student, whole, teacher, sorts=objective.sorts)
         if objective.hard_weight:
             assert target_logits is not None
             labels = spec.student.apply(target_logits)

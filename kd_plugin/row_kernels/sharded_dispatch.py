@@ -45,7 +45,7 @@ def _run(kernel: str, name: str, spec: RowSpec, sizes: Sizes, *tensors: Tensor |
 
 def moments(kernel: str, spec: RowSpec, sizes: Sizes, student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
     """This rank's `[n, M]`; a rank without columns has no mass."""
-    return _run(kernel, "shard_moments", spec, sizes, student_logits, teacher_logits)
+    return _run(kernel, "slice_moments", spec, sizes, student_logits, teacher_logits)
 
 
 def sums(
@@ -59,7 +59,7 @@ def sums(
     """This rank's `[n, S]`; S is 0 for divergences that need no second round."""
     if not sharded_numbers.has_sums(spec.objective):
         return merged.new_zeros(merged.shape[0], 0)
-    return _run(kernel, "shard_sums", spec, sizes, student_logits, teacher_logits, merged)
+    return _run(kernel, "slice_sums", spec, sizes, student_logits, teacher_logits, merged)
 
 
 def finish(
@@ -74,4 +74,4 @@ def finish(
 ) -> Tensor:
     """Statistics of all rows; leaves the gradient of this rank's columns in `student_logits`."""
     tensors = (student_logits, teacher_logits, row_weights, merged, added)
-    return _run(kernel, "shard_finish", spec, sizes, *tensors)
+    return _run(kernel, "slice_finish", spec, sizes, *tensors)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kd_plugin.distributed.vocab_slice import Sizes
 from kd_plugin.divergences.definition import TINY
+from kd_plugin.divergences.measures import TOP1_AGREEMENT
 from kd_plugin.divergences.registry import LOG_FLOOR, Row
 from kd_plugin.row_kernels.row_pass import RowSpec, write_gradient
 from kd_plugin.row_kernels.sharded_numbers import (
@@ -62,7 +63,7 @@ def _moment(logits: Tensor) -> tuple[Tensor, Tensor]:
     return shift, (logits - shift).exp().sum(-1, keepdim=True)
 
 
-def shard_moments(
+def slice_moments(
     spec: RowSpec,
     sizes: Sizes,
     student_logits: Tensor,  # [n, V_r]
@@ -176,7 +177,7 @@ class _Rows:
         return Whole(log_probs, tuple(part.exp() for part in log_probs), maximum, log_sum)
 
 
-def shard_sums(
+def slice_sums(
     spec: RowSpec,
     sizes: Sizes,
     student_logits: Tensor,  # [n, V_r]
@@ -189,7 +190,7 @@ def shard_sums(
     return torch.cat([row_sum(element) for elements in of_terms for element in elements], -1)
 
 
-def shard_finish(
+def slice_finish(
     spec: RowSpec,
     sizes: Sizes,
     student_logits: Tensor,  # [n, V_r]; overwritten with the gradient of this rank's columns
@@ -209,13 +210,13 @@ def shard_finish(
     added: dict[str, Tensor] = {}
     hard_gradients: list[Tensor] = []
     if objective.measured:
-        known["top1_agreement"] = rows.others.pop(0)
+        known[TOP1_AGREEMENT] = rows.others.pop(0)
     totals = sums.split(1, -1) if sums.shape[-1] else ()
-    known["soft_loss"], added["soft_loss"], soft_gradient = _soft(spec, rows, totals, zero)
+    known["soft_loss"], added["soft_loss"], soft_gradient = _slice_soft(spec, rows, totals, zero)
     if objective.hard_weight or objective.measured:
         student = rows.whole_student()
         if rows.measured is not None:
-            added |= metric_sums(rows.measured, student, by_rank=False)
+            added |= metric_sums(rows.measured, student, sorts=False)
         if objective.hard_weight:
             labels = spec.student.apply(rows.others[-1])
             value, smoothed, hard_gradients = cross_entropy(objective, student, sizes.student, labels)
@@ -227,7 +228,9 @@ def shard_finish(
     return torch.cat([in_columns(known, zero), in_columns(added, zero)], -1)
 
 
-def _soft(spec: RowSpec, rows: _Rows, sums: Iterable[Tensor], zero: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _slice_soft(
+    spec: RowSpec, rows: _Rows, sums: Iterable[Tensor], zero: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The soft loss: its value where a whole row's is known `[n, 1]`, what these columns add, gradient `[n, V'_r]`."""
     remaining = iter(sums)
     whole, part, gradient = zero, zero, None

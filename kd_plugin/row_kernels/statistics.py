@@ -53,19 +53,19 @@ def cross_entropy(
     return value, smoothed, [objective.hard_weight * gradient for gradient in gradients]
 
 
-def metric_sums(row: Row, student: Whole, *, by_rank: bool) -> dict[str, Tensor]:
+def metric_sums(row: Row, student: Whole, *, sorts: bool) -> dict[str, Tensor]:
     """What these columns add to each metric that is a sum, `[n, 1]` by name.
 
     Args:
         row: both models at temperature 1; of the student's side only its place is taken by `student`.
         student: over all of its token ids.
-        by_rank: token ids do not correspond, so that metrics that compare them are left out.
+        sorts: token ids do not correspond, so that metrics that compare them are left out.
     """
     (lq, *_), (q, *_) = student.log_probs, student.probs
     row, rest = row._replace(lq=lq, q=q), list(zip(student.log_probs[1:], student.probs[1:], strict=True))
     sums: dict[str, Tensor] = {}
     for measure in MEASURES:
-        if measure.shared is not None and (measure.by_rank or not by_rank):
+        if measure.shared is not None and (measure.if_sorted or not sorts):
             beyond = () if measure.beyond is None else (measure.beyond(*part) for part in rest)
             sums[measure.name] = row_sum(measure.shared(row), *beyond)
     return sums

@@ -65,7 +65,7 @@ def build(spec: RowSpec, vocab_size: int, given: tuple[str, ...], teacher_size: 
     """
     triton = _triton()
     names = [term.divergence.name for term in spec.objective.terms]
-    if spec.objective.by_rank:
+    if spec.objective.sorts:
         raise ValueError(f"row_kernel triton has no sort, which divergence {', '.join(names)} needs: {_CURE}")
     start = time.perf_counter()
     try:

@@ -37,7 +37,7 @@ class BuiltIn(NamedTuple):
     options: tuple[str, ...] = ()
     """Names of the settings that it takes."""
     sorts: bool = False
-    """Whether it pairs the tokens of student and teacher by their rank in a row, not by their id."""
+    """Whether it sorts both distributions and pairs tokens by place, not by their id; as the definition's `sorts`."""
 
 
 BUILT_IN = {
@@ -61,7 +61,7 @@ registered_names: set[str] = set()
 
 
 def sorts(name: str) -> bool:
-    """Whether the divergence of this name pairs tokens by rank; those that were registered do not."""
+    """Whether the divergence of this name sorts both distributions; those that were registered do not."""
     return name in BUILT_IN and BUILT_IN[name].sorts
 
 
@@ -245,5 +245,5 @@ class DistillConfig(Section):
             raise ValueError("terms has no term with a weight > 0: give one, or set soft_weight to 0")
         sorting = [term.name for term in self.terms if sorts(term.name)]
         if sorting and len(sorting) < len(self.terms):
-            raise ValueError(f"{sorting[0]} pairs tokens by rank, the other terms by id: use it alone")
+            raise ValueError(f"{sorting[0]} pairs tokens in order of probability, the other terms by id: use it alone")
         return self

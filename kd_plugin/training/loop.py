@@ -28,7 +28,7 @@ from kd_plugin.training.finite import CHECK_EVERY, DivergedError, FiniteWatch, h
 from kd_plugin.training.memory import memory_readings
 from kd_plugin.training.schedule import learning_rate_at, micro_batches_together
 from kd_plugin.training.session import Session
-from kd_plugin.training.tensorboard import tagged
+from kd_plugin.training.tensorboard import evaluated, tagged
 
 __all__ = ["evaluate", "run_steps"]
 
@@ -208,7 +208,7 @@ def evaluate(session: Session, step: int) -> dict[str, float]:
     names = (*losses, *MEASURED)
     values = {name: measured[name] for name in names if name in measured}
     values["perplexity"] = math.exp(min(values["hard_loss"], 700.0))  # beyond, a float would overflow
-    session.writer.scalars(step, {f"eval/{name}": value for name, value in values.items()})
+    session.writer.scalars(step, evaluated(values))
     shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())
     logger.info("eval step %d %s", step, shown)
     return values

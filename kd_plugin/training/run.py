@@ -36,6 +36,7 @@ from kd_plugin.training.preflight import SetupError, early_problems, idle_settin
 from kd_plugin.training.report import continuations, diverged, report
 from kd_plugin.training.schedule import accumulation_steps, parallel_mode, seed_everything
 from kd_plugin.training.session import Material, Session, make_session
+from kd_plugin.training.tensorboard import sample_tag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -223,5 +224,5 @@ def _samples(session: Session, material: Material) -> dict[str, str]:
     models = {"teacher": engine.teacher, "student": engine.student}
     samples = continuations(models, material.tokenizer, log.sample_prompt, log.sample_tokens)
     for name, text in samples.items():
-        session.writer.text(f"sample/{name}", text)
+        session.writer.text(sample_tag(name), text)
     return {"prompt": log.sample_prompt, **samples}

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from kd_plugin.divergences.measures import MEASURED
 
-__all__ = ["TAGS", "NullWriter", "TensorBoardWriter", "Writer", "make_writer", "tagged"]
+__all__ = ["TAGS", "NullWriter", "TensorBoardWriter", "Writer", "evaluated", "make_writer", "sample_tag", "tagged"]
 
 TAGS = {
     name: f"{folder}/{name}"
@@ -38,6 +38,16 @@ TAGS = {
 def tagged(values: Mapping[str, float]) -> dict[str, float]:
     """Numbers of a training step under their tags; what has no tag is left out."""
     return {TAGS[name]: value for name, value in values.items() if name in TAGS}
+
+
+def evaluated(values: Mapping[str, float]) -> dict[str, float]:
+    """Numbers measured on held-out text under their tags."""
+    return {f"eval/{name}": value for name, value in values.items()}
+
+
+def sample_tag(model: str) -> str:
+    """Tag of the text that `model` ("teacher" or "student") has generated."""
+    return f"sample/{model}"
 
 
 class Writer(Protocol):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import kd_plugin as kd
 from kd_plugin.divergences import registry
+from kd_plugin.divergences.measures import MEASURED
 from tests.loss_cases import check, config_of, run
 from tests.oracle import ALL_DIVERGENCES, DIVERGENCES, chunk_sizes, gradients, make_problem, relative_error
 
@@ -22,6 +23,24 @@ SOFT_ONLY = {"soft_weight": 1, "hard_weight": 0, "alpha": 0.15}
 
 def test_the_oracle_knows_every_built_in_divergence() -> None:
     assert set(ALL_DIVERGENCES) == set(registry.BUILT_IN)
+
+
+@pytest.mark.parametrize("name", registry.BUILT_IN)
+def test_the_reference_knows_every_built_in_divergence(name: str) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    assert kd.reference.divergence(name, logits, logits.flip(-1), beta=0.5, alpha=0.1).isfinite().all()
+
+
+def test_a_divergence_without_a_reference_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'hellinger_2' is not registered, and `loss/reference\.py` has no formula"):
+        kd.reference.divergence("hellinger_2", torch.zeros(1, 3), torch.zeros(1, 3), beta=0.5, alpha=0.1)
+
+
+def test_reference_and_oracle_know_every_metric() -> None:
+    problem = make_problem()
+    config = config_of("forward_kl")
+    assert set(kd.reference.distill_loss(*problem, config=config).metrics) == set(MEASURED)
+    assert set(problem.expected(config).metrics) == set(MEASURED)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])

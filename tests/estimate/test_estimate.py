@@ -48,8 +48,8 @@ def qwen_config(folder: Path, **train: object) -> RunConfig:
     )
 
 
-def lines(found: Estimate) -> dict[str, float]:
-    return {line.name: line.num_bytes for line in found.memory.lasting}
+def lines(estimated: Estimate) -> dict[str, float]:
+    return {line.name: line.num_bytes for line in estimated.memory.lasting}
 
 
 def command(folder: Path, *arguments: str, **sections: object) -> Result:
@@ -71,24 +71,24 @@ def test_published_volumes_of_qwen3_at_eight_ranks() -> None:
 
 
 def test_zero3_moves_the_heads_as_the_formula_says(qwen: Path) -> None:
-    found = estimate(qwen_config(qwen, parallel="deepspeed"), world_size=8)
-    assert found.exchanges["weight"].num_bytes / 1e6 == pytest.approx(2178, abs=1)
+    estimated = estimate(qwen_config(qwen, parallel="deepspeed"), world_size=8)
+    assert estimated.exchanges["weight"].num_bytes / 1e6 == pytest.approx(2178, abs=1)
     alone = stats_bytes(*QWEN_HEADS, 2048, ranks=8)
-    assert found.exchanges["stats"].num_bytes > alone, "the student's head still moves"
+    assert estimated.exchanges["stats"].num_bytes > alone, "the student's head still moves"
 
 
 def test_fsdp_reduces_the_heads_gradient_in_fp32(qwen: Path) -> None:
-    found = estimate(qwen_config(qwen, parallel="fsdp"), world_size=8)
-    more = found.exchanges["weight"].num_bytes - weight_bytes(*QWEN_HEADS)
+    estimated = estimate(qwen_config(qwen, parallel="fsdp"), world_size=8)
+    more = estimated.exchanges["weight"].num_bytes - weight_bytes(*QWEN_HEADS)
     assert more == pytest.approx(7 / 8 * 151936 * 2048 * 2)
 
 
 def test_sizes_of_real_models_come_from_their_configurations(qwen: Path) -> None:
-    found = estimate(qwen_config(qwen), world_size=1).setup
-    assert found.student.numel == pytest.approx(1.72e9, rel=0.01)
-    assert found.teacher is not None
-    assert found.teacher.numel == pytest.approx(8.19e9, rel=0.01)
-    assert (found.student.tied, found.teacher.tied) == (True, False)
+    setup = estimate(qwen_config(qwen), world_size=1).setup
+    assert setup.student.numel == pytest.approx(1.72e9, rel=0.01)
+    assert setup.teacher is not None
+    assert setup.teacher.numel == pytest.approx(8.19e9, rel=0.01)
+    assert (setup.student.tied, setup.teacher.tied) == (True, False)
 
 
 @pytest.mark.parametrize("world_size", [2, 8, 4096])
@@ -99,11 +99,11 @@ def test_fsdp_shards_are_whole_rows(folder: Path, world_size: int) -> None:
     config = run_config(folder, train={"parallel": "fsdp", "tokens_per_step": None})
     model = AutoModelForCausalLM.from_pretrained(folder / "teacher")
     rows = {name: -(-p.shape[0] // world_size) * p[0].numel() for name, p in model.named_parameters()}
-    found = lines(estimate(config, world_size=world_size))
-    assert found["teacher"] == 4 * sum(rows.values())
+    held = lines(estimate(config, world_size=world_size))
+    assert held["teacher"] == 4 * sum(rows.values())
     half = sum(count for name, count in rows.items() if ".2." not in name and ".3." not in name)
-    assert found["student parameters"] == 4 * half
-    assert found["AdamW"] == 2 * found["student gradients"] == 8 * half
+    assert held["student parameters"] == 4 * half
+    assert held["AdamW"] == 2 * held["student gradients"] == 8 * half
 
 
 def test_what_stays_shrinks_from_zero1_to_zero3(qwen: Path) -> None:
@@ -111,9 +111,9 @@ def test_what_stays_shrinks_from_zero1_to_zero3(qwen: Path) -> None:
     for stage in (1, 2, 3):
         config = qwen_config(qwen, parallel="deepspeed")
         config = config.model_copy(update={"deepspeed": {"zero_optimization": {"stage": stage}}})
-        found = estimate(config, world_size=64)
-        held.append(found.memory.lasting_bytes)
-        assert lines(found)["AdamW"] == pytest.approx(8 * found.setup.student.numel / 64, rel=1e-6)
+        estimated = estimate(config, world_size=64)
+        held.append(estimated.memory.lasting_bytes)
+        assert lines(estimated)["AdamW"] == pytest.approx(8 * estimated.setup.student.numel / 64, rel=1e-6)
     assert held[0] > held[1] > held[2]
 
 
@@ -122,8 +122,8 @@ def test_activations_are_those_that_autograd_keeps(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     config = run_config(folder)
-    found = estimate(config, device="cpu").setup.teacher
-    assert found is not None and found.activations is not None
+    teacher = estimate(config, device="cpu").setup.teacher
+    assert teacher is not None and teacher.activations is not None
     model = AutoModelForCausalLM.from_pretrained(folder / "teacher").train()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -137,7 +137,7 @@ def test_activations_are_those_that_autograd_keeps(folder: Path) -> None:
         out = model.base_model(torch.zeros(2, 32, dtype=torch.int64), use_cache=False)
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert out.last_hidden_state.requires_grad
-    assert sum(found.activations.layers) + found.activations.outside == pytest.approx(real, rel=0.1)
+    assert sum(teacher.activations.layers) + teacher.activations.outside == pytest.approx(real, rel=0.1)
 
 
 def test_checkpointing_keeps_layer_inputs_only(qwen: Path) -> None:
@@ -151,11 +151,11 @@ def test_checkpointing_keeps_layer_inputs_only(qwen: Path) -> None:
 def test_stats_keeps_rows_of_the_heads(folder: Path) -> None:
     config = run_config(folder, train={"parallel": "fsdp"}, distill={"chunk_size": 8})
     setup = estimate(config, world_size=4).setup
-    found = {name: memory(replace(setup, exchange=name)) for name in ("weight", "stats")}
-    names = {name: {line.name for line in each.phases["loss"]} for name, each in found.items()}
+    by_mode = {name: memory(replace(setup, exchange=name)) for name in ("weight", "stats")}
+    names = {name: {line.name for line in each.phases["loss"]} for name, each in by_mode.items()}
     assert {"student head, whole", "teacher head, whole"} <= names["weight"]
     assert not {"student head, whole", "teacher head, whole"} & names["stats"]
-    assert found["stats"].phase_bytes("loss") < found["weight"].phase_bytes("loss")
+    assert by_mode["stats"].phase_bytes("loss") < by_mode["weight"].phase_bytes("loss")
 
 
 def test_the_choice_is_the_least_traffic_that_fits(qwen: Path) -> None:
@@ -171,9 +171,9 @@ def test_the_choice_is_the_least_traffic_that_fits(qwen: Path) -> None:
 
 def test_a_frozen_head_has_no_gradient(folder: Path) -> None:
     config = run_config(folder, student={"freeze": ["lm_head"]}, train={"parallel": "fsdp"})
-    found = estimate(config, world_size=2)
-    assert "dW" not in {line.name for line in found.memory.phases["loss"]}
-    assert found.exchanges["weight"].num_bytes == pytest.approx(0.5 * 64 * 32 * 4 * 2)
+    estimated = estimate(config, world_size=2)
+    assert "dW" not in {line.name for line in estimated.memory.phases["loss"]}
+    assert estimated.exchanges["weight"].num_bytes == pytest.approx(0.5 * 64 * 32 * 4 * 2)
 
 
 def test_groups_of_shards_hold_more_and_gather_less(folder: Path) -> None:
@@ -189,7 +189,7 @@ def test_groups_of_shards_hold_more_and_gather_less(folder: Path) -> None:
     assert ratio["stats"] < 1 / 7, "1 other rank, not 7"
     trained = flat.setup.student.trainable
     each = {name: at(2, distill={"exchange": name}) for name in ("weight", "stats")}
-    between = {name: traffic(found)["gradients between copies"] for name, found in each.items()}
+    between = {name: traffic(estimated)["gradients between copies"] for name, estimated in each.items()}
     assert between["weight"] == pytest.approx(2 * 3 / 4 * trained / 2 * 4), "once per step"
     assert between["stats"] - between["weight"] == pytest.approx(2 * 2 * 3 / 4 * 64 * 32 / 2 * 4), "the head's: thrice"
     assert "gradients between copies" not in traffic(flat)
@@ -204,8 +204,8 @@ def test_groups_of_shards_hold_more_and_gather_less(folder: Path) -> None:
     assert (whole.setup.mode, whole.setup.teacher_sharded) == ("ddp", False)
 
 
-def traffic(found: Estimate) -> dict[str, float]:
-    return {line.name: line.num_bytes for line in found.parameters}
+def traffic(estimated: Estimate) -> dict[str, float]:
+    return {line.name: line.num_bytes for line in estimated.parameters}
 
 
 @pytest.mark.parametrize("sharding", ["shard", "replicate"])
@@ -222,7 +222,7 @@ def test_an_offloaded_teacher_is_on_the_gpu_layer_by_layer(qwen: Path, sharding:
     gathered = {line.name for line in offloaded.memory.phases["teacher forward"]}
     assert "gathered parameters" in gathered
     rows = estimate(config.model_copy(update={"distill": DistillConfig(exchange="stats")}), world_size=8)
-    assert "teacher head, own rows" not in lines(rows), "FSDP2's own are multiplied"
+    assert "teacher head, own slice" not in lines(rows), "FSDP2's own are multiplied"
     on_cpu = estimate(offloaded.setup.config, world_size=8, device="cpu")
     assert "teacher" in lines(on_cpu) and on_cpu.memory.host == (), "a CPU has one memory"
 
@@ -253,11 +253,11 @@ def test_chunks_of_uld_count_both_vocabularies(folder: Path, tmp_path: Path) -> 
     LlamaConfig.from_pretrained(folder / "teacher", vocab_size=192).save_pretrained(tmp_path / "wide")
     teacher, student = {"model": str(tmp_path / "wide")}, {"from_teacher": None, "model": str(folder / "teacher")}
     distill = {"divergence": "uld", "loss_memory_mb": 4 * 16 * (64 + 192) / 2**20, "chunk_size": "auto"}
-    found = estimate(run_config(folder, teacher=teacher, student=student, distill=distill))
-    assert found.setup.chunk == 16
-    (buffers,) = (line for line in found.memory.phases["loss"] if line.name == "chunk buffers")
+    estimated = estimate(run_config(folder, teacher=teacher, student=student, distill=distill))
+    assert estimated.setup.chunk == 16
+    (buffers,) = (line for line in estimated.memory.phases["loss"] if line.name == "chunk buffers")
     assert buffers.num_bytes == 4 * 16 * (64 + 192)
-    assert "(4 B x (V 64 + V' 192)) = 16 rows" in notes_of(found)[0]
+    assert "(4 B x (V 64 + V' 192)) = 16 rows" in notes_of(estimated)[0]
 
 
 def test_a_student_with_more_rows_than_its_teacher(folder: Path, tmp_path: Path) -> None:
@@ -271,19 +271,19 @@ def test_a_student_with_more_rows_than_its_teacher(folder: Path, tmp_path: Path)
     train = {"parallel": "fsdp", "tokens_per_step": None}
     student = {"from_teacher": None, **models["student"]}
     config = run_config(folder, teacher=models["teacher"], student=student, distill=distill, train=train)
-    found = estimate(config, world_size=4)
-    assert found.setup.chunk == 16
-    assert "(4 B x (V 192 + V' 64)) = 16 rows" in notes_of(found)[0]
+    estimated = estimate(config, world_size=4)
+    assert estimated.setup.chunk == 16
+    assert "(4 B x (V 192 + V' 64)) = 16 rows" in notes_of(estimated)[0]
     buffers = {}
     for exchange in ("weight", "stats"):
-        phase = memory(replace(found.setup, exchange=exchange)).phases["loss"]
+        phase = memory(replace(estimated.setup, exchange=exchange)).phases["loss"]
         buffers[exchange] = next(line.num_bytes for line in phase if line.name == "chunk buffers")
     assert buffers == {
         "weight": 4 * 16 * (192 + 64),
         "stats": 4 * 4 * 16 * (48 + 48),
     }  # rank 0's: 48 of the teacher's 64
     equal = stats_bytes(Head(192, 32, 4, 4, 4), Head(64, 32, 4, 4), 64, ranks=4, numbers=(6, 0))
-    assert found.exchanges["stats"].num_bytes - equal == pytest.approx(3 * 64 * 4 * 2 * 4)  # two numbers to 4 ranks
+    assert estimated.exchanges["stats"].num_bytes - equal == pytest.approx(3 * 64 * 4 * 2 * 4)  # two numbers to 4 ranks
 
 
 def test_the_kernels_scratch_is_of_one_block(qwen: Path) -> None:

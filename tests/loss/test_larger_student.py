@@ -1,4 +1,4 @@
-"""A student whose head has more rows than its teacher's: what each number is over, on every path of one process.
+"""A student with more token ids than its teacher: what each number is over, on every path of one process.
 
 The expected values are written out here with PyTorch's own dense functions in fp64, or are the oracle's.
 """

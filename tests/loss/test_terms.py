@@ -118,7 +118,10 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
         {"terms": [{"name": "tvd"}], "divergence": "jsd"},
         "terms replaces divergence: keep one of them",
     ),
-    "uld mixed": ({"terms": [{"name": "uld"}, {"name": "tvd"}]}, "uld pairs tokens by rank, .*: use it alone"),
+    "uld mixed": (
+        {"terms": [{"name": "uld"}, {"name": "tvd"}]},
+        "uld pairs tokens in order of probability, .*: use it alone",
+    ),
     "temperature 0": ({"terms": [{"name": "tvd", "temperature": 0}]}, "greater than 0"),
     "temperature below 0": ({"terms": [{"name": "tvd", "temperature": -2}]}, "greater than 0"),
     "alpha 1": ({"terms": [{"name": "skew_kl", "alpha": 1}]}, "less than 1"),

@@ -34,18 +34,18 @@ def diagonal(wrapper: str, **changes: Any) -> list[Case]:
     return [every[len(DIVERGENCES) * row + row % len(DIVERGENCES)] for row in range(len(every) // len(DIVERGENCES))]
 
 
-def modes(wrapper: str, *, tied: bool = False, modes: tuple[str, ...] = MODES, **changes: Any) -> list[Case]:
+def modes(wrapper: str, *, tied: bool = False, which: tuple[str, ...] = MODES, **changes: Any) -> list[Case]:
     """The same training by each mode."""
-    return [Case(wrapper, tied, mode, **changes) for mode in modes]
+    return [Case(wrapper, tied, mode, **changes) for mode in which]
 
 
 def splits(wrapper: str, ranks: int) -> list[Case]:
     """The same 16 sequences in one micro-batch a rank, and one by one."""
     counts = (1, SEQUENCES // ranks)
-    return [case for n in counts for case in modes(wrapper, ranks=ranks, batch="split", accumulation=n)]
+    return [case for count in counts for case in modes(wrapper, ranks=ranks, batch="split", accumulation=count)]
 
 
-def half(wrapper: str, *, tied: bool, ranks: int) -> Cases:
+def bf16_cases(wrapper: str, *, tied: bool, ranks: int) -> Cases:
     """bf16 on three batches: each mode, and the same wrapper without the plugin."""
     cases = {mode: Case(wrapper, tied, mode, dtype="bfloat16", ranks=ranks) for mode in MODES}
     cases["dense"] = replace(cases["weight"], loss="dense")
@@ -57,16 +57,16 @@ def flat(cases: Cases) -> list[Case]:
     return [case for several in cases.values() for case in several]
 
 
-def halves(*which: tuple[str, bool, int]) -> list[Case]:
+def bf16_trainings(*which: tuple[str, bool, int]) -> list[Case]:
     """The bf16 trainings of these (wrapper, tied, ranks)."""
-    return [case for wrapper, tied, ranks in which for case in flat(half(wrapper, tied=tied, ranks=ranks))]
+    return [case for wrapper, tied, ranks in which for case in flat(bf16_cases(wrapper, tied=tied, ranks=ranks))]
 
 
 HEADS = {"bias": False, "softcap": True}  # kind of head -> tied
 # bf16 as (wrapper, tied, ranks)
-QUICK_HALF = [("alone", False, 2), ("fsdp1", True, 2), ("zero3", False, 2)]
-HALF = [(wrapper, tied, 2) for wrapper in (*TORCH[1:], *ZERO) for tied in (True, False)]
-HALF += [("hsdp", tied, 4) for tied in (True, False)]
+QUICK_BF16 = [("alone", False, 2), ("fsdp1", True, 2), ("zero3", False, 2)]
+BF16 = [(wrapper, tied, 2) for wrapper in (*TORCH[1:], *ZERO) for tied in (True, False)]
+BF16 += [("hsdp", tied, 4) for tied in (True, False)]
 
 ONE_RANK: Cases = {"a rank alone": [*splits("alone", 1), *splits("zero3", 1)]}
 
@@ -75,20 +75,28 @@ TWO_RANKS: Cases = {
     "a teacher of other token ids": [
         *(case for size in (17, 31, 41) for case in modes("alone", teacher_vocab_size=size)),
         *(Case("alone", False, "stats", divergence, teacher_vocab_size=17) for divergence in DIVERGENCES[1:]),
-        *(case for w in ("ddp", "fsdp1", "root") for case in modes(w, modes=MODES[1:], teacher_vocab_size=17)),
+        *(
+            case
+            for wrapper in ("ddp", "fsdp1", "root")
+            for case in modes(wrapper, which=MODES[1:], teacher_vocab_size=17)
+        ),
         *(Case("alone", tied, "stats", head=head, teacher_vocab_size=31) for head, tied in HEADS.items()),
     ],
     "a teacher in host memory": [
-        Case("alone", tied, m, teacher="offload") for tied, m in ((False, "weight"), (True, "stats"))
+        Case("alone", tied, mode, teacher="offload") for tied, mode in ((False, "weight"), (True, "stats"))
     ],
     "only one of the models tied": [
         case for tied in (True, False) for case in modes("alone", tied=tied, teacher_tied=not tied)
     ],
-    "both models in one wrapper": [case for w in ("ddp", "fsdp1", "root") for case in modes(w, teacher="part")],
+    "both models in one wrapper": [
+        case for wrapper in ("ddp", "fsdp1", "root") for case in modes(wrapper, teacher="part")
+    ],
     "biases and soft-caps": [case for head, tied in HEADS.items() for case in modes("alone", tied=tied, head=head)],
     "the same tokens in other micro-batches": splits("alone", 2),
-    "a rank whose epoch ends early": [case for w in ("ddp", "fsdp1", "alone") for case in modes(w, batch="early")],
-    "bf16": halves(*QUICK_HALF[:2]),
+    "a rank whose epoch ends early": [
+        case for wrapper in ("ddp", "fsdp1", "alone") for case in modes(wrapper, batch="early")
+    ],
+    "bf16": bf16_trainings(*QUICK_BF16[:2]),
 }
 
 TWO_RANKS_OF_ZERO: Cases = {
@@ -96,14 +104,14 @@ TWO_RANKS_OF_ZERO: Cases = {
     "a teacher of other token ids": [case for size in (17, 31) for case in modes("zero3", teacher_vocab_size=size)],
     "the same tokens in other micro-batches": [
         *splits("zero3", 2),
-        *(Case(w, False, "stats", batch="split", accumulation=times) for w in ZERO[:2] for times in (1, 8)),
+        *(Case(wrapper, False, "stats", batch="split", accumulation=times) for wrapper in ZERO[:2] for times in (1, 8)),
     ],
     "a rank whose epoch ends early": modes("zero3", batch="early"),
     "both models in one wrapper": [case for wrapper in ZERO[1:] for case in modes(wrapper, teacher="part")],
     "biases and soft-caps": [
-        case for head, tied in HEADS.items() for case in modes("zero3", tied=tied, modes=MODES[1:], head=head)
+        case for head, tied in HEADS.items() for case in modes("zero3", tied=tied, which=MODES[1:], head=head)
     ],
-    "bf16": halves(QUICK_HALF[2]),
+    "bf16": bf16_trainings(QUICK_BF16[2]),
 }
 
 RAGGED_RANKS = modes("alone", ranks=4, batch="ragged", chunk_size=256)
@@ -115,7 +123,7 @@ FOUR_RANKS: Cases = {
     "four slices of the vocabulary": [
         Case(wrapper, False, "stats", ranks=4) for wrapper in ("alone", "fsdp1", "zero3")
     ],
-    "ranks without a row of a head": [Case("alone", False, "stats", ranks=4, vocab_size=9, teacher_vocab_size=7)],
+    "ranks without a token id of a head": [Case("alone", False, "stats", ranks=4, vocab_size=9, teacher_vocab_size=7)],
     "ranks with few rows and many": RAGGED_RANKS,
     "the same tokens in other micro-batches": splits("alone", 4),
 }
@@ -124,12 +132,12 @@ FOUR_RANKS: Cases = {
 
 ALL_OF_TWO_RANKS: Cases = {
     "every wrapper with every divergence": [case for wrapper in TORCH for case in matrix(wrapper)],
-    "bf16": halves(*(which for which in HALF if which[0] in TORCH)),
+    "bf16": bf16_trainings(*(which for which in BF16 if which[0] in TORCH)),
 }
 
 ALL_OF_TWO_RANKS_OF_ZERO: Cases = {
     "every stage with every divergence": [case for wrapper in ZERO for case in matrix(wrapper)],
-    "bf16": halves(*(which for which in HALF if which[0] in ZERO)),
+    "bf16": bf16_trainings(*(which for which in BF16 if which[0] in ZERO)),
 }
 
 ALL_OF_FOUR_RANKS: Cases = {
@@ -141,17 +149,17 @@ ALL_OF_FOUR_RANKS: Cases = {
     "four slices of the vocabulary": [
         *(case for tied in (True, False) for case in modes("alone", tied=tied, ranks=4)),
         *(Case(wrapper, False, "stats", ranks=4) for wrapper in ("fsdp1", "root")),
-        *(case for w in ("ddp", "grouped", *ZERO) for case in modes(w, modes=("weight", "stats"), ranks=4)),
+        *(case for wrapper in ("ddp", "grouped", *ZERO) for case in modes(wrapper, which=("weight", "stats"), ranks=4)),
     ],
     "as many ids as a rank has": [
-        case for w in ("alone", "zero3") for case in modes(w, ranks=4, vocab_size=9, teacher_vocab_size=9)
+        case for wrapper in ("alone", "zero3") for case in modes(wrapper, ranks=4, vocab_size=9, teacher_vocab_size=9)
     ],
     "the same tokens in other micro-batches": [
         case
-        for n in (1, 4)
-        for case in modes("zero3", modes=("weight", "stats"), ranks=4, batch="split", accumulation=n)
+        for count in (1, 4)
+        for case in modes("zero3", which=("weight", "stats"), ranks=4, batch="split", accumulation=count)
     ],
-    "bf16": halves(*(which for which in HALF if which[0] == "hsdp")),
+    "bf16": bf16_trainings(*(which for which in BF16 if which[0] == "hsdp")),
 }
 
 QUICK = {

@@ -40,7 +40,7 @@ class Launch:
     needs_deepspeed: bool = False
     timeout_s: float = 300
     collectives_timeout_s: float = 60
-    """Of the process group that the ranks are in."""
+    """Timeout of the process group that the ranks are in."""
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,9 @@ def breaks(folder: Path, name: str, rank: int) -> dict[str, Any]:
     sections["log"] = {"output_dir": str(folder / name), "tensorboard": False, "every": 100}
     seen: list[bool] = []
     with breaking(rank, seen):
-        found = ended(lambda: kd.train(run_config(folder, name, **sections)))
+        ending = ended(lambda: kd.train(run_config(folder, name, **sections)))
     left = [path.name for path in checkpoint.checkpoints(folder / name)]
-    return {**found, "result": None, "seen": seen, "left": left}
+    return {**ending, "result": None, "seen": seen, "left": left}
 
 
 def resumes(folder: Path, rank: int, hidden_on: int) -> dict[str, Any]:
@@ -86,18 +86,18 @@ def resumes(folder: Path, rank: int, hidden_on: int) -> dict[str, Any]:
     dist.barrier()
 
     def checkpoints(output_dir: Path) -> list[Path]:
-        found = original(output_dir)
+        folders = original(output_dir)
         if rank == hidden_on == 1:
-            return found[:-1]
-        return [*found, found[-1].with_name("step_00000002")] if rank != hidden_on and hidden_on == 0 else found
+            return folders[:-1]
+        return [*folders, folders[-1].with_name("step_00000002")] if rank != hidden_on and hidden_on == 0 else folders
 
     with patch.object(checkpoint, "checkpoints", checkpoints):
         config = run_config(folder, name, train={**train, "max_steps": 3, "save_every": 0, "resume": True})
-        found = ended(lambda: [values["step"] for values in kd.train(config).history])
+        ending = ended(lambda: [values["step"] for values in kd.train(config).history])
     dist.barrier()
     if rank == 0:
         shutil.rmtree(folder / name)
-    return found
+    return ending
 
 
 IDS = torch.randint(3, 37, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -105,8 +105,8 @@ IDS = torch.randint(3, 37, (2, 9), generator=torch.Generator().manual_seed(0))
 
 def gradients(rank: int, native: tuple[bool, bool]) -> tuple[bool, torch.Tensor]:
     """One step in bfloat16 on processors of which some multiply it; whether this rank did, and a gradient."""
-    found = {"avx512_bf16": native[rank]}
-    with patch.object(torch.cpu, "get_capabilities", lambda: found):
+    capabilities = {"avx512_bf16": native[rank]}
+    with patch.object(torch.cpu, "get_capabilities", lambda: capabilities):
         student, teacher = (make_model("llama", width, 37, seed=width).bfloat16() for width in (16, 24))
         kd.attach(student, teacher, kd.DistillConfig(exchange="weight", chunk_size=5, row_kernel="eager"))
         student(IDS, labels=IDS).loss.backward()
@@ -127,8 +127,8 @@ def peaks(rank: int) -> dict[str, float]:
 
 def run(folder: Path, spec: None, rank: int) -> None:
     """Everything, one after the other; FOLDER/found.pt has all ranks' findings."""
-    found: dict[str, Any] = {name: breaks(folder, name, rank) for name in LAYOUTS}
-    found |= {f"resume_{hidden}": resumes(folder, rank, hidden) for hidden in (0, 1)}
-    found |= {str(native): gradients(rank, native) for native in ((True, True), (True, False), (False, False))}
-    found["peaks"] = peaks(rank)
-    save_of_all_ranks(folder / "found.pt", found)
+    results: dict[str, Any] = {name: breaks(folder, name, rank) for name in LAYOUTS}
+    results |= {f"resume_{hidden}": resumes(folder, rank, hidden) for hidden in (0, 1)}
+    results |= {str(native): gradients(rank, native) for native in ((True, True), (True, False), (False, False))}
+    results["peaks"] = peaks(rank)
+    save_of_all_ranks(folder / "found.pt", results)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.ranks import exchange_worker
 from tests.ranks.exchange_cases import RAGGED, Case, count_valid, make_batch, make_models, train_densely
-from tests.ranks.exchange_launches import HALF, MODES, QUICK, QUICK_HALF, RAGGED_RANKS, SLOW, half
+from tests.ranks.exchange_launches import BF16, MODES, QUICK, QUICK_BF16, RAGGED_RANKS, SLOW, bf16_cases
 from tests.ranks.launch import Launch
 
 LAUNCHES = {
@@ -66,7 +66,7 @@ def test_every_wrapper_and_exchange_trains_like_one_dense_process(result_of: Cal
 
 @pytest.mark.parametrize(
     ("wrapper", "tied", "ranks"),
-    [which if which in QUICK_HALF else pytest.param(*which, marks=pytest.mark.slow) for which in HALF],
+    [which if which in QUICK_BF16 else pytest.param(*which, marks=pytest.mark.slow) for which in BF16],
 )
 def test_bf16_errs_as_much_as_the_wrapper_with_a_dense_loss(
     result_of: Callable[..., Any], wrapper: str, tied: bool, ranks: int
@@ -75,7 +75,7 @@ def test_bf16_errs_as_much_as_the_wrapper_with_a_dense_loss(
         found, expected = result_of(case)["parameters"], dense(case)
         return sum(float((found[name].double() - value).square().sum()) for name, value in expected.items()) ** 0.5
 
-    errors = {name: sum(map(error, cases)) for name, cases in half(wrapper, tied=tied, ranks=ranks).items()}
+    errors = {name: sum(map(error, cases)) for name, cases in bf16_cases(wrapper, tied=tied, ranks=ranks).items()}
     assert errors["dense"] > 1e-3, "bf16 that changes nothing would test nothing"
     for mode in MODES:
         assert errors[mode] <= 1.2 * errors["dense"], errors

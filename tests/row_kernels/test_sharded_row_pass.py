@@ -18,7 +18,7 @@ from kd_plugin.row_kernels.dispatch import RowSpec, row_pass, subtract_labels
 from kd_plugin.row_kernels.row_pass import LogitTransform
 
 ROWS, VOCAB = 6, 23
-BY_ID = [name for name in DIVERGENCES if not get(name).match_by_rank]
+BY_ID = [name for name in DIVERGENCES if not get(name).sorts]
 CUTS = {"even": (0, 12, 23), "uneven": (0, 1, 9, 22, 23), "with empty parts": (0, 0, 23, 23), "whole": (0, 23)}
 
 

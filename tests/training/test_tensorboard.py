@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import kd_plugin as kd
+from kd_plugin.divergences.measures import MEASURED
 from kd_plugin.training.tensorboard import TAGS, NullWriter, make_writer
 from tests.tiny_runs import make_folder, run_config
 
@@ -17,8 +18,7 @@ pytest.importorskip("tensorboard")
 # Tags of every CPU run; on a GPU memory/peak_rss_gib gives way to what the allocator counts.
 OTHERS = ("memory/peak_allocated_gib", "memory/peak_reserved_gib", "train/router_loss")
 EXPECTED = {tag for tag in TAGS.values() if tag not in OTHERS}
-EVALUATED = {"hard_loss", "soft_loss", "kl_t1", "top1_agreement", "acceptance_rate", "perplexity"}
-EVALUATED |= {"teacher_entropy", "student_entropy"}
+EVALUATED = {"hard_loss", "soft_loss", "perplexity", *MEASURED}
 
 
 def read(folder: Path) -> tuple[dict[str, dict[int, float]], list[str]]:
@@ -48,6 +48,11 @@ def test_every_tag_is_there_and_equals_the_measured_number(folder: Path) -> None
     assert set(scalars["eval/perplexity"]) == {0, 2, 3}
     assert scalars["eval/perplexity"][3] == pytest.approx(result.after["perplexity"], rel=1e-6)
     assert {text.split("/")[0] for text in texts} == {"config", "sample"}
+
+
+def test_the_readme_explains_the_tag_of_every_metric(repo_root: Path) -> None:
+    text = (repo_root / "README.md").read_text(encoding="utf-8")
+    assert [name for name in MEASURED if f"`distill/{name}`" not in text] == []
 
 
 def test_tags_are_plain() -> None:

@@ -87,9 +87,9 @@ def untrained(caplog: pytest.LogCaptureFixture, **changes: object) -> list[str]:
     return found
 
 
-def test_rows_that_nothing_trains_are_said_once_by_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_token_ids_that_nothing_trains_are_said_once_by_name(caplog: pytest.LogCaptureFixture) -> None:
     (message,) = untrained(caplog)
-    for words in ("distill.hard_weight is 0", "71 rows", "teacher's 61", "rows 61 to 70", "set hard_weight > 0"):
+    for words in ("distill.hard_weight is 0", "71 token ids", "the teacher 61", "ids 61 to 70", "set hard_weight > 0"):
         assert words in message
     for changes in ({"hard_weight": 0.1}, {"frozen": True}, {"swapped": True}, {"divergence": "uld"}):
         assert untrained(caplog, **changes) == []
