@@ -91,6 +91,31 @@ def test_no_module_goes_round_the_contracts_through_the_package_itself(repo_root
     assert {name: names for name, names in found.items() if names} == {"commands.py": ["__version__"]}
 
 
+OF_WRAPPERS = {"full_tensor", "to_local", "placements", "device_mesh", "ds_id", "ds_tensor", "ds_shape", "ds_numel"}
+
+
+def names_of_wrappers(tree: ast.Module) -> Iterator[str]:
+    """The modules of FSDP and DTensor that are imported, and the attributes by which a cut weight is known."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in OF_WRAPPERS:
+            yield node.attr
+        elif isinstance(node, ast.Constant) and node.value in OF_WRAPPERS:
+            yield node.value
+        elif isinstance(node, ast.ImportFrom) and re.match(r"torch\.distributed\.(fsdp|tensor)", node.module or ""):
+            yield node.module
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch.distributed":
+            yield from (alias.name for alias in node.names if alias.name in ("fsdp", "tensor"))
+
+
+def test_how_wrappers_cut_weights_is_known_in_two_folders(repo_root: Path) -> None:
+    knows = {
+        path.parent.name
+        for path in (repo_root / "kd_plugin").rglob("*.py")
+        if [*names_of_wrappers(ast.parse(path.read_text(encoding="utf-8")))]
+    }
+    assert knows == {"distributed", "engines"}
+
+
 def test_the_tests_lie_in_the_folders_of_the_package(repo_root: Path) -> None:
     folders = {path.parent.name for path in (repo_root / "kd_plugin").glob("*/__init__.py")}
     tested = {path.parent.name for path in (repo_root / "tests").glob("*/test_*.py")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kd_plugin.distributed.layout import chunk_length
 from kd_plugin.estimate.setup import Line, Setup
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.estimate.states import host_states, student_states, teacher_states
@@ -192,7 +193,7 @@ def _head_gradient(setup: Setup) -> list[Line]:
     student, item, ranks = setup.student, setup.student_item, setup.group_ranks
     if not setup.is_zero:
         if setup.exchange == "stats" and setup.student_head_is_cut:
-            size = -(-student.vocab_size // ranks) * student.width * _FLOAT
+            size = chunk_length(student.vocab_size, ranks) * student.width * _FLOAT
             if setup.copies > 1:
                 return [Line("dW, summed", 3 * size, "the accumulated rows, scaled, and the sum over the copies, fp32")]
             return [Line("dW, scaled", size, "the accumulated rows, scaled in place, fp32")]

@@ -118,8 +118,8 @@ class DistillHead(nn.Linear):
         if self._logits_bias is not None:
             extra = self._logits_bias[0][vocab_slice.start : vocab_slice.stop].to(weight)
             bias = extra if bias is None else bias + extra
-        # FSDP averages every other gradient over the ranks; this one already is the sum over all their rows
-        return self._vocab_parallel(hidden_states, weight, bias, call, vocab_slice, call.low_rank, 1 / cut.ranks)
+        # FSDP reduces every other gradient; this one already is the sum over all ranks' rows
+        return self._vocab_parallel(hidden_states, weight, bias, call, vocab_slice, call.low_rank, cut.averaged)
 
     def _loss_sum(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
         """The loss sum where the weight is whole; fills in `call.sums`."""
