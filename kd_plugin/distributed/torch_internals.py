@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d, fsdp
 
-TESTED_TORCH = "2.13"
-"""The releases of torch that the tests run with."""
+TESTED_TORCH = ("2.11", "2.14")
+"""The first and the last release of torch that the tests run with."""
 
 
 class UnsupportedTorch(ValueError):
@@ -37,9 +37,10 @@ def _required(owner: object, name: str, path: str) -> Any:
     """
     found = getattr(owner, name, None)
     if found is None:
+        first, last = TESTED_TORCH
         raise UnsupportedTorch(
             f"torch {torch.__version__} is installed and has no {path}, which kd_plugin needs; it is tested with torch "
-            f"{TESTED_TORCH}: pip install 'torch=={TESTED_TORCH}.*'"
+            f"{first} to {last}: pip install 'torch=={last}.*'"
         )
     return found
 

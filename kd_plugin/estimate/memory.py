@@ -14,7 +14,7 @@ from kd_plugin.distributed.layout import chunk_length
 from kd_plugin.estimate.setup import Line, Setup
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.estimate.states import host_states, student_states, teacher_states
-from kd_plugin.row_kernels.dispatch import block_rows
+from kd_plugin.row_kernels.blocks import block_rows
 
 _FLOAT = 4
 

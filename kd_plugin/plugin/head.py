@@ -20,7 +20,7 @@ from kd_plugin.loss.low_rank import LowRank
 from kd_plugin.loss.output import DistillOutput, normalised, packed
 from kd_plugin.loss.teacher import HeadTeacher, TeacherSource
 from kd_plugin.plugin.plain_head import check_plain
-from kd_plugin.row_kernels.dispatch import LogitTransform
+from kd_plugin.row_kernels.row_pass import LogitTransform
 from kd_plugin.settings.run import DistillConfig
 
 

@@ -109,7 +109,7 @@ def test_a_name_that_is_missing_is_said_with_both_releases(name: str, monkeypatc
         use()
     message = str(caught.value)
     assert re.search(rf"torch {re.escape(torch.__version__)} .* has no {re.escape(name)},", message)
-    assert f"tested with torch {TESTED_TORCH}" in message
+    assert f"tested with torch {TESTED_TORCH[0]} to {TESTED_TORCH[1]}:" in message
 
 
 # -- names that can be done without -------------------------------------------------------------------------------
@@ -260,6 +260,8 @@ def test_a_torch_without_it_has_a_cache_for_each_code_and_the_limit_around_the_c
             kernels[0](torch.ones(14))
 
 
-def test_the_tested_release_is_the_one_that_is_installed_for_tests() -> None:
-    constraints = (ROOT / "constraints.txt").read_text()
-    assert re.search(rf"^torch=={re.escape(TESTED_TORCH)}\.", constraints, re.MULTILINE)
+def test_the_tested_releases_begin_with_the_oldest_allowed_and_have_the_one_installed_for_tests() -> None:
+    first, last = TESTED_TORCH
+    assert f'"torch>={first}",' in (ROOT / "pyproject.toml").read_text()
+    installed = re.search(r"^torch==2\.(\d+)\.", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert installed and int(first.removeprefix("2.")) <= int(installed[1]) <= int(last.removeprefix("2."))
