@@ -120,6 +120,7 @@ def test_the_tests_lie_in_the_folders_of_the_package(repo_root: Path) -> None:
     folders = {path.parent.name for path in (repo_root / "kd_plugin").glob("*/__init__.py")}
     tested = {path.parent.name for path in (repo_root / "tests").glob("*/test_*.py")}
     assert tested - folders == {"gpu", "ranks", "sweep"}
+    assert folders - tested == set(), "every folder of the package has tests of its own"
 
 
 @pytest.fixture
