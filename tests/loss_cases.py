@@ -10,7 +10,7 @@ from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.low_rank import LowRank
 from kd_plugin.loss.output import LossSums
 from kd_plugin.loss.teacher import HeadTeacher
-from kd_plugin.row_kernels.dispatch import IDENTITY, LogitTransform
+from kd_plugin.row_kernels.row_pass import IDENTITY, LogitTransform
 from tests.oracle import Problem, gradients, relative_error
 
 

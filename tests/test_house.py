@@ -76,10 +76,51 @@ def test_no_helper_is_imported_from_a_test_file(repo_root: Path) -> None:
     assert found == []
 
 
+def names_of_the_package_itself(tree: ast.Module) -> Iterator[str]:
+    """What is taken from `kd_plugin` and not from a folder in it: its public names come from everywhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == "kd_plugin")
+        elif isinstance(node, ast.ImportFrom) and node.module == "kd_plugin":
+            yield from (alias.name for alias in node.names)
+
+
+def test_no_module_goes_round_the_contracts_through_the_package_itself(repo_root: Path) -> None:
+    files = (repo_root / "kd_plugin").rglob("*.py")
+    found = {path.name: [*names_of_the_package_itself(ast.parse(path.read_text(encoding="utf-8")))] for path in files}
+    assert {name: names for name, names in found.items() if names} == {"commands.py": ["__version__"]}
+
+
+OF_WRAPPERS = {"full_tensor", "to_local", "placements", "device_mesh", "ds_id", "ds_tensor", "ds_shape", "ds_numel"}
+
+
+def names_of_wrappers(tree: ast.Module) -> Iterator[str]:
+    """The modules of FSDP and DTensor that are imported, and the attributes by which a cut weight is known."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in OF_WRAPPERS:
+            yield node.attr
+        elif isinstance(node, ast.Constant) and node.value in OF_WRAPPERS:
+            yield node.value
+        elif isinstance(node, ast.ImportFrom) and re.match(r"torch\.distributed\.(fsdp|tensor)", node.module or ""):
+            yield node.module
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch.distributed":
+            yield from (alias.name for alias in node.names if alias.name in ("fsdp", "tensor"))
+
+
+def test_how_wrappers_cut_weights_is_known_in_two_folders(repo_root: Path) -> None:
+    knows = {
+        path.parent.name
+        for path in (repo_root / "kd_plugin").rglob("*.py")
+        if [*names_of_wrappers(ast.parse(path.read_text(encoding="utf-8")))]
+    }
+    assert knows == {"distributed", "engines"}
+
+
 def test_the_tests_lie_in_the_folders_of_the_package(repo_root: Path) -> None:
     folders = {path.parent.name for path in (repo_root / "kd_plugin").glob("*/__init__.py")}
     tested = {path.parent.name for path in (repo_root / "tests").glob("*/test_*.py")}
     assert tested - folders == {"gpu", "ranks", "sweep"}
+    assert folders - tested == set(), "every folder of the package has tests of its own"
 
 
 @pytest.fixture
@@ -106,6 +147,21 @@ def test_a_planted_upward_import_breaks_the_contract(copy: Path) -> None:
     assert done.returncode != 0
     assert "Imports point down BROKEN" in done.stdout, done.stdout
     assert re.search(r"Contracts: \d+ kept, 1 broken", done.stdout), done.stdout
+
+
+def test_an_upward_import_for_types_alone_breaks_it_too(copy: Path) -> None:
+    """The contracts exclude such imports, as Transformers' types are named in many places."""
+    contracts = copy / "pyproject.toml"
+    text = contracts.read_text(encoding="utf-8")
+    everything = text.replace("exclude_type_checking_imports = true", "exclude_type_checking_imports = false")
+    assert everything != text
+    contracts.write_text(everything, encoding="utf-8")
+    as_it_is = linted(copy)
+    assert "Imports point down KEPT" in as_it_is.stdout, as_it_is.stdout
+    with (copy / "kd_plugin" / "loss" / "output.py").open("a", encoding="utf-8") as file:
+        file.write("\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import kd_plugin.plugin\n")
+    done = linted(copy)
+    assert "Imports point down BROKEN" in done.stdout, done.stdout
 
 
 def test_without_it_every_contract_is_kept(copy: Path) -> None:

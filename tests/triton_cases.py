@@ -19,7 +19,8 @@ import kd_plugin as kd
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.divergences.registry import DIVERGENCES
 from kd_plugin.row_kernels import dispatch, triton_math
-from kd_plugin.row_kernels.dispatch import IDENTITY, STATISTICS, LogitTransform, RowSpec, row_pass
+from kd_plugin.row_kernels.row_pass import IDENTITY, LogitTransform, RowSpec, row_pass
+from kd_plugin.row_kernels.statistics import STATISTICS
 from kd_plugin.settings.run import DistillConfig
 from tests.oracle import gradients, make_problem, relative_error
 

@@ -1,6 +1,6 @@
 """How a wrapper has cut a weight over the ranks: which part of it is here.
 
-How FSDP2, FSDP1 and ZeRO-3 hold weights is known here alone.
+How FSDP2, FSDP1 and ZeRO-3 hold weights is known here, and in `engines/`, which has them do so; nowhere else.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Protocol, cast
+from typing import Protocol, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from kd_plugin.distributed.collectives import all_reduce
-from kd_plugin.distributed.torch_internals import fsdp2_compute_dtype
+from kd_plugin.distributed.torch_internals import cut_of_gradient, fsdp2_compute_dtype
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,16 @@ class VocabCut:
     """The ranks that hold the same slice in other groups; None without HSDP."""
     ranks: int
     """How many ranks all groups have together: FSDP averages gradients over them."""
+
+    @property
+    def averaged(self) -> float:
+        """The factor that makes a sum over all ranks what FSDP makes of every other gradient: their average."""
+        return 1 / self.ranks
+
+
+def chunk_length(size: int, ranks: int) -> int:
+    """What the first ranks hold of `size` as FSDP2 cuts it (`torch.chunk`); the last ranks may hold less, or none."""
+    return -(-size // ranks)
 
 
 def vocab_cut(weight: Tensor) -> VocabCut | None:
@@ -61,7 +71,7 @@ def held_slice(
         or dist.get_process_group_ranks(cut.group) != dist.get_process_group_ranks(group)
     ):
         return None
-    weight, each = whole.to_local(), -(-head.out_features // dist.get_world_size(group))
+    weight, each = whole.to_local(), chunk_length(head.out_features, dist.get_world_size(group))
     wanted = list(pairwise(bounds))
     if any(start < stop and not r * each <= start <= stop <= (r + 1) * each for r, (start, stop) in enumerate(wanted)):
         return None
@@ -109,6 +119,49 @@ def is_gathered(model: object) -> bool:
         is_zero3(parameter) or (isinstance(parameter, DTensor) and sharded_over(parameter, 0) != 1)
         for parameter in model.parameters()
     )
+
+
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+    """Whether `tensor` is cut, or replicated, by FSDP2 or tensor-parallelism."""
+    return isinstance(tensor, DTensor)
+
+
+def is_fsdp_unit(module: nn.Module) -> bool:
+    """Whether `module` gathers its parameters in its own forward, as FSDP2 or FSDP1 have it."""
+    return isinstance(module, (FSDPModule, FullyShardedDataParallel))
+
+
+def has_fsdp2_unit(model: nn.Module) -> bool:
+    """Whether FSDP2 makes parts of `model` whole for their forwards."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The plain tensor of a DTensor on this rank; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placements_of(tensor: DTensor) -> str:
+    """How a DTensor is cut, as its own texts say it, such as `Shard(dim=0)`."""
+    return ", ".join(map(str, tensor.placements))
+
+
+def loses_reduction(tensor: Tensor) -> bool:
+    """Whether autograd will cut up, without a reduction, what each rank computes for this copy of a DTensor."""
+    taken = cut_of_gradient(tensor)
+    if taken is None:
+        return False
+    spec, asked_for = taken
+    if asked_for is not None or spec.mesh.size() == 1:
+        return False
+    return all(placement.is_replicate() for placement in spec.placements)
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """An FSDP2 parameter, whole; its gradient is averaged over the ranks, as FSDP2 would. Any other as it is."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def slice_here(parameter: Tensor, replicas: dist.ProcessGroup | None) -> Tensor:

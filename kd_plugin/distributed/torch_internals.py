@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d, fsdp
 
-TESTED_TORCH = "2.13"
-"""The releases of torch that the tests run with."""
+TESTED_TORCH = ("2.11", "2.14")
+"""The first and the last release of torch that the tests run with."""
 
 
 class UnsupportedTorch(ValueError):
@@ -37,9 +37,10 @@ def _required(owner: object, name: str, path: str) -> Any:
     """
     attribute = getattr(owner, name, None)
     if attribute is None:
+        first, last = TESTED_TORCH
         raise UnsupportedTorch(
             f"torch {torch.__version__} is installed and has no {path}, which kd_plugin needs; it is tested with torch "
-            f"{TESTED_TORCH}: pip install 'torch=={TESTED_TORCH}.*'"
+            f"{first} to {last}: pip install 'torch=={last}.*'"
         )
     return attribute
 
@@ -93,6 +94,52 @@ def storage_id(tensor: Tensor) -> int:
         UnsupportedTorch: torch does not number storages.
     """
     return _required(tensor.untyped_storage(), "_cdata", "torch.UntypedStorage._cdata")
+
+
+def times_written(tensor: Tensor) -> int:
+    """How often `tensor` has been written to in place; 0 for one of inference mode, which does not count that.
+
+    Raises:
+        UnsupportedTorch: torch does not count it.
+    """
+    return 0 if tensor.is_inference() else _required(tensor, "_version", "torch.Tensor._version")
+
+
+def cut_of_gradient(tensor: Tensor) -> tuple[Any, Any] | None:
+    """How a copy that was taken out of a DTensor has its gradient put back; None for any other tensor.
+
+    Returns:
+        The DTensor's spec (with `mesh` and `placements`), and the placements that were asked for, or None.
+
+    Raises:
+        UnsupportedTorch: autograd does not keep the spec.
+    """
+    node = tensor.grad_fn
+    if node is None or node.name() != "_ToTorchTensorBackward":
+        return None
+    spec = _required(node, "dtensor_spec", "dtensor_spec on the gradient of DTensor.full_tensor()")
+    return spec, getattr(node, "grad_placements", None)
+
+
+# -- calls of modules -----------------------------------------------------------------------------------------------
+
+
+def whole_call(module: nn.Module) -> Callable[..., Any] | None:
+    """The call of `module` as its class has it, hooks and forward; None where torch has no such name for it."""
+    call = getattr(type(module), "_call_impl", None)
+    return None if call is None else MethodType(call, module)
+
+
+def replace_whole_call(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Let `call` run for `module(...)`; nothing changes where torch looks for no such attribute of the instance."""
+    if whole_call(module) is not None:
+        module.__dict__["_call_impl"] = call
+
+
+def restore_whole_call(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Take `call` out again, if it is still what `replace_whole_call` put there."""
+    if module.__dict__.get("_call_impl") is call:
+        del module.__dict__["_call_impl"]
 
 
 # -- process groups and collectives ---------------------------------------------------------------------------------

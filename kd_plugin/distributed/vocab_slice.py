@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from kd_plugin.distributed.layout import chunk_length
+
 
 class Sizes(NamedTuple):
     """How many token ids the whole vocabularies have, all ranks' slices together."""
@@ -61,7 +63,7 @@ def cut(student_size: int, teacher_size: int | None, group: dist.ProcessGroup | 
     group = dist.group.WORLD if group is None else group
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     sizes = Sizes(student_size, student_size if teacher_size is None else min(student_size, teacher_size))
-    length = -(-student_size // ranks)
+    length = chunk_length(student_size, ranks)
     bounds = [min(index * length, student_size) for index in range(ranks + 1)]
     of_teacher = [min(bound, sizes.shared) for bound in bounds]
     return VocabSlice(bounds[rank], bounds[rank + 1], sizes, of_teacher, group, rank, ranks)

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from kd_plugin.divergences.definition import Divergence
 from kd_plugin.divergences.measures import MEASURES
-from kd_plugin.divergences.registry import Divergence, get
+from kd_plugin.divergences.registry import get
 from kd_plugin.settings.run import DistillConfig, TermConfig
 
 

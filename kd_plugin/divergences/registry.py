@@ -6,10 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kd_plugin.divergences import logits, probabilities, registered
-from kd_plugin.divergences.definition import LOG_FLOOR, Divergence, Row, Sums
+from kd_plugin.divergences.definition import Divergence
 from kd_plugin.settings.distill import BUILT_IN
-
-__all__ = ["DIVERGENCES", "LOG_FLOOR", "Divergence", "Row", "Sums", "formula_table", "get", "register_divergence"]
 
 
 def _built_in(name: str) -> Callable[[float, float], Divergence]:

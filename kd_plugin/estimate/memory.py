@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kd_plugin.distributed.layout import chunk_length
 from kd_plugin.estimate.setup import Line, Setup, runs_ahead, teacher_forwards
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.estimate.states import host_states, student_states, teacher_states
-from kd_plugin.row_kernels.dispatch import block_rows
+from kd_plugin.row_kernels.blocks import block_rows
 
 _FLOAT = 4
 
@@ -211,7 +212,7 @@ def _head_gradient(setup: Setup) -> list[Line]:
     student, item, ranks = setup.student, setup.student_item, setup.group_ranks
     if not setup.is_zero:
         if setup.exchange == "stats" and setup.student_head_is_cut:
-            size = -(-student.vocab_size // ranks) * student.width * _FLOAT
+            size = chunk_length(student.vocab_size, ranks) * student.width * _FLOAT
             if setup.copies > 1:
                 return [Line("dW, summed", 3 * size, "the accumulated rows, scaled, and the sum over the copies, fp32")]
             return [Line("dW, scaled", size, "the accumulated rows, scaled in place, fp32")]

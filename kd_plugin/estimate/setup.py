@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from kd_plugin.distributed.layout import chunk_length
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.engines.protocol import DTYPES
 from kd_plugin.engines.zero_block import zero_stage
@@ -89,7 +90,7 @@ class Setup:
     @property
     def slice_size(self) -> int:
         """Token ids of the student's head in the largest vocabulary slice of a rank."""
-        return -(-self.student.vocab_size // self.exchange_ranks)
+        return chunk_length(self.student.vocab_size, self.exchange_ranks)
 
     @property
     def teacher_slice_size(self) -> int:
@@ -134,7 +135,7 @@ class Setup:
         teacher, ranks = self.teacher, self.group_ranks
         if teacher is None or self.mode != "fsdp" or not self.teacher_sharded or self.teacher_streamed or teacher.tied:
             return False
-        return -(-teacher.vocab_size // ranks) == -(-self.student.vocab_size // ranks)
+        return chunk_length(teacher.vocab_size, ranks) == chunk_length(self.student.vocab_size, ranks)
 
     @property
     def sorts(self) -> bool:

@@ -6,6 +6,7 @@ than 1 / W. FSDP1 and ZeRO cut flat ranges, and ZeRO leaves parameters below its
 
 from __future__ import annotations
 
+from kd_plugin.distributed.layout import chunk_length
 from kd_plugin.estimate.setup import Line, Setup
 from kd_plugin.estimate.sizes import ModelSizes, Weight
 
@@ -18,7 +19,7 @@ def shard_numel(setup: Setup, weight: Weight) -> int:
     """Elements of `weight` on the fullest rank."""
     ranks = setup.group_ranks
     if setup.mode == "fsdp":
-        return -(-weight.rows // ranks) * weight.columns
+        return chunk_length(weight.rows, ranks) * weight.columns
     if setup.mode == "fsdp1":
         return -(-weight.numel // ranks)
     if setup.mode == "zero3":

@@ -14,7 +14,7 @@ from kd_plugin.estimate.setup import Line, Setup, runs_ahead, teacher_forwards
 from kd_plugin.estimate.sizes import ModelSizes, Unit
 from kd_plugin.exchange import cost
 from kd_plugin.exchange.cost import Head, stats_bytes, teacher_logits_bytes
-from kd_plugin.row_kernels import sharded_dispatch
+from kd_plugin.row_kernels.sharded_numbers import exchanged_numbers
 from kd_plugin.settings.distill import ExchangeMode
 
 _FLOAT = 4
@@ -119,7 +119,7 @@ def _logits(setup: Setup) -> Volume:
 
 def _stats(setup: Setup) -> Volume:
     teacher, ranks = setup.teacher, setup.exchange_ranks
-    m, k = numbers = sharded_dispatch.exchanged_numbers(make_objective(setup.distill), setup.unequal)
+    m, k = numbers = exchanged_numbers(make_objective(setup.distill), setup.unequal)
     other = None if teacher is None else _teacher_head(setup, teacher)
     size = stats_bytes(_student_head(setup), other, setup.rows, ranks=ranks, numbers=numbers)
     how = f"(W - 1) n ({setup.student_item} D + {setup.teacher_item} E + 4 D + 4 x {m} W + 8 x {k} + 16)"

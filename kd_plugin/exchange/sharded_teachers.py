@@ -20,7 +20,7 @@ from torch import Tensor
 from kd_plugin.distributed.collectives import Pending, all_gather, all_gather_object, all_to_all
 from kd_plugin.loss.chunk_plan import ChunkPlan
 from kd_plugin.loss.teacher import HeadTeacher
-from kd_plugin.row_kernels.dispatch import LogitTransform
+from kd_plugin.row_kernels.row_pass import LogitTransform
 
 
 class ShardedHeadTeacher:

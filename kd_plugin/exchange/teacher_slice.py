@@ -12,6 +12,7 @@ from torch.nn import Linear
 
 from kd_plugin.distributed.collectives import num_ranks
 from kd_plugin.distributed.layout import held_slice, sharded_over
+from kd_plugin.distributed.torch_internals import times_written
 from kd_plugin.distributed.vocab_slice import VocabSlice
 from kd_plugin.exchange.sharded_teachers import ShardedHeadTeacher
 from kd_plugin.loss.head_call import HeadCall
@@ -50,7 +51,7 @@ class TeacherHead:
         weight = self.linear.weight
         if sharded_over(weight, self.linear.out_features * self.linear.in_features) != 1:
             return None
-        return 0 if weight.is_inference() else weight._version
+        return times_written(weight)
 
 
 class Consumer(Protocol):

@@ -33,8 +33,10 @@ from kd_plugin.loss.low_rank import LowRankProduct, low_rank_product
 from kd_plugin.loss.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
 from kd_plugin.loss.output import scaled
 from kd_plugin.loss.teacher import HeadTeacher
-from kd_plugin.row_kernels import dispatch, sharded_dispatch
-from kd_plugin.row_kernels.dispatch import RowSpec
+from kd_plugin.row_kernels import sharded_dispatch
+from kd_plugin.row_kernels.row_pass import IDENTITY, RowSpec, subtract_labels
+from kd_plugin.row_kernels.sharded_row_pass import merge_moments
+from kd_plugin.row_kernels.statistics import LOSSES, STATISTICS
 
 
 class _SlicedLoop:
@@ -56,7 +58,7 @@ class _SlicedLoop:
         self.bias, self.teacher, self.low_rank = bias, teacher, low_rank
         self.weight = weight.to(hidden.dtype)
         self.dtype = wide_dtype(hidden.dtype)
-        transform = dispatch.IDENTITY if teacher is None else teacher.transform
+        transform = IDENTITY if teacher is None else teacher.transform
         self.spec = RowSpec(problem.objective, problem.student_transform, transform, with_gradient=grads)
         self.plan = agreed_plan(problem.rows, problem.num_rows, problem.chunk_size, vocab_slice.group, hidden.device)
         problem.group_rows = self.plan.group_rows
@@ -65,7 +67,7 @@ class _SlicedLoop:
         self.operand = Operand("student", self.weight, self.dtype, rounded=rounded, hidden_dtype=hidden.dtype)
         if teacher is not None:
             teacher.prepare(None, vocab_slice.teacher_columns, self.dtype, rounded=rounded)
-        count = len(dispatch.STATISTICS)
+        count = len(STATISTICS)
         self.own = hidden.new_zeros(count, dtype=self.dtype)
         """Sums over this rank's rows of the statistics that every rank has of them whole."""
         self.parts = hidden.new_zeros(vocab_slice.world_size, count, dtype=self.dtype)
@@ -132,7 +134,7 @@ class _SlicedLoop:
         labels = self.labels(given["targets"], student) if "targets" in given else None
         if labels is not None:
             moments = torch.cat([moments, labels[2]], -1)
-        merged = sharded_dispatch.merge(
+        merged = merge_moments(
             spec, vocab_slice.sizes, all_gather(moments[None], vocab_slice.group, "the softmaxes' statistics")
         )
         sums = sharded_dispatch.sums(*args, merged)
@@ -141,12 +143,12 @@ class _SlicedLoop:
         statistics = sharded_dispatch.finish(*args, weights, merged, sums)
         if labels is not None and spec.with_gradient and vocab_slice.size:
             columns, here, label_logits = labels
-            dispatch.subtract_labels(spec, student, columns, label_logits, weights * here)
+            subtract_labels(spec, student, columns, label_logits, weights * here)
         self._add(statistics, weights, valid)
         return given, student
 
     def _add(self, statistics: Tensor, weights: Tensor, valid: Tensor) -> None:
-        losses, count, chunk = len(dispatch.LOSSES), self.own.numel(), self.plan.chunk
+        losses, count, chunk = len(LOSSES), self.own.numel(), self.plan.chunk
         factors = torch.cat([weights.expand(-1, losses), valid.expand(-1, count - losses)], -1)
         whole, parts = statistics.split(count, dim=-1)
         mine = slice(self.vocab_slice.rank * chunk, (self.vocab_slice.rank + 1) * chunk)

@@ -7,10 +7,16 @@ import logging
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
-from kd_plugin.distributed.layout import is_in_engine, is_zero3
+from kd_plugin.distributed.layout import (
+    has_fsdp2_unit,
+    is_dtensor,
+    is_in_engine,
+    is_zero3,
+    local_part,
+    loses_reduction,
+    placements_of,
+)
 from kd_plugin.distributed.torch_internals import is_awaited_collective, is_wrapper_subclass
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.settings.run import DistillConfig
@@ -30,13 +36,13 @@ _TENSOR_PARALLEL = (
 
 def whole_weight(name: str, weight: Tensor) -> None:
     """Refuse a head weight that is sharded, partitioned, elsewhere or quantised."""
-    if isinstance(weight, DTensor) or is_awaited_collective(weight):
-        kind = "a DTensor (of FSDP2 or tensor-parallel)" if isinstance(weight, DTensor) else "an AsyncCollectiveTensor"
+    if is_dtensor(weight) or is_awaited_collective(weight):
+        kind = "a DTensor (of FSDP2 or tensor-parallel)" if is_dtensor(weight) else "an AsyncCollectiveTensor"
         raise ValueError(
             f"{name} is {kind}: its full_tensor() would lose the gradient reduction. "
             "Call the loss inside the head's own forward: kd_plugin.attach(student, teacher, config) before fully_shard"
         )
-    if _replicated_by_hand(weight):
+    if loses_reduction(weight):
         raise ValueError(
             f"{name} comes from full_tensor(), whose gradient stays on this rank: write "
             "full_tensor(grad_placements=[Partial('avg')]) to have it averaged over the ranks as FSDP2 does, or "
@@ -62,19 +68,9 @@ def whole_weight(name: str, weight: Tensor) -> None:
     half_precision(name, weight.dtype, weight.device)
 
 
-def _replicated_by_hand(weight: Tensor) -> bool:
-    """Whether autograd will cut up, without a reduction, what each rank computes for this copy of a DTensor."""
-    made_by = weight.grad_fn
-    spec = getattr(made_by, "dtensor_spec", None)
-    if spec is None or getattr(made_by, "grad_placements", None) is not None or spec.mesh.size() == 1:
-        return False
-    return all(placement.is_replicate() for placement in spec.placements)
-
-
 def _quantised(weight: Tensor) -> str | None:
     """What quantised kind of weight this is; None for one that can be multiplied as it is."""
-    if isinstance(weight, DTensor):
-        weight = weight.to_local()
+    weight = local_part(weight)
     if is_wrapper_subclass(weight) or type(weight).__module__.startswith("bitsandbytes"):
         return f"{type(weight).__module__}.{type(weight).__qualname__}"
     return None if weight.dtype in _FLOATS else str(weight.dtype)
@@ -104,7 +100,7 @@ def floats(name: str, tensor: Tensor, what: str) -> None:
 
 def _pair(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     whole_weight(f"{side}_weight", weight)
-    if isinstance(hidden, DTensor):
+    if is_dtensor(hidden):
         raise ValueError(f"{side}_hidden is a DTensor; pass this rank's rows: {side}_hidden.to_local()")
     floats(f"{side}_hidden", hidden, "the hidden states that enter the head, not token ids")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
@@ -217,7 +213,7 @@ def logits_inputs(
                 "differ in rows: both must score the same items"
             )
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if isinstance(logits, DTensor):
+        if is_dtensor(logits):
             raise ValueError(f"{name} is a DTensor; pass whole rows of logits: {name}.full_tensor() or the local rows")
         if logits is not None and (config.soft_weight or name == "student_logits"):
             floats(name, logits, "what the model's head returns, not token ids or labels")
@@ -238,7 +234,7 @@ def linear_head(name: str, head: object, *, may_be_sharded: bool = False) -> tor
     if may_be_sharded:
         return head
     # zero.Init partitions the weights of a model that is loaded; DeepSpeed's engine then numbers the modules too.
-    if isinstance(weight, DTensor) or (is_zero3(weight) and weight.numel() == 0 and is_in_engine(head)):
+    if is_dtensor(weight) or (is_zero3(weight) and weight.numel() == 0 and is_in_engine(head)):
         raise ValueError(
             f"{name} is sharded already: call attach() before fully_shard or deepspeed.initialize; {_TENSOR_PARALLEL}"
         )
@@ -248,14 +244,14 @@ def linear_head(name: str, head: object, *, may_be_sharded: bool = False) -> tor
 def _packed(head: torch.nn.Linear) -> bool:
     """Whether a weight that no wrapper has cut has other elements than its layer says; its dtype may be a float's."""
     weight = head.weight
-    cut = isinstance(weight, DTensor) or is_zero3(weight) or weight.dim() != 2 or weight.numel() == 0
+    cut = is_dtensor(weight) or is_zero3(weight) or weight.dim() != 2 or weight.numel() == 0
     return not cut and weight.numel() != head.in_features * head.out_features
 
 
 def not_tensor_parallel(name: str, head: torch.nn.Linear, model: torch.nn.Module) -> None:
     """Refuse a head cut by something else than FSDP2, which alone makes it whole for a forward."""
-    if isinstance(head.weight, DTensor) and not any(isinstance(module, FSDPModule) for module in model.modules()):
-        cuts = ", ".join(map(str, head.weight.placements))
+    if is_dtensor(head.weight) and not has_fsdp2_unit(model):
+        cuts = placements_of(head.weight)
         raise ValueError(f"{name} is a DTensor ({cuts}) though the model is not under FSDP2: {_TENSOR_PARALLEL}")
 
 

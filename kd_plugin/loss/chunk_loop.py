@@ -28,7 +28,8 @@ from kd_plugin.loss.low_rank import LowRankProduct
 from kd_plugin.loss.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
 from kd_plugin.loss.teacher import TeacherSource
 from kd_plugin.row_kernels import dispatch
-from kd_plugin.row_kernels.dispatch import IDENTITY, LOSSES, LogitTransform, RowSpec
+from kd_plugin.row_kernels.row_pass import IDENTITY, LogitTransform, RowSpec, subtract_labels
+from kd_plugin.row_kernels.statistics import LOSSES, STATISTICS
 
 
 @dataclass
@@ -157,7 +158,7 @@ class _ChunkLoop:
             weights = problem.token_weights[rows, None].to(self.dtype)
         statistics = dispatch.run(problem.row_kernel, spec, n, self.student, self.teacher, target_logits, weights)
         if spec.with_gradient and targets is not None and target_logits is not None:
-            dispatch.subtract_labels(spec, logits, targets, target_logits, weights)
+            subtract_labels(spec, logits, targets, target_logits, weights)
         if weights is not None:
             statistics[:, : len(LOSSES)] *= weights
         return statistics
@@ -223,7 +224,7 @@ def _run_chunks(loop: _ChunkLoop, gradients: _Gradients, *, keep_rows: bool) -> 
         IDENTITY if teacher is None else teacher.transform,
         with_gradient=gradients.wanted,
     )
-    sums = hidden.new_zeros(len(dispatch.STATISTICS), dtype=loop.dtype)
+    sums = hidden.new_zeros(len(STATISTICS), dtype=loop.dtype)
     per_row = sums.new_empty(problem.num_rows, sums.numel()) if keep_rows else None
     for index in range(loop.plan.num_chunks):
         rows, count = loop.plan.of(index)

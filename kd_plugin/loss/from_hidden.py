@@ -23,7 +23,7 @@ from kd_plugin.loss.low_rank import LowRank, low_rank_product
 from kd_plugin.loss.output import DistillOutput, LossSums, normalised, packed, scaled
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.row_kernels import dispatch
-from kd_plugin.row_kernels.dispatch import LogitTransform
+from kd_plugin.row_kernels.row_pass import LogitTransform
 from kd_plugin.settings.run import DistillConfig
 
 

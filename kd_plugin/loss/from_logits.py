@@ -12,7 +12,8 @@ from kd_plugin.loss.chunk_loop import wide_dtype
 from kd_plugin.loss.chunk_size import chunk_rows, teacher_columns
 from kd_plugin.loss.output import DistillOutput, LossSums, normalised, scaled
 from kd_plugin.row_kernels import dispatch
-from kd_plugin.row_kernels.dispatch import RowSpec
+from kd_plugin.row_kernels.row_pass import RowSpec, subtract_labels
+from kd_plugin.row_kernels.statistics import STATISTICS
 from kd_plugin.settings.run import DistillConfig
 
 
@@ -35,7 +36,7 @@ class _LogitsLoss(torch.autograd.Function):
         kernel = dispatch.choose(config.row_kernel, student.device.type)
         wide = wide_dtype(student.dtype)
         gradient = torch.zeros_like(student) if spec.with_gradient else None
-        sums = student.new_zeros(len(dispatch.STATISTICS), dtype=wide)
+        sums = student.new_zeros(len(STATISTICS), dtype=wide)
         chunk = chunk_rows(config, vocab_size, teacher_size)
         for piece in rows.split(chunk) if rows.numel() else ():
             logits, others = _taken(student, piece, vocab_size, wide), None
@@ -50,7 +51,7 @@ class _LogitsLoss(torch.autograd.Function):
             if gradient is None:
                 continue
             if labels is not None and target_logits is not None:
-                dispatch.subtract_labels(spec, logits, labels, target_logits, None)
+                subtract_labels(spec, logits, labels, target_logits, None)
             gradient[piece] = logits.to(gradient.dtype)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(sums)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kd_plugin.distributed import torch_internals
 from kd_plugin.loss import checks, chunk_loop
-from kd_plugin.row_kernels import dispatch
+from kd_plugin.row_kernels.statistics import STATISTICS
 
 
 class DistillOutput(NamedTuple):
@@ -56,7 +56,7 @@ def normalised(sums: LossSums, num_items: int | float | Tensor | None) -> Distil
     items = divisor(num_items, num_valid)
     per_row = sums.statistics / num_valid.clamp_min(1)
     means = sums.statistics / items
-    by_name: dict[str, Tensor] = dict(zip(dispatch.STATISTICS, per_row.unbind(), strict=True))
+    by_name: dict[str, Tensor] = dict(zip(STATISTICS, per_row.unbind(), strict=True))
     metrics = {name: by_name[name] for name in sums.measured}
     return DistillOutput(sums.loss_sum / items, means[0], means[1], num_valid, metrics)
 

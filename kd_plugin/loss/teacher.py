@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kd_plugin.loss.chunk_plan import ChunkPlan
 from kd_plugin.loss.matmul import Operand, add_bias, mm_into
-from kd_plugin.row_kernels.dispatch import LogitTransform
+from kd_plugin.row_kernels.row_pass import LogitTransform
 
 
 class TeacherSource(Protocol):

@@ -20,7 +20,7 @@ from kd_plugin.loss.low_rank import LowRank
 from kd_plugin.loss.output import DistillOutput, normalised, packed
 from kd_plugin.loss.teacher import HeadTeacher, TeacherSource
 from kd_plugin.plugin.plain_head import check_plain
-from kd_plugin.row_kernels.dispatch import LogitTransform
+from kd_plugin.row_kernels.row_pass import LogitTransform
 from kd_plugin.settings.run import DistillConfig
 
 
@@ -118,8 +118,8 @@ class DistillHead(nn.Linear):
         if self._logits_bias is not None:
             extra = self._logits_bias[0][vocab_slice.start : vocab_slice.stop].to(weight)
             bias = extra if bias is None else bias + extra
-        # FSDP averages every other gradient over the ranks; this one already is the sum over all their rows
-        return self._vocab_parallel(hidden_states, weight, bias, call, vocab_slice, call.low_rank, 1 / cut.ranks)
+        # FSDP reduces every other gradient; this one already is the sum over all ranks' rows
+        return self._vocab_parallel(hidden_states, weight, bias, call, vocab_slice, call.low_rank, cut.averaged)
 
     def _loss_sum(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
         """The loss sum where the weight is whole; fills in `call.sums`."""

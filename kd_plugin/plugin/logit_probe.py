@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugin.loss.teacher import AfterHead
-from kd_plugin.row_kernels.dispatch import LogitTransform
+from kd_plugin.row_kernels.row_pass import LogitTransform
 
 NUM_ROWS = 4
 _LIMIT = 60.0  # the ramp reaches from -60 to 60, beyond any soft-cap in use

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 
-from kd_plugin.distributed.layout import slice_here, vocab_cut
+from kd_plugin.distributed.layout import gathered, slice_here, vocab_cut
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.low_rank import LowRank
 from kd_plugin.plugin.causal_lm import unwrap
@@ -117,19 +116,12 @@ def on_slice(head: Any, hidden: Tensor, call: HeadCall) -> Tensor:
     cut, terms = vocab_cut(head.weight), []
     assert cut is not None
     for name in active_adapters(head):
-        down, up = _whole(head.lora_A[name].weight), head.lora_B[name]
+        down, up = gathered(head.lora_A[name].weight), head.lora_B[name]
         factor = F.linear(head.lora_dropout[name](hidden.to(down.dtype)), down)
         bias = None if up.bias is None else slice_here(up.bias, cut.replicas)
         terms.append(_term(factor, slice_here(up.weight, cut.replicas), bias, head.scaling[name]))
     call.low_rank = _side_by_side(terms)
     return head.base_layer.on_slice(hidden, call)
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """A small FSDP2 parameter, gathered; its gradient is averaged over the ranks, as FSDP2 would."""
-    if not isinstance(weight, DTensor):
-        return weight
-    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
 
 
 def _side_by_side(terms: list[LowRank]) -> LowRank | None:

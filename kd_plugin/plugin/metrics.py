@@ -16,7 +16,7 @@ from torch import Tensor
 from kd_plugin.distributed.collectives import all_reduce, num_ranks
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.loss.output import LossSums
-from kd_plugin.row_kernels import dispatch
+from kd_plugin.row_kernels.statistics import STATISTICS
 from kd_plugin.settings.run import DistillConfig
 
 GIB = 2**30
@@ -120,7 +120,7 @@ class Measures:
 
     def __init__(self) -> None:
         self.watch = Stopwatch()
-        self._sums = MetricSums((*dispatch.STATISTICS, "valid_tokens", "router_loss"))
+        self._sums = MetricSums((*STATISTICS, "valid_tokens", "router_loss"))
         self._has_router_loss = False
         self._peak_loss_bytes = 0
         self._dense_bytes = 0

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
+from kd_plugin.distributed.layout import is_dtensor
 from kd_plugin.plugin.replaced_forward import home_of
 from kd_plugin.plugin.undisturbed import undisturbed
 
@@ -74,7 +74,7 @@ def _suspects(head: nn.Linear) -> Iterator[str]:
 
 def _is_here(head: nn.Linear) -> bool:
     weight = head.weight
-    return not (weight.is_meta or isinstance(weight, DTensor) or weight.numel() == 0 or weight.dim() != 2)
+    return not (weight.is_meta or is_dtensor(weight) or weight.numel() == 0 or weight.dim() != 2)
 
 
 def _same_as_linear(head: nn.Linear) -> bool:

@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
-from kd_plugin.distributed.layout import is_zero3
+from kd_plugin.distributed.layout import is_dtensor, is_fsdp_unit, is_zero3
 from kd_plugin.loss.teacher import AfterHead
 from kd_plugin.plugin.causal_lm import HeadCallsError, HeadSlot, accepts, run_with_stand_in
 from kd_plugin.plugin.labels import DECODER_INPUTS, Convention, learn_shift
@@ -114,14 +112,14 @@ def _cannot_run(model: nn.Module) -> str | None:
     """Why a forward cannot run here and now, on this rank alone; None if it can."""
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         return f"it reads {model.main_input_name}"
-    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
+    if any(is_fsdp_unit(module) for module in model.modules()):
         return "it is sharded by FSDP already"
     brought: set[int] = set()  # what accelerate's hooks bring for the time of a module's forward
     for module in model.modules():
         if hasattr(module, "_hf_hook"):
             brought.update(id(p) for p in module.parameters())
     for parameter in model.parameters():
-        if isinstance(parameter, DTensor):
+        if is_dtensor(parameter):
             return "it is sharded already"
         if parameter.is_meta and id(parameter) not in brought:
             return "its weights are on the meta device"

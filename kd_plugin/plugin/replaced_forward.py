@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kd_plugin.distributed.collectives import named_in_wrapper
+from kd_plugin.distributed.torch_internals import replace_whole_call, restore_whole_call, whole_call
 
 logger = logging.getLogger(__name__)
 
@@ -84,22 +85,22 @@ class NamedCall:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        module.__dict__["_call_impl"] = self
+        replace_whole_call(module, self)
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own call."""
+        own = whole_call(self._module)
+        assert own is not None, "torch has called this in its place"
         with named_in_wrapper("around its forward"):
-            return type(self._module)._call_impl(self._module, *args, **kwargs)
+            return own(*args, **kwargs)
 
     def restore(self) -> None:
         """Give the module its own call back."""
-        if self._module.__dict__.get("_call_impl") is self:
-            del self._module.__dict__["_call_impl"]
+        restore_whole_call(self._module, self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
-        copied = memo[id(self._module)]  # the module, whose attributes these are
-        return MethodType(type(copied)._call_impl, copied)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any] | None:
+        return whole_call(memo[id(self._module)])  # of the copied module, whose attributes these are
 
     def __reduce__(self) -> NoReturn:
         raise ValueError("a model with a teacher attached cannot be pickled: save its state_dict(), or detach() first")

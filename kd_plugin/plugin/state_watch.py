@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from kd_plugin.distributed.torch_internals import times_written
 from kd_plugin.plugin.logit_probe import configurations
 from kd_plugin.plugin.replaced_forward import home_of
 
@@ -52,7 +53,7 @@ class StateWatch:
     def _state(self, inputs: Mapping[str, Any]) -> tuple[list[tuple[int, int]], list[tuple[str, float]]]:
         tensors = [buffers.get(name) for buffers, name in self._buffers]
         tensors += [p for p in self._model._parameters.values() if p is not None and not p.requires_grad]
-        versions = [(id(t), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
+        versions = [(id(t), times_written(t)) for t in tensors if t is not None]
         numbers = [(k, v) for space in self._namespaces for k, v in space.items() if type(v) in (int, float)]
         given = [(k, v) for k, v in inputs.items() if type(v) in (int, float) and not _OF_THE_BATCH.search(k)]
         return versions, numbers + given

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from kd_plugin.distributed.torch_internals import times_written
+
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -19,7 +21,9 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     and the vectors of `spectral_norm` are written in training mode.
     """
     before = [(part, _plain_attributes(part), dict(part._buffers)) for part in module.modules()]
-    values = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
+    values = [
+        (buffer, times_written(buffer), buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()
+    ]
     device = next(module.parameters()).device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -33,7 +37,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             part._buffers.update(buffers)
         with torch.no_grad():
             for buffer, version, value in values:  # written in place
-                if buffer._version != version:
+                if times_written(buffer) != version:
                     buffer.copy_(value)
 
 

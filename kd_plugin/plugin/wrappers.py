@@ -16,11 +16,11 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from kd_plugin.distributed.layout import is_fsdp_unit
 from kd_plugin.distributed.torch_internals import runs_outside_ddp
 from kd_plugin.distributed.uncompiled import uncompiled
 
@@ -113,8 +113,7 @@ def before_first_step(inner: nn.Module, act: Callable[[], None]) -> Callable[[],
             handle.remove()
         elif torch.is_grad_enabled() and _holds(module, part):
             # Judged by the types of modules, which all ranks share: of a small head some ranks hold nothing.
-            units = (FSDPModule, FullyShardedDataParallel)
-            if any(isinstance(unit, units) and _holds(unit, part) for unit in module.modules()):
+            if any(is_fsdp_unit(unit) and _holds(unit, part) for unit in module.modules()):
                 do()
             handle.remove()
 

@@ -12,28 +12,8 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from kd_plugin.row_kernels import triton_kernel
-from kd_plugin.row_kernels.blocks import block_rows, compiled, in_blocks
-from kd_plugin.row_kernels.row_pass import (
-    IDENTITY,
-    LogitTransform,
-    RowSpec,
-    row_pass,
-    subtract_labels,
-)
-from kd_plugin.row_kernels.statistics import LOSSES, STATISTICS
-
-__all__ = [
-    "IDENTITY",
-    "LOSSES",
-    "STATISTICS",
-    "LogitTransform",
-    "RowSpec",
-    "block_rows",
-    "choose",
-    "row_pass",
-    "run",
-    "subtract_labels",
-]
+from kd_plugin.row_kernels.blocks import compiled, in_blocks
+from kd_plugin.row_kernels.row_pass import RowSpec, row_pass
 
 logger = logging.getLogger(__name__)
 

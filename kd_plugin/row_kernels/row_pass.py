@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kd_plugin.divergences.definition import Row
 from kd_plugin.divergences.measures import TOP1_AGREEMENT
 from kd_plugin.divergences.objective import Objective
-from kd_plugin.divergences.registry import Row
 from kd_plugin.row_kernels.softmaxes import Softmaxes, Whole, parts_of, row_sum, whole_row
 from kd_plugin.row_kernels.statistics import cross_entropy, in_columns, metric_sums
 

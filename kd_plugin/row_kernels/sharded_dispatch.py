@@ -18,14 +18,10 @@ from kd_plugin.row_kernels.row_pass import RowSpec
 
 logger = logging.getLogger(__name__)
 
-merge = sharded_row_pass.merge_moments
-exchanged_numbers = sharded_numbers.exchanged_numbers
-
 
 @functools.cache
-def _part(name: str, spec: RowSpec, sizes: Sizes, compile_it: bool) -> Callable[..., Tensor]:
-    whole = getattr(sharded_row_pass, name)
-    body = functools.partial(whole, spec, sizes)
+def _part(part: Callable[..., Tensor], spec: RowSpec, sizes: Sizes, compile_it: bool) -> Callable[..., Tensor]:
+    body = functools.partial(part, spec, sizes)
     return compiled(body) if compile_it else body
 
 
@@ -34,18 +30,18 @@ def _say_compiled() -> None:
     logger.warning("row_kernel: triton has no version for exchange: stats, which runs compiled")
 
 
-def _run(kernel: str, name: str, spec: RowSpec, sizes: Sizes, *tensors: Tensor | None) -> Tensor:
+def _run(kernel: str, part: Callable[..., Tensor], spec: RowSpec, sizes: Sizes, *tensors: Tensor | None) -> Tensor:
     logits = tensors[0]
     assert logits is not None
     if kernel == "triton":
         _say_compiled()
-    body = _part(name, spec, sizes, kernel != "eager")
+    body = _part(part, spec, sizes, kernel != "eager")
     return in_blocks(body, logits.shape[0], logits.shape[1], logits.device.type, tensors)
 
 
 def moments(kernel: str, spec: RowSpec, sizes: Sizes, student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
     """This rank's `[n, M]`; a rank without columns has no mass."""
-    return _run(kernel, "slice_moments", spec, sizes, student_logits, teacher_logits)
+    return _run(kernel, sharded_row_pass.slice_moments, spec, sizes, student_logits, teacher_logits)
 
 
 def sums(
@@ -59,7 +55,7 @@ def sums(
     """This rank's `[n, S]`; S is 0 for divergences that need no second round."""
     if not sharded_numbers.has_sums(spec.objective):
         return merged.new_zeros(merged.shape[0], 0)
-    return _run(kernel, "slice_sums", spec, sizes, student_logits, teacher_logits, merged)
+    return _run(kernel, sharded_row_pass.slice_sums, spec, sizes, student_logits, teacher_logits, merged)
 
 
 def finish(
@@ -74,4 +70,4 @@ def finish(
 ) -> Tensor:
     """Statistics of all rows; leaves the gradient of this rank's columns in `student_logits`."""
     tensors = (student_logits, teacher_logits, row_weights, merged, added)
-    return _run(kernel, "slice_finish", spec, sizes, *tensors)
+    return _run(kernel, sharded_row_pass.slice_finish, spec, sizes, *tensors)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from kd_plugin.divergences.definition import Row
 from kd_plugin.divergences.objective import Objective, Term
-from kd_plugin.divergences.registry import Row
 
 
 class Kind(NamedTuple):

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from kd_plugin.distributed.vocab_slice import Sizes
-from kd_plugin.divergences.definition import TINY
+from kd_plugin.divergences.definition import LOG_FLOOR, TINY, Row
 from kd_plugin.divergences.measures import TOP1_AGREEMENT
-from kd_plugin.divergences.registry import LOG_FLOOR, Row
 from kd_plugin.row_kernels.row_pass import RowSpec, write_gradient
 from kd_plugin.row_kernels.sharded_numbers import (
     Kind,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd_plugin.divergences.registry import LOG_FLOOR
+from kd_plugin.divergences.definition import LOG_FLOOR
 
 # Stands for the -inf of masked columns beyond the teacher's: no NaN where all of them are masked, and nothing in a sum.
 _LOWEST = -1e30

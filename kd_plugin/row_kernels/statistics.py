@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kd_plugin.divergences.definition import Row
 from kd_plugin.divergences.measures import MEASURED, MEASURES
 from kd_plugin.divergences.objective import Objective
-from kd_plugin.divergences.registry import Row
 from kd_plugin.row_kernels.softmaxes import Whole, row_sum
 
 LOSSES = ("soft_loss", "hard_loss")

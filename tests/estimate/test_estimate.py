@@ -15,7 +15,7 @@ from kd_plugin.estimate.memory import memory
 from kd_plugin.estimate.tables import notes_of
 from kd_plugin.estimate.wire import settled
 from kd_plugin.exchange.cost import Head, logits_bytes, stats_bytes, weight_bytes
-from kd_plugin.row_kernels.dispatch import block_rows
+from kd_plugin.row_kernels.blocks import block_rows
 from kd_plugin.settings.run import DistillConfig, RunConfig
 from kd_plugin.settings.yaml_file import to_yaml
 from tests.tiny_runs import make_folder, run_config

@@ -14,7 +14,7 @@ from kd_plugin.loss.from_hidden import loss_sums, make_problem
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.row_kernels import dispatch
-from kd_plugin.row_kernels.dispatch import RowSpec
+from kd_plugin.row_kernels.row_pass import RowSpec
 from kd_plugin.settings.run import DistillConfig
 from tests.oracle import relative_error
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import kd_plugin as kd
 from kd_plugin.loss import chunk_loop
-from kd_plugin.row_kernels.dispatch import LogitTransform
+from kd_plugin.row_kernels.row_pass import LogitTransform
 from tests.loss_cases import check, config_of, run, sums_of
 from tests.oracle import ALL_DIVERGENCES, Problem, gradients, make_problem, relative_error
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import kd_plugin as kd
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import HeadTeacher
-from kd_plugin.row_kernels.dispatch import LogitTransform
+from kd_plugin.row_kernels.row_pass import LogitTransform
 from tests import oracle
 from tests.loss_cases import config_of
 from tests.oracle import Problem, gradients, make_problem, relative_error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import kd_plugin as kd
 from kd_plugin.plugin import causal_lm, probe
-from kd_plugin.row_kernels.dispatch import LogitTransform
+from kd_plugin.row_kernels.row_pass import LogitTransform
 from tests.loss_cases import config_of
 from tests.tiny_models import (
     ARCHITECTURES,

@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 import kd_plugin as kd
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.row_kernels import blocks, dispatch, expressions
-from kd_plugin.row_kernels.dispatch import STATISTICS, LogitTransform, RowSpec, row_pass, subtract_labels
+from kd_plugin.row_kernels.row_pass import LogitTransform, RowSpec, row_pass, subtract_labels
+from kd_plugin.row_kernels.statistics import STATISTICS
 from tests.loss_cases import check, config_of, run
 from tests.oracle import DIVERGENCES, gradients, make_problem, relative_error
 

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 import kd_plugin as kd
+from kd_plugin.distributed.vocab_slice import Sizes
+from kd_plugin.divergences.definition import Row
 from kd_plugin.divergences.objective import Objective, make_objective
-from kd_plugin.divergences.registry import DIVERGENCES, Row, get
+from kd_plugin.divergences.registry import DIVERGENCES, get
 from kd_plugin.row_kernels import sharded_dispatch
-from kd_plugin.row_kernels.dispatch import RowSpec, row_pass, subtract_labels
-from kd_plugin.row_kernels.row_pass import LogitTransform
+from kd_plugin.row_kernels.row_pass import LogitTransform, RowSpec, row_pass, subtract_labels
+from kd_plugin.row_kernels.sharded_numbers import exchanged_numbers
+from kd_plugin.row_kernels.sharded_row_pass import merge_moments
 
 ROWS, VOCAB = 6, 23
 BY_ID = [name for name in DIVERGENCES if not get(name).sorts]
@@ -46,15 +49,15 @@ class Rows:
         parts = [slice(start, stop) for start, stop in pairwise(bounds)]
         cuts = [(self.student[:, p].clone(), None if self.teacher is None else self.teacher[:, p]) for p in parts]
         hard = bool(self.spec.objective.hard_weight)
-        sizes = sharded_dispatch.Sizes(VOCAB, VOCAB if self.teacher is None else self.teacher.shape[1])
+        sizes = Sizes(VOCAB, VOCAB if self.teacher is None else self.teacher.shape[1])
         one = [sharded_dispatch.moments(kernel, self.spec, sizes, *cut) for cut in cuts]
         if hard:
             logits = self.student.gather(1, self.targets)
             here = [(self.targets >= p.start) & (self.targets < p.stop) for p in parts]
             one = [torch.cat([m, torch.where(h, logits, 0.0)], -1) for m, h in zip(one, here, strict=True)]
-        merged = sharded_dispatch.merge(self.spec, sizes, torch.stack(one))
+        merged = merge_moments(self.spec, sizes, torch.stack(one))
         sums = [sharded_dispatch.sums(kernel, self.spec, sizes, *cut, merged) for cut in cuts]
-        numbers = sharded_dispatch.exchanged_numbers(self.spec.objective, sizes.unequal)
+        numbers = exchanged_numbers(self.spec.objective, sizes.unequal)
         assert (one[0].shape[1], sums[0].shape[1]) == numbers
         found = [
             sharded_dispatch.finish(kernel, self.spec, sizes, *cut, self.weights, merged, sum(sums)) for cut in cuts
@@ -122,12 +125,12 @@ def test_compiled_parts_do_what_eager_ones_do(bounds: tuple[int, ...], teacher_s
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "soft_ce", "logit_mse"])
 def test_kls_cross_entropy_and_logit_distance_take_one_round(name: str) -> None:
-    assert sharded_dispatch.exchanged_numbers(make_objective(kd.DistillConfig(divergence=name)))[1] == 0
+    assert exchanged_numbers(make_objective(kd.DistillConfig(divergence=name)))[1] == 0
 
 
 def test_the_others_take_two_rounds() -> None:
     for name in set(BY_ID) - {"forward_kl", "reverse_kl", "soft_ce", "logit_mse"}:
-        assert sharded_dispatch.exchanged_numbers(make_objective(kd.DistillConfig(divergence=name)))[1] > 0, name
+        assert exchanged_numbers(make_objective(kd.DistillConfig(divergence=name)))[1] > 0, name
 
 
 @pytest.mark.parametrize("name", [name for name in BY_ID if get(name).gradient_without_sums])
@@ -182,14 +185,14 @@ def objective_of(**settings: object) -> Objective:
 
 def test_numbers_per_row_are_as_documented() -> None:
     """Two per softmax, one each for the label's logit, agreement, and a reverse KL."""
-    assert sharded_dispatch.exchanged_numbers(objective_of()) == (6, 0)
-    assert sharded_dispatch.exchanged_numbers(objective_of(temperature=2.0)) == (10, 0)
-    assert sharded_dispatch.exchanged_numbers(objective_of(divergence="reverse_kl", metrics=False)) == (6, 0)
-    assert sharded_dispatch.exchanged_numbers(objective_of(divergence="jsd", metrics=False, hard_weight=0.0)) == (4, 2)
+    assert exchanged_numbers(objective_of()) == (6, 0)
+    assert exchanged_numbers(objective_of(temperature=2.0)) == (10, 0)
+    assert exchanged_numbers(objective_of(divergence="reverse_kl", metrics=False)) == (6, 0)
+    assert exchanged_numbers(objective_of(divergence="jsd", metrics=False, hard_weight=0.0)) == (4, 2)
 
 
 def test_a_student_with_more_token_ids_has_one_more_softmax_at_temperature_1() -> None:
     """Over all of its ids; that over the ids of both is left out where the temperature is another."""
-    assert sharded_dispatch.exchanged_numbers(objective_of(), True) == (8, 0)
-    assert sharded_dispatch.exchanged_numbers(objective_of(temperature=2.0), True) == (10, 0)
-    assert sharded_dispatch.exchanged_numbers(objective_of(hard_weight=0.0, metrics=False), True) == (4, 0)
+    assert exchanged_numbers(objective_of(), True) == (8, 0)
+    assert exchanged_numbers(objective_of(temperature=2.0), True) == (10, 0)
+    assert exchanged_numbers(objective_of(hard_weight=0.0, metrics=False), True) == (4, 0)

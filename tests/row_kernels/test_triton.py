@@ -19,8 +19,8 @@ import kd_plugin as kd
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.row_kernels import dispatch, triton_kernel
 from kd_plugin.row_kernels.codegen import Source, generate
-from kd_plugin.row_kernels.dispatch import LogitTransform, RowSpec
 from kd_plugin.row_kernels.expressions import INPUTS
+from kd_plugin.row_kernels.row_pass import LogitTransform, RowSpec
 from kd_plugin.settings.run import DistillConfig
 from tests.oracle import make_problem
 
