@@ -123,6 +123,12 @@ def test_the_tests_lie_in_the_folders_of_the_package(repo_root: Path) -> None:
     assert folders - tested == set(), "every folder of the package has tests of its own"
 
 
+def test_the_largest_folder_lists_its_modules_by_subject(repo_root: Path) -> None:
+    folder = repo_root / "kd_plugin" / "plugin"
+    listed = re.findall(r"`(\w+)`", (folder / "__init__.py").read_text(encoding="utf-8"))
+    assert sorted([*listed, "__init__"]) == sorted(path.stem for path in folder.glob("*.py"))
+
+
 @pytest.fixture
 def copy(repo_root: Path, tmp_path: Path) -> Path:
     """The package and its contracts, to be changed."""

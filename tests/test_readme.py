@@ -13,16 +13,14 @@ import torch
 
 from kd_plugin.settings.yaml_file import load_config
 from kd_plugin.training.tensorboard import TAGS
+from tests.tiny_models import make_model
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def tiny_model(*_: Any) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
+    return make_model("llama", width=16, vocab_size=32, dtype=torch.float32).train()
 
 
 @pytest.fixture

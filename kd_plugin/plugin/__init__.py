@@ -1,1 +1,11 @@
-"""kd.attach: a student bound to its teacher."""
+"""kd.attach: a student bound to its teacher.
+
+The modules by subject:
+
+- one step: `attach`, `arguments`, `student_side`, `teacher_side`, `both_heads`, `model_output`, `router_loss`
+- the head: `head`, `student_head`, `plain_head`, `lora`, `causal_lm`, `replaced_forward`
+- labels and tokens: `label_reader`, `labels`, `label_table`, `token_ids`, `tokenizers`
+- what a model does to its logits and labels: `probe`, `probe_batch`, `logit_probe`, `second_look`, `undisturbed`
+- safeguards while training: `loss_watch`, `state_watch`, `trainers`, `wrappers`
+- numbers: `metrics`
+"""

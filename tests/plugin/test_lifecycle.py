@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
 
 import kd_plugin as kd
 from tests.tiny_models import make_batch, make_model
@@ -114,20 +113,9 @@ def test_threads_do_not_share_buffers():
 
 
 def test_a_router_loss_is_added_as_the_model_adds_it():
-    config = MixtralConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        output_router_logits=True,
-        router_aux_loss_coef=0.5,
-    )
-    torch.manual_seed(0)
-    student = MixtralForCausalLM(config).eval()
-    ids = torch.randint(0, 61, (2, 9))
+    experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    student = make_model("MixtralForCausalLM", dtype=torch.float32, **experts)
+    ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
     own = student(input_ids=ids, labels=ids).loss
     kd.attach(student, None, kd.DistillConfig(soft_weight=0.0, hard_weight=1.0, row_kernel="eager"))
     torch.testing.assert_close(student(input_ids=ids, labels=ids).loss, own)

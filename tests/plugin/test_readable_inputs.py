@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 import kd_plugin as kd
+from tests.tiny_models import make_model
 
 IDS = torch.randint(3, 53, (2, 9), generator=torch.Generator().manual_seed(0))
 CONFIG = kd.DistillConfig(row_kernel="eager")
@@ -17,11 +18,7 @@ ALONE = kd.DistillConfig(soft_weight=0.0, hard_weight=1.0, row_kernel="eager")
 
 def make(kind: str) -> nn.Module:
     """Both of one width, so that nothing else would object."""
-    if kind == "llama":
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
-        return LlamaForCausalLM(LlamaConfig(vocab_size=53, **sizes))
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(vocab_size=53, decoder_start_token_id=0, pad_token_id=0, **sizes))
+    return make_model(kind, width=16, vocab_size=53, dtype=torch.float32).train()
 
 
 def given(kind: str, name: str) -> dict[str, object]:

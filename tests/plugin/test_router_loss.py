@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kd_plugin as kd
 from tests.experts import COEFFICIENT, MIXTURES, VOCAB, make_batch, make_mixture
-from tests.tiny_models import assert_same_gradients, gradients_of
+from tests.tiny_models import assert_same_gradients, gradients_of, make_model
 
 ALONE = kd.DistillConfig(soft_weight=0.0, hard_weight=1.0, row_kernel="eager")
 FULL = {"attention_mask": torch.ones(2, 9, dtype=torch.int64)}
@@ -148,10 +148,7 @@ def test_without_gradients_the_loss_is_the_models_own() -> None:
 
 
 def test_a_window_without_a_forward_and_a_dense_model_have_no_router_loss_of_their_own() -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4
-    )
-    model, batch = transformers.LlamaForCausalLM(config), make_batch()
+    model, batch = make_model("llama", vocab_size=VOCAB, dtype=torch.float32).train(), make_batch()
     plugin = kd.attach(model, None, ALONE)
     model(**batch).loss.backward()
     assert "router_loss" not in plugin.metrics()
@@ -235,8 +232,8 @@ def test_the_teachers_router_loss_is_nobodys() -> None:
 
 
 def test_a_dense_teacher_is_not_asked_for_router_logits() -> None:
-    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=4, n_positions=64)
-    model, teacher, batch = make_mixture("MixtralForCausalLM"), transformers.GPT2LMHeadModel(config), make_batch()
+    model, batch = make_mixture("MixtralForCausalLM"), make_batch()
+    teacher = make_model("gpt2", vocab_size=VOCAB, dtype=torch.float32).train()
     seen: list[SimpleNamespace] = []
     original = teacher.transformer.forward
     teacher.transformer.forward = lambda *args, **kwargs: (seen.append(kwargs), original(*args, **kwargs))[1]
