@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from kd_plugin.plugin.token_ids import check_inputs, embedded_ids
 from kd_plugin.plugin.tokenizers import TokenizerPair
 from kd_plugin.plugin.wrappers import before_first_step
 from kd_plugin.settings.run import DistillConfig
+
+if TYPE_CHECKING:
+    from transformers.utils.generic import ModelOutput
 
 
 class Plugin:
@@ -140,7 +143,7 @@ class Plugin:
         loss_rows: Tensor | None = None,  # [n] flat indices of the rows that count
         token_weights: Tensor | None = None,  # [B, S], by row
         **kwargs: Any,
-    ) -> Any:
+    ) -> object:
         """The student's forward. Without labels, the original one."""
         student = self._student
         inputs = {**inspect.signature(student.own_forward).bind_partial(*args).arguments, **kwargs}
@@ -176,7 +179,7 @@ class Plugin:
         loss_rows: Tensor | None,
         token_weights: Tensor | None,
         num_items: int | Tensor | None,
-    ) -> Any:
+    ) -> ModelOutput:
         if self.config.soft_weight:
             check_readable(inputs)
         self.exchange.check(self._student.linear, self.teacher if self.config.soft_weight else None)
