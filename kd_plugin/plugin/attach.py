@@ -1,3 +1,5 @@
+# pyright: strict
+# pyright: reportDeprecated=false, reportPrivateUsage=false, reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
 """`attach` a teacher to a student: `student(input_ids, labels=...).loss` becomes the distillation loss.
 
 One forward of the student in distillation mode is its backbone (`student_side`), then both heads (`both_heads`), of

@@ -1,3 +1,5 @@
+# pyright: strict
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnnecessaryComparison=false
 """The student's lm_head with the loss inside its own forward.
 
 Everything that shards models (DDP, FSDP, ZeRO) makes a module's weight whole exactly while that module's
