@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,24 @@ def test_a_right_call_of_the_public_api_passes(found):
 def test_a_wrong_call_is_named_with_its_line(found, what):
     _, _, named, line = WRONG[what]
     assert any(place == line and named in message for place, message in found[what]), found[what]
+
+
+LEFT_OUT = {
+    "reportUnknown(Member|Variable|Argument)Type": "torch and OmegaConf do not say all of their types",
+    "reportUntypedFunctionDecorator": "nor does torch.compiler.disable",
+    "reportUnnecessary(IsInstance|Comparison)": "users pass other types, and a layer's bias may be None",
+    "reportDeprecated": "contextmanager on a function that is said to return an Iterator",
+    "reportMatchNotExhaustive": "what pydantic names beside the cases is left as it is",
+    "reportPrivateUsage": "attach() makes a Plugin",
+}
+
+
+def test_the_home_of_every_public_name_is_checked_strictly_but_for_known_reasons() -> None:
+    stub = (ROOT / "kd_plugin" / "__init__.pyi").read_text(encoding="utf-8")
+    homes = {path.replace(".", "/") for path in re.findall(r"^from \.([\w.]+\.\w+) import", stub, re.MULTILINE)}
+    assert len(homes) > 10
+    for home in homes:
+        text = (ROOT / "kd_plugin" / f"{home}.py").read_text(encoding="utf-8")
+        assert text.startswith("# pyright: strict\n"), home
+        for rule in re.findall(r"(report\w+)=false", text):
+            assert any(re.fullmatch(known, rule) for known in LEFT_OUT), f"{home}: {rule}"

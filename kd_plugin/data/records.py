@@ -9,7 +9,6 @@ Notable decisions:
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kd_plugin.data.columns import columns_of, form_of, record_of
 from kd_plugin.data.record import DataError, Record
+from kd_plugin.settings.extras import require
 
 if TYPE_CHECKING:
     from kd_plugin.settings.run import DataConfig
@@ -143,7 +143,7 @@ def _jsonl_file(path: Path, text_column: str) -> Iterator[Record]:
 
 
 def _parquet_file(path: Path, text_column: str) -> Iterator[Record]:
-    _require("pyarrow", "Parquet files need it")
+    require("pyarrow", "Parquet files need it")
     import pyarrow
     import pyarrow.parquet
 
@@ -164,7 +164,7 @@ def _parquet_file(path: Path, text_column: str) -> Iterator[Record]:
 
 
 def _hub_dataset(source: str, config: DataConfig, name: str, split: str) -> Iterator[Record]:
-    _require("datasets", "datasets of the hub need it")
+    require("datasets", "datasets of the hub need it")
     import datasets
 
     try:
@@ -196,8 +196,3 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _require(package: str, why: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{package} is not installed and {why}: pip install 'kd-plugin[train]'")

@@ -1,3 +1,5 @@
+# pyright: strict
+# pyright: reportDeprecated=false, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """Collectives that say which one they were when they fail.
 
 A rank that waits in vain for the others gets from gloo a line about sockets and milliseconds. Here it also learns

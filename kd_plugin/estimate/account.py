@@ -15,11 +15,11 @@ from kd_plugin.estimate.sizes import load_sizes
 from kd_plugin.estimate.wire import Volume, exchanges, parameters, recommended, settled
 from kd_plugin.settings.distill import ExchangeMode
 from kd_plugin.settings.run import RunConfig
+from kd_plugin.settings.units import GIB
 from kd_plugin.training.precision import automatic_dtype, with_dtypes
 
 __all__ = ["Choice", "Estimate", "EstimateError", "estimate"]
 
-GIB = 2**30
 _NODE = 8  # GPUs of a usual node, as one group of shards
 USABLE = 0.9  # of a GPU's memory; the rest is left to the CUDA context, NCCL and fragmentation
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
-from kd_plugin.estimate.account import GIB, USABLE, Choice, Estimate
+from kd_plugin.estimate.account import USABLE, Choice, Estimate
 from kd_plugin.estimate.setup import Line, Setup, chunk_rows
 from kd_plugin.estimate.sizes import ModelSizes
+from kd_plugin.settings.units import GIB
 
 _UNKNOWN = "the CUDA context, NCCL's and cuBLAS's buffers, fragmentation, scratch of compiled kernels, and time"
 _NAMES = {"single": "one process", "ddp": "ddp (replicated)", "fsdp": "fsdp (FSDP2)", "fsdp1": "fsdp1 (FSDP1)"}

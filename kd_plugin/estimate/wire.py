@@ -57,7 +57,7 @@ def settled(setup: Setup) -> ExchangeMode:
 
 
 def _student_head(setup: Setup) -> Head:
-    student, reduced = setup.student, setup.student_item if setup.is_zero else _FLOAT
+    student, reduced = setup.student, setup.student_item if setup.is_zero else cost.REDUCED_BYTES
     ranks = setup.group_ranks if setup.gathers_student else 1
     return Head(student.vocab_size, student.width, ranks, setup.student_item, reduced if student.head_trainable else 0)
 

@@ -23,6 +23,8 @@ from kd_plugin.row_kernels.sharded_numbers import exchanged_numbers
 from kd_plugin.settings.distill import DistillConfig, ExchangeMode
 
 _FP32 = 4
+REDUCED_BYTES = _FP32
+"""Bytes of one number of a gradient as FSDP reduces it (`engines.fsdp_units`)."""
 _KL_NUMBERS = (6, 0)  # of a KL at temperature 1 with cross-entropy and metrics
 
 

@@ -25,8 +25,6 @@ from kd_plugin.settings.distill import DistillConfig, ExchangeMode
 
 logger = logging.getLogger(__name__)
 
-_REDUCE_BYTES = 4  # gradients are reduced in fp32 (engines.fsdp_units)
-
 
 class ExchangeMismatch(ValueError):
     """The ranks are not set up for the same loss."""
@@ -175,7 +173,8 @@ class Exchange:
         everyone = all_gather_object(told, self.group, "numbers of rows (once, in the first step)")
         rows, teacher_ranks = (max(numbers) for numbers in zip(*everyone, strict=True))
         is_cut = vocab_cut(weight) is not None
-        student = Head(student_size, width, ranks if is_cut else 1, item, _REDUCE_BYTES if weight.requires_grad else 0)
+        reduced = cost.REDUCED_BYTES if weight.requires_grad else 0
+        student = Head(student_size, width, ranks if is_cut else 1, item, reduced)
         teacher = Head(self.teacher.vocab_size, self.teacher.width, teacher_ranks, item)
         mode, volumes = cost.cheapest(self.config, student, teacher, rows, ranks=ranks, without=without)
         if dist.get_rank(self.group) == 0:

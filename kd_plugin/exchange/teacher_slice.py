@@ -16,6 +16,7 @@ from kd_plugin.distributed.torch_internals import times_written
 from kd_plugin.distributed.vocab_slice import VocabSlice
 from kd_plugin.exchange.sharded_teachers import ShardedHeadTeacher
 from kd_plugin.loss.head_call import HeadCall
+from kd_plugin.loss.matmul import sum_of_biases
 from kd_plugin.loss.teacher import AfterHead, HeadTeacher
 
 
@@ -133,8 +134,7 @@ class TeacherSlice:
         assert self._teacher is not None and self._teacher.after_head is not None
         after = self._teacher.after_head  # which the teacher's first forward may have shown only now
         if after.bias is not None:
-            extra = after.bias[self._vocab_slice.of_teacher].to(weight)
-            bias = extra if bias is None else bias + extra
+            bias = sum_of_biases(bias, after.bias[self._vocab_slice.of_teacher].to(weight))
         return HeadTeacher(weight.new_empty(0, weight.shape[1]), weight, bias, after.transform)
 
     def source(self, own: HeadTeacher, hidden: Tensor) -> HeadTeacher | ShardedHeadTeacher:

@@ -1,3 +1,5 @@
+# pyright: strict
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """The same objective for logits that already exist: listwise ranking, tests, models without an lm_head."""
 
 from __future__ import annotations

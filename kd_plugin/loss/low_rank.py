@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd_plugin.loss.matmul import fastest_fp32
+from kd_plugin.loss.matmul import fastest_fp32, sum_of_biases
 
 
 class LowRank(NamedTuple):
@@ -30,7 +30,7 @@ class LowRank(NamedTuple):
 
     def plus(self, bias: Tensor | None) -> Tensor | None:
         """The sum of this term's bias and the head's `bias`; None where there is neither."""
-        return bias if self.bias is None else self.bias if bias is None else self.bias + bias
+        return sum_of_biases(self.bias, bias)
 
 
 class LowRankProduct:

@@ -143,6 +143,11 @@ def hidden_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(gradient, weight)
 
 
+def sum_of_biases(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """`first + second`, `[V]` each; the other where one is None."""
+    return second if first is None else first if second is None else first + second
+
+
 def add_bias(out: Tensor, bias: Tensor | None) -> None:
     """`out[n, V] += bias[V]`, in place."""
     if bias is not None:

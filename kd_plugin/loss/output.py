@@ -1,3 +1,5 @@
+# pyright: strict
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnnecessaryIsInstance=false
 """What a loss returns, and how its sums become means."""
 
 from __future__ import annotations

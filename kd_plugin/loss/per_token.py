@@ -1,3 +1,5 @@
+# pyright: strict
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnnecessaryComparison=false
 """The same loss, one value per token."""
 
 from __future__ import annotations

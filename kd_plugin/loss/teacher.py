@@ -1,3 +1,5 @@
+# pyright: strict
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
 """Teachers whose logits this rank can compute alone."""
 
 from __future__ import annotations

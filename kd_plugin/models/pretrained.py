@@ -9,13 +9,13 @@ Notable decisions:
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_plugin.models.files import ADAPTER_FOUND, ModelError, ResolvedSource, broken_file
+from kd_plugin.settings.extras import require
 from kd_plugin.settings.run import ModelSource
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def load_pretrained(auto: Any, source: ResolvedSource, config: ModelSource, wher
         ImportError: a package is missing.
     """
     if source.gguf_file:
-        _require("gguf", "GGUF files need it")
+        require("gguf", "GGUF files need it")
         kwargs["gguf_file"] = source.gguf_file
     if config.revision:
         kwargs["revision"] = config.revision
@@ -101,12 +101,7 @@ def refuse_pickle(source: ResolvedSource, where: str) -> None:
 
 def import_transformers() -> Any:
     """Import the library, or raise ImportError with the pip command that brings it."""
-    _require("transformers", "loading models needs it")
+    require("transformers", "loading models needs it")
     import transformers
 
     return transformers
-
-
-def _require(package: str, why: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{package} is not installed and {why}: pip install 'kd-plugin[train]'")

@@ -1,3 +1,5 @@
+# pyright: strict
+# pyright: reportDeprecated=false, reportPrivateUsage=false, reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
 """`attach` a teacher to a student: `student(input_ids, labels=...).loss` becomes the distillation loss.
 
 One forward of the student in distillation mode is its backbone (`student_side`), then both heads (`both_heads`), of
@@ -21,7 +23,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,9 @@ from kd_plugin.plugin.token_ids import check_inputs
 from kd_plugin.plugin.tokenizers import TokenizerPair
 from kd_plugin.plugin.wrappers import before_first_step
 from kd_plugin.settings.run import DistillConfig
+
+if TYPE_CHECKING:
+    from transformers.utils.generic import ModelOutput
 
 
 class Plugin:
@@ -157,7 +162,7 @@ class Plugin:
         loss_rows: Tensor | None = None,  # [n] flat indices of the rows that count
         token_weights: Tensor | None = None,  # [B, S], by row
         **kwargs: Any,
-    ) -> Any:
+    ) -> object:
         """The student's forward. Without labels, the original one."""
         student = self._student
         inputs = {**inspect.signature(student.own_forward).bind_partial(*args).arguments, **kwargs}
@@ -186,7 +191,7 @@ class Plugin:
         loss_rows: Tensor | None,
         token_weights: Tensor | None,
         num_items: int | Tensor | None,
-    ) -> Any:
+    ) -> ModelOutput:
         if self.config.soft_weight:
             check_readable(inputs)
         self.exchange.check_step(self._student.linear, self.teacher if self.config.soft_weight else None)

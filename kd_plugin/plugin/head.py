@@ -1,3 +1,5 @@
+# pyright: strict
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnnecessaryComparison=false
 """The student's lm_head with the loss inside its own forward.
 
 Everything that shards models (DDP, FSDP, ZeRO) makes a module's weight whole exactly while that module's
@@ -17,6 +19,7 @@ from kd_plugin.loss import checks
 from kd_plugin.loss.from_hidden import loss_sums, make_problem
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.low_rank import LowRank
+from kd_plugin.loss.matmul import sum_of_biases
 from kd_plugin.loss.output import DistillOutput, normalised, packed
 from kd_plugin.loss.teacher import HeadTeacher, TeacherSource
 from kd_plugin.plugin.plain_head import check_plain
@@ -116,8 +119,7 @@ class DistillHead(nn.Linear):
         weight = slice_here(self.weight, cut.replicas)
         bias = None if self.bias is None else slice_here(self.bias, cut.replicas)
         if self._logits_bias is not None:
-            extra = self._logits_bias[0][vocab_slice.start : vocab_slice.stop].to(weight)
-            bias = extra if bias is None else bias + extra
+            bias = sum_of_biases(bias, self._logits_bias[0][vocab_slice.start : vocab_slice.stop].to(weight))
         # FSDP reduces every other gradient; this one already is the sum over all ranks' rows
         return self._vocab_parallel(hidden_states, weight, bias, call, vocab_slice, call.low_rank, cut.averaged)
 
@@ -159,8 +161,7 @@ class DistillHead(nn.Linear):
     def _whole_bias(self) -> Tensor | None:
         if self._logits_bias is None:
             return self.bias
-        extra = self._logits_bias[0].to(device=self.weight.device, dtype=self.weight.dtype)
-        return extra if self.bias is None else self.bias + extra
+        return sum_of_biases(self.bias, self._logits_bias[0].to(self.weight))
 
 
 def _from_tuple(teacher: Sequence[Tensor], hidden_states: Tensor) -> HeadTeacher:
@@ -178,6 +179,5 @@ def teacher_head_forward(
     checks.whole_weight("teacher lm_head.weight", head.weight)
     bias = head.bias
     if logits_bias is not None:
-        extra = logits_bias.to(device=head.weight.device, dtype=head.weight.dtype)
-        bias = extra if bias is None else bias + extra
+        bias = sum_of_biases(bias, logits_bias.to(head.weight))
     return HeadTeacher(hidden_states, head.weight, bias, transform)

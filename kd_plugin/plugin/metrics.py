@@ -18,8 +18,8 @@ from kd_plugin.divergences.objective import make_objective
 from kd_plugin.loss.output import LossSums
 from kd_plugin.row_kernels.statistics import STATISTICS
 from kd_plugin.settings.run import DistillConfig
+from kd_plugin.settings.units import GIB
 
-GIB = 2**30
 _WITHOUT_FP64 = ("mps",)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +75,9 @@ class StudentSide:
             self._undo.pop()()
 
     @property
-    def linear(self) -> Any:
-        """The layer that multiplies by the head's weight, or peft's around it."""
-        return causal_lm.unwrap(self.slot.module)
+    def linear(self) -> nn.Linear:
+        """The layer that multiplies by the head's weight, or peft's around it, which has its attributes."""
+        return cast("nn.Linear", causal_lm.unwrap(self.slot.module))
 
     @property
     def vocab_size(self) -> int:

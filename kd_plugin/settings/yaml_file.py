@@ -1,3 +1,5 @@
+# pyright: strict
+# pyright: reportMatchNotExhaustive=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnnecessaryIsInstance=false
 """YAML files and `section.key=value` overrides -> RunConfig; RunConfig -> YAML. Imports no torch.
 
 Notable decisions:

@@ -31,12 +31,13 @@ from kd_plugin.row_kernels import dispatch
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training.finite import has_finite_parameters
 
-__all__ = ["CheckpointError", "checkpoints", "latest_finite", "resume", "save", "step_of", "to_continue"]
+__all__ = ["PARTIAL", "CheckpointError", "checkpoints", "latest_finite", "resume", "save", "step_of", "to_continue"]
 
 logger = logging.getLogger(__name__)
 
 _STEP = "step_"
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
+"""The end of a folder's name while it is written."""
 _STATE = "engine"
 _RUN = "run.json"
 _SAME = ("student", "teacher", "distill", "data", "deepspeed")
@@ -113,9 +114,9 @@ def save(engine: Engine, config: RunConfig, *, mode: str, step: int) -> Path:
     All ranks call this. The caller has seen that the student is finite (`finite.has_finite_parameters`).
     """
     rank, final = dist.get_rank(), Path(config.log.output_dir) / "checkpoints" / f"{_STEP}{step:08d}"
-    partial = final.with_name(final.name + _PARTIAL)
+    partial = final.with_name(final.name + PARTIAL)
     if rank == 0:
-        for stale in [*final.parent.glob(f"*{_PARTIAL}"), final]:
+        for stale in [*final.parent.glob(f"*{PARTIAL}"), final]:
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from kd_plugin.engines.process_group import reduce_numbers
 from kd_plugin.engines.protocol import Engine
+from kd_plugin.training.checkpoint import PARTIAL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ def export_student(
     if dist.get_rank() == 0:
         model = build().to(dtype)  # pyright: ignore[reportArgumentType]  (its decorator loses `self`)
         model.load_state_dict(state)
-        partial = folder.with_name(folder.name + ".partial")
+        partial = folder.with_name(folder.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

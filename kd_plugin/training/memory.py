@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kd_plugin.plugin.metrics import GIB
+from kd_plugin.settings.units import GIB
 
 
 def memory_readings() -> dict[str, float]:

@@ -1,3 +1,5 @@
+# pyright: strict
+# pyright: reportUnknownArgumentType=false, reportUnnecessaryIsInstance=false
 """`kd.train(config)`: load, attach, shard, run the steps, export, report.
 
 Notable decisions:

@@ -12,7 +12,7 @@ import kd_plugin as kd
 from kd_plugin.data.packing import collate
 from kd_plugin.loss.buffers import release_workspace
 from kd_plugin.loss.chunk_size import chunk_rows, rows_per_chunk
-from kd_plugin.plugin.metrics import GIB
+from kd_plugin.settings.units import GIB
 from tests.allocations import NewTensors, allocator_record
 from tests.loss_cases import config_of, run, sums_of
 from tests.oracle import Problem, make_problem

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin.plugin.metrics import GIB
+from kd_plugin.settings.units import GIB
 from tests.tiny_models import assert_same_gradients, gradients_of, make_model
 
 EVERYTHING = {"temperature": 2.0, "label_smoothing": 0.1, "z_loss_weight": 0.02}

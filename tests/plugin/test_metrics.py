@@ -9,7 +9,8 @@ import torch
 
 import kd_plugin as kd
 from kd_plugin.distributed.collectives import num_ranks
-from kd_plugin.plugin.metrics import GIB, MetricSums, Stopwatch
+from kd_plugin.plugin.metrics import MetricSums, Stopwatch
+from kd_plugin.settings.units import GIB
 from kd_plugin.training.memory import memory_readings
 from tests.loss_cases import config_of
 from tests.tiny_models import VOCAB, expected_loss, make_batch, make_model
