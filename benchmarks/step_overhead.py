@@ -32,9 +32,9 @@ from kd_plugin.models.loading import build_student, load_teacher
 from kd_plugin.settings.run import FromTeacherConfig, StudentConfig, TeacherConfig
 
 DISTILLATION = "distillation step"
-FINE_TUNING = {
-    "fine-tuning step, torch's chunks": nn.LinearCrossEntropyOptions(),
-    "fine-tuning step, one chunk": nn.LinearCrossEntropyOptions(chunking_method=None),
+FINE_TUNING: dict[str, dict[str, Any]] = {
+    "fine-tuning step, torch's chunks": {},
+    "fine-tuning step, one chunk": {"chunking_method": None},
 }
 TEACHER = ("teacher's backbone", "teacher's head product")
 PARTS = (DISTILLATION, *FINE_TUNING, *TEACHER)
@@ -78,11 +78,12 @@ def make_steps(models: Models, ids: Tensor) -> dict[str, Callable[[], Tensor | N
     def distillation() -> Tensor:
         return finish(models.distilled(input_ids=ids, labels=ids).loss, optimizers[0])
 
-    def fine_tuning(chunks: nn.LinearCrossEntropyOptions) -> Tensor:
+    def fine_tuning(chunks: dict[str, Any]) -> Tensor:
         hidden = models.plain.base_model(input_ids=ids).last_hidden_state[:, :-1]
         weight = models.plain.get_output_embeddings().weight
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return finish(F.linear_cross_entropy(flat, weight, targets, options=chunks), optimizers[1])
+        options = nn.LinearCrossEntropyOptions(**chunks)  # of torch 2.13 and newer
+        return finish(F.linear_cross_entropy(flat, weight, targets, options=options), optimizers[1])
 
     @torch.no_grad()
     def backbone() -> None:

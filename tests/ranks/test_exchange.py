@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from tests.ranks import exchange_worker
@@ -28,6 +29,9 @@ LAUNCHES = {
 }
 CASES = [case for cases in QUICK.values() for case in cases]
 SLOW_CASES = [case for cases in SLOW.values() for case in cases]
+
+
+OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
 def params(wanted: Callable[[Case], bool]) -> list[Any]:
@@ -89,6 +93,8 @@ def cuts_the_teacher(case: Case) -> bool:
 
 @pytest.mark.parametrize("case", params(cuts_the_teacher), ids=lambda case: case.name)
 def test_the_teacher_is_sharded_again_after_each_step(result_of: Callable[..., Any], case: Case) -> None:
+    if case.wrapper == "grouped" and case.exchange != "weight" and OLD_TORCH:
+        pytest.skip("before torch 2.13 a unit whose last module does not run stays whole until its next forward")
     assert result_of(case)["whole_in_teacher"] == []
 
 
