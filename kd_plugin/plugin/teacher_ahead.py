@@ -113,7 +113,7 @@ class TeacherAhead:
     def take(self, inputs: Mapping[str, Any]) -> Kept | None:
         """What the teacher has left for a forward with these inputs; None if it has to run. Each is taken once."""
         kept = self._kept.pop(_key(_for_teacher(inputs)), None)
-        if kept is None and self._kept and not self._warned:
+        if kept is None and self._kept and torch.is_grad_enabled() and not self._warned:
             self._warned = True
             logger.warning(
                 "the teacher has run ahead for other tensors than this forward's, and runs again: give the student the "

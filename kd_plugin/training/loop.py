@@ -144,7 +144,7 @@ def _train_step(session: Session, step: int) -> tuple[Tensor, Tensor | None]:
     num_items = max(1, int(counted["valid"]))
     loss = torch.zeros((), device=session.place.device)
     micro_batches = [batch.to(session.place.device, non_blocking=True).model_inputs() for batch in batches]
-    if (together := micro_batches_together(session.config)) > 1:
+    if (together := micro_batches_together(session.config)) > 1 and len(micro_batches) > 1:
         session.plugin.teacher_ahead(micro_batches, together)
     for index, inputs in enumerate(micro_batches):
         loss += engine.forward_backward(inputs, num_items=num_items, is_last=index == len(batches) - 1)

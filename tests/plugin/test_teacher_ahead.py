@@ -128,7 +128,7 @@ def test_a_forward_with_other_tensors_runs_the_teacher_again_and_says_so(caplog:
     assert caplog.text.count("runs again: give the student the very tensors") == 1
 
 
-def test_an_evaluation_between_reads_its_own_and_leaves_what_was_kept() -> None:
+def test_an_evaluation_between_reads_its_own_and_leaves_what_was_kept(caplog: pytest.LogCaptureFixture) -> None:
     attached, batches = Attached(), micro_batches((9, 9), 0)
     expected = attached.step(batches)
     held_out = micro_batches((6,), 7)
@@ -140,6 +140,7 @@ def test_an_evaluation_between_reads_its_own_and_leaves_what_was_kept() -> None:
     read = len(attached.rows_read)
     assert attached.step(batches) == expected
     assert len(attached.rows_read) == read
+    assert "runs again" not in caplog.text
 
 
 def test_what_a_teacher_does_to_its_logits_since_counts() -> None:
