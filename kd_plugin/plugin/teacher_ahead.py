@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_plugin.distributed.layout import sharded_over
+from kd_plugin.distributed.layout import is_dtensor, sharded_over
 from kd_plugin.exchange.teacher_slice import TeacherHead
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.plugin.head import teacher_head_forward
@@ -151,7 +151,8 @@ class TeacherAhead:
 def _is_whole(head: TeacherHead) -> bool:
     """Whether the head can be used outside its module's forward: whole here, and fetched by no hook from elsewhere."""
     weight, numel = head.linear.weight, head.linear.out_features * head.linear.in_features
-    return sharded_over(weight, numel) == 1 and not weight.is_meta and not hasattr(head.linear, "_hf_hook")
+    plain = not (is_dtensor(weight) or weight.is_meta or hasattr(head.linear, "_hf_hook"))
+    return plain and sharded_over(weight, numel) == 1
 
 
 def _for_teacher(inputs: Mapping[str, Any]) -> dict[str, Any]:

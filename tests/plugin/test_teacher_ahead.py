@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import kd_plugin as kd
 from kd_plugin.plugin.attach import Plugin
@@ -227,3 +229,18 @@ def test_a_head_that_hooks_fetch_is_copied(monkeypatch: pytest.MonkeyPatch) -> N
     with torch.no_grad():
         head.weight.zero_()  # as if it were gone
     assert attached.step(batches) == expected
+
+
+def test_a_teacher_that_fsdp2_shards_over_one_rank_runs_ahead() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        attached, batches = Attached(), micro_batches((9, 9), 0)
+        expected = attached.step(batches)
+        other = Attached()
+        fully_shard(other.teacher.get_output_embeddings())
+        fully_shard(other.teacher)
+        assert other.step(batches) == expected
+        assert other.plugin.teacher_ahead(batches)
+        assert other.step(batches) == expected
+    finally:
+        dist.destroy_process_group()
