@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Linear
 
 from kd_plugin.distributed.collectives import num_ranks
-from kd_plugin.distributed.layout import held_slice, sharded_over
+from kd_plugin.distributed.layout import held_slice, is_dtensor, sharded_over
 from kd_plugin.distributed.torch_internals import times_written
 from kd_plugin.distributed.vocab_slice import VocabSlice
 from kd_plugin.exchange.sharded_teachers import ShardedHeadTeacher
@@ -41,7 +41,7 @@ class TeacherHead:
         """
         if self.tied:
             return 1
-        ranks = sharded_over(self.linear.weight, self.linear.out_features * self.linear.in_features)
+        ranks = self._sharded_over()
         return num_ranks(group) if ranks is None else ranks
 
     def version(self) -> int | None:
@@ -49,10 +49,16 @@ class TeacherHead:
 
         None where a wrapper holds the weight, and moves it itself.
         """
+        return times_written(self.linear.weight) if self._sharded_over() == 1 else None
+
+    def is_usable_in_place(self) -> bool:
+        """Whether it can be multiplied by outside its module's forward: whole here, and fetched by no hook."""
         weight = self.linear.weight
-        if sharded_over(weight, self.linear.out_features * self.linear.in_features) != 1:
-            return None
-        return times_written(weight)
+        plain = not (is_dtensor(weight) or weight.is_meta or hasattr(self.linear, "_hf_hook"))
+        return plain and self._sharded_over() == 1
+
+    def _sharded_over(self) -> int | None:
+        return sharded_over(self.linear.weight, self.linear.out_features * self.linear.in_features)
 
 
 class Consumer(Protocol):

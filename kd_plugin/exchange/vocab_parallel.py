@@ -25,7 +25,7 @@ from kd_plugin.distributed.torch_internals import assert_on_device
 from kd_plugin.distributed.vocab_slice import VocabSlice
 from kd_plugin.exchange.row_gather import RowGather
 from kd_plugin.loss.autograd import Context, once_differentiable
-from kd_plugin.loss.buffers import buffer
+from kd_plugin.loss.buffers import buffer, bytes_of
 from kd_plugin.loss.chunk_loop import Problem, foreign_labels, wide_dtype
 from kd_plugin.loss.chunk_plan import agreed_plan
 from kd_plugin.loss.chunk_size import dense_bytes
@@ -34,7 +34,7 @@ from kd_plugin.loss.matmul import Operand, accumulate_outer, add_bias, hidden_gr
 from kd_plugin.loss.output import scaled
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.row_kernels import sharded_dispatch
-from kd_plugin.row_kernels.row_pass import IDENTITY, RowSpec, subtract_labels
+from kd_plugin.row_kernels.row_pass import subtract_labels
 from kd_plugin.row_kernels.sharded_row_pass import merge_moments
 from kd_plugin.row_kernels.statistics import LOSSES, STATISTICS
 
@@ -58,8 +58,7 @@ class _SlicedLoop:
         self.bias, self.teacher, self.low_rank = bias, teacher, low_rank
         self.weight = weight.to(hidden.dtype)
         self.dtype = wide_dtype(hidden.dtype)
-        transform = IDENTITY if teacher is None else teacher.transform
-        self.spec = RowSpec(problem.objective, problem.student_transform, transform, with_gradient=grads)
+        self.spec = problem.row_spec(with_gradient=grads)
         self.plan = agreed_plan(problem.rows, problem.num_rows, problem.chunk_size, vocab_slice.group, hidden.device)
         problem.group_rows = self.plan.group_rows
         self.gather = RowGather(self.plan, vocab_slice.group, self._rows_to_send(hidden), "the hidden states")
@@ -174,7 +173,7 @@ class _SlicedLoop:
         """Bytes above the inputs at the peak: both models' logits of one chunk, and the gradients."""
         rows, columns = self.vocab_slice.world_size * self.plan.chunk, self.vocab_slice.size
         columns += 0 if self.teacher is None else self.vocab_slice.teacher_columns
-        held = sum(g.numel() * g.element_size() for g in gradients if g is not None)
+        held = bytes_of(*gradients)
         held += self.operand.held_bytes + (0 if self.teacher is None else self.teacher.held_bytes)
         return held + rows * columns * self.dtype.itemsize
 

@@ -30,6 +30,11 @@ def buffer(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch
     return flat[: rows * columns].view(rows, columns)
 
 
+def bytes_of(*tensors: Tensor | None) -> int:
+    """Bytes of the tensors that are there, together."""
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
 def release_workspace() -> None:
     """Give back the chunk buffers that this thread keeps for the next step (CPU only)."""
     _cpu.buffers.clear()

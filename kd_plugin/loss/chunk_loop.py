@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.divergences.objective import Objective
-from kd_plugin.loss.buffers import buffer
+from kd_plugin.loss.buffers import buffer, bytes_of
 from kd_plugin.loss.chunk_plan import ChunkPlan, agreed_plan, local_plan
 from kd_plugin.loss.chunk_size import dense_bytes, teacher_columns
 from kd_plugin.loss.low_rank import LowRankProduct
@@ -55,6 +55,11 @@ class Problem:
     """Out: valid rows of all ranks that agreed on the chunks (`ChunkPlan.group_rows`)."""
     dense_bytes: int = 0
     """Out: bytes that the fp32 logits of all rows would have taken, both models' together."""
+
+    def row_spec(self, *, with_gradient: bool) -> RowSpec:
+        """What a row pass has to do."""
+        transform = IDENTITY if self.teacher is None else self.teacher.transform
+        return RowSpec(self.objective, self.student_transform, transform, with_gradient=with_gradient)
 
     def weighted(self, factors: Tensor) -> Problem:
         """The same problem with each row's gradient multiplied by `factors` `[N]`."""
@@ -172,7 +177,7 @@ class _ChunkLoop:
     def held_bytes(self) -> int:
         """Bytes that the loop holds above its inputs, but for the gradients."""
         teacher, low_rank = self.problem.teacher, self.low_rank
-        held = _bytes_of(self.student, self.teacher) + self.operand.held_bytes
+        held = bytes_of(self.student, self.teacher) + self.operand.held_bytes
         return held + (0 if teacher is None else teacher.held_bytes) + (0 if low_rank is None else low_rank.held_bytes)
 
     def narrow(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,13 +222,8 @@ def run(
 
 def _run_chunks(loop: _ChunkLoop, gradients: _Gradients, *, keep_rows: bool) -> tuple[Tensor, Tensor | None]:
     """-> the statistics' sums, and those of each row `[n, K]` if they are kept."""
-    problem, hidden, teacher = loop.problem, loop.hidden, loop.problem.teacher
-    spec = RowSpec(
-        problem.objective,
-        problem.student_transform,
-        IDENTITY if teacher is None else teacher.transform,
-        with_gradient=gradients.wanted,
-    )
+    problem, hidden = loop.problem, loop.hidden
+    spec = problem.row_spec(with_gradient=gradients.wanted)
     sums = hidden.new_zeros(len(STATISTICS), dtype=loop.dtype)
     per_row = sums.new_empty(problem.num_rows, sums.numel()) if keep_rows else None
     for index in range(loop.plan.num_chunks):
@@ -241,10 +241,6 @@ def _run_chunks(loop: _ChunkLoop, gradients: _Gradients, *, keep_rows: bool) -> 
     return sums, per_row
 
 
-def _bytes_of(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
 class _Gradients:
     """What the chunks' gradients add up to; None for those that are not needed."""
 
@@ -260,7 +256,7 @@ class _Gradients:
     @property
     def held_bytes(self) -> int:
         """Bytes of the gradients."""
-        return _bytes_of(self.hidden, self.weight, self.bias)
+        return bytes_of(self.hidden, self.weight, self.bias)
 
     def add(self, gradient: Tensor, rows: slice | Tensor, chunk_hidden: Tensor, *, first: bool) -> None:
         """Add those of one chunk's logits, `[n, V]`, of `rows`."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kd_plugin.loss.buffers import bytes_of
 from kd_plugin.loss.matmul import fastest_fp32, sum_of_biases
 
 
@@ -57,7 +58,7 @@ class LowRankProduct:
     @property
     def held_bytes(self) -> int:
         """Bytes of the gradients."""
-        return sum(t.numel() * t.element_size() for t in (self.grad_factor, self.grad_up) if t is not None)
+        return bytes_of(self.grad_factor, self.grad_up)
 
     def add_to(self, logits: Tensor, factor: Tensor) -> None:
         """`logits[n, V] += factor[n, r] @ up.T`."""

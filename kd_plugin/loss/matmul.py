@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kd_plugin.loss.buffers import buffer
+from kd_plugin.loss.buffers import buffer, bytes_of
 from kd_plugin.loss.processor import multiplies
 from kd_plugin.loss.proven import half_with_fp32_result, is_exact
 
@@ -113,7 +113,7 @@ class Operand:
     @property
     def held_bytes(self) -> int:
         """Bytes of the wide copy; 0 where there is none."""
-        return 0 if self.wide is self.weight else self.wide.numel() * self.wide.element_size()
+        return 0 if self.wide is self.weight else bytes_of(self.wide)
 
     @property
     def for_gradient(self) -> Tensor:

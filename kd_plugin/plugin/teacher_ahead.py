@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_plugin.distributed.layout import is_dtensor, sharded_over
-from kd_plugin.exchange.teacher_slice import TeacherHead
+from kd_plugin.distributed.torch_internals import times_written
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.plugin.head import teacher_head_forward
 from kd_plugin.plugin.logit_probe import configurations
@@ -36,7 +35,7 @@ logger = logging.getLogger(__name__)
 # Of each row by its place, so that rows of several micro-batches can be laid one upon the other.
 _BY_ROW = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window", "local_window_size")
-_OF_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch", "loss_rows", "token_weights"}
+_NOT_KEPT = NOT_FOR_TEACHER | {"labels", "shift_labels", "num_items_in_batch", "loss_rows", "token_weights"}
 
 
 class Kept(NamedTuple):
@@ -81,7 +80,7 @@ class TeacherAhead:
     def run(
         self, teacher: nn.Module, micro_batches: Sequence[Mapping[str, Any]], together: int, *, whole_head: bool
     ) -> None:
-        """One teacher forward for each `together` of the micro-batches; what was kept before is forgotten.
+        """One teacher forward for each `together` of the micro-batches; what it leaves is kept.
 
         Args:
             teacher: what to call for the teacher, such as the wrapper around it.
@@ -94,26 +93,27 @@ class TeacherAhead:
                 `attention_mask`, `position_ids` and `token_type_ids` of shape `[B, S]` where several micro-batches go
                 together, or micro-batches with different ones.
         """
-        self._kept.clear()
         if getattr(self._side.model.config, "is_encoder_decoder", False):
             raise ValueError("teacher_ahead is for decoders: an encoder-decoder makes part of its inputs of its labels")
         given = [_for_teacher(batch) for batch in micro_batches]
         if any(not isinstance(batch.get("input_ids"), Tensor) for batch in given):
             raise ValueError("teacher_ahead wants the student's keyword arguments, input_ids [B, S] among them")
-        needs_head = whole_head and not _is_whole(self._side.head)
+        head, copied = None, whole_head and not self._side.head.is_usable_in_place()
         for start in range(0, len(given), together):
             batches = given[start : start + together]
             inputs, length = _merged(batches, self._side.model)
             self._side.look_again(inputs)
-            consumer = _Consumer(needs_head=needs_head)
+            consumer = _Consumer(needs_head=copied and head is None)  # one copy serves the whole step
             self._side.run(teacher, inputs, consumer)
-            needs_head = False  # one copy serves the whole step
-            self._keep(batches, consumer, length)
+            head = consumer.head or head
+            self._keep(batches, consumer.hidden, length, head)
 
     def take(self, inputs: Mapping[str, Any]) -> Kept | None:
         """What the teacher has left for a forward with these inputs; None if it has to run. Each is taken once."""
+        if not self._kept:  # as in every step whose teacher has not run ahead
+            return None
         kept = self._kept.pop(_key(_for_teacher(inputs)), None)
-        if kept is None and self._kept and torch.is_grad_enabled() and not self._warned:
+        if kept is None and torch.is_grad_enabled() and not self._warned:
             self._warned = True
             logger.warning(
                 "the teacher has run ahead for other tensors than this forward's, and runs again: give the student the "
@@ -133,30 +133,19 @@ class TeacherAhead:
         assert head.after_head is not None
         return teacher_head_forward(head.linear, kept.hidden, head.after_head.transform, head.after_head.bias)
 
-    def _keep(self, batches: Sequence[Mapping[str, Any]], consumer: _Consumer, length: int) -> None:
-        head = consumer.head
-        if head is None and self._kept:
-            head = next(iter(self._kept.values())).head
-        start = 0
-        for batch in batches:
-            rows, own = batch["input_ids"].shape
-            hidden = consumer.hidden[start * length : (start + rows) * length]
-            if own < length:
-                hidden = hidden.view(rows, length, -1)[:, :own].reshape(rows * own, -1)
-            start += rows
+    def _keep(
+        self, batches: Sequence[Mapping[str, Any]], hidden: Tensor, length: int, head: HeadTeacher | None
+    ) -> None:
+        """Hand out the hidden states `[B * length, E]` of all sequences to the micro-batches that they are of."""
+        sizes = [len(batch["input_ids"]) for batch in batches]
+        for batch, part in zip(batches, hidden.reshape(sum(sizes), length, -1).split(sizes), strict=True):
+            own = part[:, : batch["input_ids"].shape[1]].reshape(-1, part.shape[-1])
             tensors = tuple(value for value in batch.values() if isinstance(value, Tensor))
-            self._kept[_key(batch)] = Kept(hidden, head, tensors)
-
-
-def _is_whole(head: TeacherHead) -> bool:
-    """Whether the head can be used outside its module's forward: whole here, and fetched by no hook from elsewhere."""
-    weight, numel = head.linear.weight, head.linear.out_features * head.linear.in_features
-    plain = not (is_dtensor(weight) or weight.is_meta or hasattr(head.linear, "_hf_hook"))
-    return plain and sharded_over(weight, numel) == 1
+            self._kept[_key(batch)] = Kept(own, head, tensors)
 
 
 def _for_teacher(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name not in NOT_FOR_TEACHER | _OF_THE_LOSS}
+    return {name: value for name, value in inputs.items() if name not in _NOT_KEPT}
 
 
 def _key(inputs: Mapping[str, Any]) -> Hashable:
@@ -164,7 +153,7 @@ def _key(inputs: Mapping[str, Any]) -> Hashable:
 
     def told(value: object) -> Hashable:
         if isinstance(value, Tensor):
-            return value.data_ptr(), tuple(value.shape), 0 if value.is_inference() else value._version
+            return value.data_ptr(), tuple(value.shape), times_written(value)
         return repr(value)
 
     return tuple(sorted((name, told(value)) for name, value in inputs.items() if value is not None))

@@ -65,19 +65,19 @@ def run_steps(session: Session, first: int, before: dict[str, float]) -> dict[st
             loss, gradient_norm = _train_step(session, step)
             finite.add(step, loss, gradient_norm)
         window.steps += 1
-        evaluated, logged, saved = _due(session.config, step)
-        if logged:
+        evaluates, logs, saves = _due(session.config, step)
+        if logs:
             values = _measure(session, step, gradient_norm, window)
             eta = (time.perf_counter() - started) / (step - first + 1) * (train.max_steps - step)
             _log(session, step, values, eta)
             window = _Window()
-        if logged or saved or step % CHECK_EVERY == 0:
+        if logs or saves or step % CHECK_EVERY == 0:
             # Waits for the device: the step's own work is over, what follows is no part of its time
             _stop_if_broken(session, finite, step, loss, gradient_norm)
         with window.paused():
-            if evaluated:
+            if evaluates:
                 result = evaluate(session, step)
-            if saved:
+            if saves:
                 _save(session, step)
     return result
 
@@ -116,13 +116,9 @@ def _stop(session: Session, what: str) -> None:
 def _is_sound(session: Session) -> bool:
     """Whether the student's weights are finite and give a loss. All ranks call this; no metric is touched."""
     batch, engine = next(session.held_out()), session.engine
-    with session.plugin.unmeasured():
-        engine.student.eval()
-        try:
-            inputs = batch.to(session.place.device).model_inputs()
-            loss = engine.evaluate(inputs, num_items=max(1, batch.num_valid))
-        finally:
-            engine.student.train()
+    with session.plugin.unmeasured(), session.evaluating():
+        inputs = batch.to(session.place.device).model_inputs()
+        loss = engine.evaluate(inputs, num_items=max(1, batch.num_valid))
     broken = reduce_numbers({"losses that are not finite": float(loss.isnan())}, op="max").popitem()[1]
     return not broken and has_finite_parameters(engine.student, engine.torch_optimizer)
 
@@ -216,12 +212,8 @@ def evaluate(session: Session, step: int) -> dict[str, float]:
 
 def _run_held_out(session: Session) -> dict[str, float]:
     """Run the student over the held-out sequences; returns what the plugin has measured."""
-    engine = session.engine
-    engine.student.eval()
-    try:
+    with session.evaluating():
         for batch in session.held_out():
             inputs = batch.to(session.place.device, non_blocking=True).model_inputs()
-            engine.evaluate(inputs, num_items=max(1, batch.num_valid))
+            session.engine.evaluate(inputs, num_items=max(1, batch.num_valid))
         return session.plugin.metrics()
-    finally:
-        engine.student.train()

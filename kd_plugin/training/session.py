@@ -60,6 +60,15 @@ class Session:
     """Peak memory in GiB, of the largest rank, as last measured."""
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Have the student in eval mode in the body, and in training mode after it."""
+        self.engine.student.eval()
+        try:
+            yield
+        finally:
+            self.engine.student.train()
+
+    @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Add the wall time of the body to `seconds[name]`."""
         start = time.perf_counter()
