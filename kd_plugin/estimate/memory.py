@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kd_plugin.distributed.layout import chunk_length
-from kd_plugin.estimate.setup import Line, Setup, runs_ahead, teacher_forwards
+from kd_plugin.estimate.setup import Line, Setup, runs_ahead
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.estimate.states import host_states, student_states, teacher_states
 from kd_plugin.row_kernels.blocks import block_rows
+from kd_plugin.training.schedule import micro_batches_together
 
 _FLOAT = 4
 
@@ -187,7 +188,7 @@ def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
     if setup.teacher_gathered:
         lines.append(_working_copy(teacher, setup.teacher_item))
     if teacher.activations is not None:
-        together = -(-setup.accumulation // teacher_forwards(setup))
+        together = min(setup.accumulation, micro_batches_together(setup.config))
         size, how = together * max(teacher.activations.layers), "what a layer would keep for backward; nothing stays"
         how += f"; of {together} micro-batches" if together > 1 else ""
         lines.append(Line("teacher, one layer's tensors", size, how))

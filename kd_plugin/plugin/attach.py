@@ -96,9 +96,10 @@ class Plugin:
             Whether it has run. Before the first step with gradients it does not: that step settles what is kept.
 
         Raises:
-            ValueError: micro-batches that cannot be put together (`TeacherAhead.run`), or an encoder-decoder.
+            ValueError: micro-batches that cannot be put together (`TeacherAhead.run`), an encoder-decoder, or
+                `together` below 1.
         """
-        return self._heads.run_ahead(micro_batches, together or len(micro_batches), self.teacher)
+        return self._heads.run_ahead(micro_batches, together, self.teacher)
 
     @contextmanager
     def objective(self, config: DistillConfig) -> Iterator[None]:

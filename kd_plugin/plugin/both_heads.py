@@ -70,22 +70,28 @@ class BothHeads:
         return loss_sum
 
     @uncompiled
-    def run_ahead(self, micro_batches: Sequence[Mapping[str, Any]], together: int, teacher: nn.Module | None) -> bool:
-        """Run `teacher` over the micro-batches of the step to come, `together` at a time.
+    def run_ahead(
+        self, micro_batches: Sequence[Mapping[str, Any]], together: int | None, teacher: nn.Module | None
+    ) -> bool:
+        """Run `teacher` over the micro-batches of the step to come, `together` at a time; None: all.
 
         Returns:
-            False, and does nothing, before the first step has settled the exchange and shown what the teacher does to
-            its logits.
+            False, and does nothing, where no teacher is asked, and before the first step has settled the exchange and
+            shown what the teacher does to its logits.
 
         Raises:
-            ValueError: as `TeacherAhead.run`.
+            ValueError: `together` is below 1, or as `TeacherAhead.run`.
         """
+        if together is not None and together < 1:
+            raise ValueError(f"together is {together}; wanted how many micro-batches the teacher reads at once")
         if self._ahead is None or self._teacher is None or teacher is None:
             return False
         self._ahead.forget()
-        if self._exchange.mode is None or self._teacher.head.after_head is None:
+        ready = self._exchange.mode is not None and self._teacher.head.after_head is not None
+        if not (ready and micro_batches and self._student.config.soft_weight):
             return False
-        self._ahead.run(teacher, micro_batches, together, whole_head=self._exchange.mode == "weight")
+        whole = self._exchange.mode == "weight"
+        self._ahead.run(teacher, micro_batches, together or len(micro_batches), whole_head=whole)
         return True
 
     def _slice_consumer(self, hidden: Tensor, call: HeadCall) -> SliceConsumer | None:

@@ -190,6 +190,24 @@ def test_micro_batches_that_cannot_be_put_together_are_refused_by_name(
         attached.plugin.teacher_ahead(batches)
 
 
+@pytest.mark.parametrize("together", [0, -1])
+def test_fewer_than_one_at_once_are_refused(together: int) -> None:
+    attached = Attached()
+    attached.step(micro_batches((9,), 0))
+    with pytest.raises(ValueError, match=f"together is {together}; wanted how many micro-batches"):
+        attached.plugin.teacher_ahead(micro_batches((9, 9), 0), together)
+
+
+def test_no_micro_batches_and_a_while_without_soft_loss_ask_no_teacher() -> None:
+    attached = Attached()
+    attached.step(micro_batches((9,), 0))
+    read = len(attached.rows_read)
+    assert not attached.plugin.teacher_ahead([])
+    with attached.plugin.objective(kd.DistillConfig(soft_weight=0.0, row_kernel="eager")):
+        assert not attached.plugin.teacher_ahead(micro_batches((9, 9), 0))
+    assert len(attached.rows_read) == read
+
+
 def test_padding_under_a_window_is_refused() -> None:
     attached = Attached("gemma2")
     attached.step(micro_batches((9,), 0))
