@@ -12,14 +12,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.benchmark_scripts import BENCHMARKS, loaded
+
 MODULES = (
     "common",
     "cases",
@@ -38,13 +38,8 @@ MODULES = (
 @pytest.fixture(scope="module")
 def bench() -> Any:
     """The benchmarks' modules by name; they are scripts that import each other as such."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with loaded(MODULES) as modules:
+        yield modules
 
 
 @pytest.fixture

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.benchmark_scripts import BENCHMARKS, loaded
+
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = ROOT / "benchmarks"
 MODULES = (
     "cases",
     "contestants",
@@ -38,13 +36,8 @@ MODULES = (
 @pytest.fixture(scope="module")
 def bench() -> Any:
     """The benchmarks' modules by name; they are scripts that import each other as such."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with loaded(MODULES) as modules:
+        yield modules
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

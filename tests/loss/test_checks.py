@@ -20,19 +20,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import kd_plugin as kd
 from tests.loss_cases import config_of
 from tests.oracle import Problem, make_problem
+from tests.refusals import refused
 from tests.tiny_models import make_batch, make_model
 
 LOSSES = {"distill_loss": kd.distill_loss, "reference.distill_loss": kd.reference.distill_loss}
-
-
-def refused(call: Callable[[], object], *words: str) -> None:
-    """`call` raises a ValueError whose message has one line and all `words`."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, f"{word!r} not in {message!r}"
 
 
 @pytest.fixture(params=LOSSES)

@@ -11,17 +11,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import kd_plugin as kd
 from tests.loss_cases import config_of
+from tests.refusals import refused
 from tests.tiny_models import expected_loss, make_batch, make_model
-
-
-def refused(call: Callable[[], object], *words: str) -> None:
-    """`call` raises a ValueError whose message has one line and all `words`."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, f"{word!r} not in {message!r}"
 
 
 def test_heads_that_the_loss_cannot_take_over() -> None:

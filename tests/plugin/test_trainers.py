@@ -24,6 +24,16 @@ def pair(dtype: torch.dtype = torch.float32, name: str = "llama") -> tuple[nn.Mo
     return student, teacher, kd.attach(student, teacher, CONFIG)
 
 
+SHORT: dict[str, Any] = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "report_to": [],
+    "use_cpu": True,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
 def rows(count: int = 8) -> list[dict[str, Tensor]]:
     ids = torch.randint(3, VOCAB, (count, 9), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row, "labels": row.clone()} for row in ids]
@@ -33,12 +43,7 @@ def trainer(student: nn.Module, folder: Path, **options: Any) -> Trainer:
     function = options.pop("compute_loss_func", None)
     args = TrainingArguments(
         output_dir=str(folder),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
+        **SHORT,
         **options,
     )
     return Trainer(model=student, args=args, train_dataset=rows(), compute_loss_func=function)
@@ -138,14 +143,9 @@ def sft(student: nn.Module, folder: Path, kind: type[Trainer]) -> Trainer:
     texts = [" ".join(f"w{(7 * i + j * j) % (VOCAB - 3)}" for j in range(9)) for i in range(8)]
     args = SFTConfig(
         output_dir=str(folder),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        report_to=[],
-        use_cpu=True,
         bf16=False,
-        save_strategy="no",
-        disable_tqdm=True,
         logging_steps=1,
+        **SHORT,
     )
     data = datasets.Dataset.from_list([{"text": text} for text in texts])
     return kind(model=student, args=args, train_dataset=data, processing_class=fast)
