@@ -78,7 +78,8 @@ class DistillHead(nn.Linear):
 
         Args:
             hidden_states: `[..., D]`.
-            targets: `[...]` int64, the label of each row itself.
+            targets: `[...]` int64, the label of each row itself. An attached student's forward gives a `HeadCall`
+                in its place, and gets the loss sum alone: wrappers see to the weight around this method only.
             teacher: `(teacher_hidden [..., E], teacher_weight [V', E])`, with a bias `[V']` as third if there is
                 one; or a source of teacher logits such as `HeadTeacher` (which also takes a soft-cap).
             token_weights: `[...]`.

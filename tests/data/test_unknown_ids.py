@@ -13,6 +13,7 @@ import torch
 import kd_plugin as kd
 from kd_plugin.data.known_ids import VocabularyError
 from kd_plugin.settings.run import RunConfig
+from tests.tiny_models import make_model
 from tests.tiny_runs import make_folder, run_config
 
 WORDS = "the quick brown fox jumps over a lazy dog "
@@ -21,7 +22,7 @@ WORDS = "the quick brown fox jumps over a lazy dog "
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Teacher (64 rows), `extended` (its tokenizer with <think>, id 64) and `student`, a model with 65 rows."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     folder = make_folder(tmp_path_factory.mktemp("tiny"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
@@ -29,9 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.add_tokens([*fillers, "<think>"], special_tokens=True)
     assert tokenizer.convert_tokens_to_ids("<think>") == 64
     tokenizer.save_pretrained(folder / "extended")
-    config = LlamaConfig.from_pretrained(folder / "teacher", vocab_size=65, num_hidden_layers=1)
-    torch.manual_seed(1)
-    LlamaForCausalLM(config).save_pretrained(folder / "student")
+    sizes = {"vocab_size": 65, "num_hidden_layers": 1, "max_position_embeddings": 128}
+    make_model("llama", dtype=torch.float32, **sizes).save_pretrained(folder / "student")
     tokenizer.save_pretrained(folder / "student")
     return folder
 

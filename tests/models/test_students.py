@@ -11,6 +11,7 @@ from kd_plugin.models.loading import build_student
 from kd_plugin.models.students import StudentError, config_with, evenly_spaced
 from kd_plugin.settings.run import StudentConfig
 from tests.six_layer_models import TEACHERS, from_teacher, layers_of, make_teacher, tokens
+from tests.tiny_models import make_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -96,10 +97,7 @@ def test_half_precision_teacher_gives_float32_student() -> None:
 
 
 def test_layers_that_depend_on_their_position_are_refused() -> None:
-    config = transformers.GPT2Config(
-        vocab_size=48, n_embd=16, n_layer=6, n_head=4, scale_attn_by_inverse_layer_idx=True
-    )
-    teacher = transformers.GPT2LMHeadModel(config)
+    teacher = make_model("gpt2", width=16, num_hidden_layers=6, scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(StudentError, match=r"layer 2 has attn\.scaling = 0\.166.*student's layer 1 it would"):
         build_student(from_teacher(3), teacher, seed=0)
 

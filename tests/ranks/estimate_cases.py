@@ -8,31 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugin.settings.run import RunConfig
+from tests.tiny_models import make_model
 
 VOCAB, STUDENT_WIDTH, TEACHER_WIDTH = 4096, 96, 160
 BATCH, LENGTH, CHUNK = 2, 129, 64
 
 
-def settings(width: int) -> dict[str, object]:
-    """Of a Llama with one thin layer and an untied head."""
-    return {
-        "vocab_size": VOCAB,
-        "hidden_size": width,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": LENGTH,
-        "tie_word_embeddings": False,
-    }
+def make_llama(width: int) -> nn.Module:
+    """An fp32 Llama with one thin layer and an untied head."""
+    thin = {"num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return make_model(
+        "llama", width=width, vocab_size=VOCAB, dtype=torch.float32, max_position_embeddings=LENGTH, **thin
+    )
 
 
 def make_models() -> tuple[nn.Module, nn.Module]:
-    """Student and teacher, fp32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return tuple(LlamaForCausalLM(LlamaConfig(**settings(width))) for width in (STUDENT_WIDTH, TEACHER_WIDTH))
+    """Student and teacher."""
+    return make_llama(STUDENT_WIDTH), make_llama(TEACHER_WIDTH)
 
 
 def make_ids(rank: int) -> Tensor:
@@ -67,7 +59,5 @@ def make_config(case: str, folder: Path = Path("nowhere"), row_kernel: str = "co
 
 def write_configurations(folder: Path) -> None:
     """What an estimate reads; there are no weights."""
-    from transformers import LlamaConfig
-
-    for name, width in (("student", STUDENT_WIDTH), ("teacher", TEACHER_WIDTH)):
-        LlamaConfig(**settings(width)).save_pretrained(folder / name)
+    for name, model in zip(("student", "teacher"), make_models(), strict=True):
+        model.config.save_pretrained(folder / name)
