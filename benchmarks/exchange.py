@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import Options, Row, Target, figure, markdown, median_ratio, options, publish, write_csv
-from exchange_worker import PRODUCTS, VARIANTS, Job, launch
+from exchange_worker import PRODUCTS, VARIANTS, Job
+from ranks import launch
 
 from kd_plugin.exchange.cost import Head, logits_bytes, stats_bytes, weight_bytes
 
@@ -76,7 +77,7 @@ def run_job(run: Options, heads: Heads, ranks: int, rows: Sequence[int], modes: 
     job = Job(heads.vocab, heads.student, tuple(rows), tuple(modes), 2 if run.quick else 5, seconds, threads)
     print(f"W={ranks}, V={heads.vocab}, rows {', '.join(map(str, rows))}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        lines = launch(job, ranks, Path(folder))
+        lines = launch("exchange_worker", job, ranks, Path(folder))
     for line in lines:
         mode = line["mode"]
         line |= {"W": ranks, "V": heads.vocab}

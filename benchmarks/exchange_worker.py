@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -144,27 +144,6 @@ def main(job_file: Path, lines_file: Path) -> None:
     if dist.get_rank() == 0:
         lines_file.write_text(json.dumps(table))
     end_process_groups()
-
-
-def launch(job: Job, ranks: int, folder: Path) -> list[dict[str, Any]]:
-    """Run `job` on `ranks` fresh processes of this machine; returns the lines of `measure`.
-
-    Raises:
-        RuntimeError: a rank failed; with what was printed last.
-    """
-    import os
-    import subprocess
-
-    job_file, lines_file = folder / "job.json", folder / "lines.json"
-    job_file.write_text(json.dumps(asdict(job)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, __file__, str(job_file), str(lines_file)]
-    repository = Path(__file__).parents[1]
-    environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": str(repository)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{ranks} ranks failed: {done.stderr[-2000:]}")
-    return json.loads(lines_file.read_text())
 
 
 if __name__ == "__main__":

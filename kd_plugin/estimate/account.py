@@ -17,6 +17,7 @@ from kd_plugin.settings.distill import ExchangeMode
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.settings.units import GIB
 from kd_plugin.training.precision import automatic_dtype, with_dtypes
+from kd_plugin.training.schedule import in_even_forwards, micro_batches_together
 
 __all__ = ["Choice", "Estimate", "EstimateError", "estimate"]
 
@@ -84,7 +85,7 @@ def estimate(
     """
     if gpu_memory_gib is not None and gpu_memory_gib <= 0:
         raise EstimateError(f"--gpu-memory-gib is {gpu_memory_gib:g}: give the memory of one GPU, above 0")
-    setup = _settled_setup(config, world_size, rows, device)
+    setup = _in_memory(_settled_setup(config, world_size, rows, device), gpu_memory_gib)
     return Estimate(
         setup=setup,
         memory=memory(setup),
@@ -101,6 +102,17 @@ def _settled_setup(config: RunConfig, world_size: int, rows: int | None, device:
     config = with_dtypes(config, "bfloat16" if device == "cuda" else automatic_dtype(torch.device(device))[0])
     setup = make_setup(config, load_sizes(config), world_size=world_size, rows=rows, device=device)
     return replace(setup, exchange=settled(setup))
+
+
+def _in_memory(setup: Setup, gpu_memory_gib: float | None) -> Setup:
+    """`setup` with as many micro-batches at once as fit, where `teacher.micro_batch_size` is `auto`."""
+    if gpu_memory_gib is None or micro_batches_together(setup.config) is not None or setup.teacher is None:
+        return setup
+    every = range(setup.accumulation, 0, -1)
+    fewer = dict.fromkeys(in_even_forwards(setup.accumulation, most) for most in every)  # most first, each once
+    tried = (replace(setup, together=together) for together in fewer)
+    fitting = (each for each in tried if memory(each).peak_bytes <= USABLE * gpu_memory_gib * GIB)
+    return next(fitting, replace(setup, together=1))
 
 
 def _choices(setup: Setup, gpu_memory_gib: float | None) -> tuple[Choice, ...]:
@@ -125,7 +137,7 @@ def _layouts(setup: Setup) -> list[tuple[str, int]]:
 def _choice(setup: Setup, layout: tuple[str, int], teacher_sharded: bool, gpu_memory_gib: float | None) -> Choice:
     mode, shard_ranks = layout
     spread = setup.spread(mode=mode, teacher_sharded=teacher_sharded, shard_ranks=shard_ranks)
-    spread = replace(spread, exchange=recommended(spread))
+    spread = _in_memory(replace(spread, exchange=recommended(spread)), gpu_memory_gib)
     step = setup.accumulation * exchanges(spread)[spread.exchange].num_bytes
     step += sum(line.num_bytes for line in parameters(spread))
     peak = memory(spread).peak_bytes

@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kd_plugin.distributed.layout import chunk_length
-from kd_plugin.estimate.setup import Line, Setup, runs_ahead
+from kd_plugin.estimate.setup import Line, Setup, keeps_student_head, runs_ahead
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.estimate.states import host_states, student_states, teacher_states
 from kd_plugin.row_kernels.blocks import block_rows
-from kd_plugin.training.schedule import micro_batches_together
 
 _FLOAT = 4
 
@@ -76,7 +75,7 @@ def heads(setup: Setup) -> tuple[Line, ...]:
     if is_cut and item != _FLOAT:
         size = setup.slice_size * student.width * item
         lines.append(Line("student head, own slice", size, f"{setup.slice_size} x {student.width} x {item} B"))
-    elif not (is_cut or whole):
+    elif not (is_cut or whole or (setup.exchange == "weight" and keeps_student_head(setup))):
         lines.append(_whole_head(setup, "student", student, item, "V", gathered=setup.gathers_student))
     copied = runs_ahead(setup) and setup.teacher_sharded
     if teacher is not None and setup.teacher_gathered and setup.exchange == "weight" and not copied:
@@ -188,7 +187,7 @@ def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
     if setup.teacher_gathered:
         lines.append(_working_copy(teacher, setup.teacher_item))
     if teacher.activations is not None:
-        together = min(setup.accumulation, micro_batches_together(setup.config))
+        together = min(setup.accumulation, setup.together)
         size, how = together * max(teacher.activations.layers), "what a layer would keep for backward; nothing stays"
         how += f"; of {together} micro-batches" if together > 1 else ""
         lines.append(Line("teacher, one layer's tensors", size, how))
@@ -206,6 +205,8 @@ def _teacher_kept(setup: Setup) -> list[Line]:
     if setup.exchange == "weight" and setup.teacher_sharded:
         how = f"V' {teacher.vocab_size} x E {teacher.width} x {item} B, a copy for the step"
         lines.append(Line("teacher head, whole", teacher.head_numel * item, how))
+    if setup.exchange == "weight" and keeps_student_head(setup):
+        lines.append(_whole_head(setup, "student", setup.student, setup.student_item, "V", gathered=True))
     return lines
 
 

@@ -52,6 +52,8 @@ class Setup:
     chunk: int
     """Rows C of one chunk."""
     accumulation: int
+    together: int
+    """Micro-batches of a rank that the teacher reads at once, at most."""
     device: str
     """cuda or cpu."""
 
@@ -193,7 +195,13 @@ class Setup:
 
 def teacher_forwards(setup: Setup) -> int:
     """Forwards of the teacher per rank and optimizer step."""
-    return -(-setup.accumulation // micro_batches_together(setup.config))
+    return -(-setup.accumulation // setup.together)
+
+
+def keeps_student_head(setup: Setup) -> bool:
+    """Whether exchange `weight` gathers the student's frozen head once per step: FSDP2's, in a unit of its own."""
+    student = setup.student
+    return runs_ahead(setup) and setup.gathers_student and setup.student_head_is_cut and not student.head_trainable
 
 
 def runs_ahead(setup: Setup) -> bool:
@@ -222,6 +230,7 @@ def make_setup(
         raise EstimateError(f"--world-size is {world_size}: give the number of ranks, 1 or more")
     rows = _rows(config, rows)
     mode, shard_ranks = _layout(config, world_size)
+    accumulation = accumulation_steps(config.train, seq_len=config.data.seq_len, world_size=world_size)
     setup = Setup(
         student=student,
         teacher=teacher if config.distill.soft_weight else None,
@@ -233,7 +242,8 @@ def make_setup(
         exchange="weight",  # until `wire.settled` has looked at the volumes
         rows=rows,
         chunk=rows,
-        accumulation=accumulation_steps(config.train, seq_len=config.data.seq_len, world_size=world_size),
+        accumulation=accumulation,
+        together=micro_batches_together(config) or accumulation,  # until `account` has looked at the memory
         device=device,
     )
     return replace(setup, chunk=min(chunk_rows(setup, config.distill.chunk_size), rows))

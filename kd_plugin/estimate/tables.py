@@ -6,7 +6,7 @@ import sys
 from typing import NamedTuple
 
 from kd_plugin.estimate.account import USABLE, Choice, Estimate
-from kd_plugin.estimate.setup import Line, Setup, chunk_rows
+from kd_plugin.estimate.setup import Line, Setup, chunk_rows, teacher_forwards
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.settings.units import GIB
 
@@ -42,6 +42,8 @@ def notes_of(estimate: Estimate) -> list[str]:
     """The lines below the tables: what to choose and why, then what is not known."""
     setup = estimate.setup
     notes = [f"chunk size: {_chunk(setup)}", f"exchange: {_exchange(estimate)}", f"sharding: {_sharding(estimate)}"]
+    if setup.teacher is not None and setup.accumulation > 1:
+        notes.append(f"teacher ahead: {_ahead(estimate)}")
     for side, model in (("student", setup.student), ("teacher", setup.teacher)):
         if model is not None and model.activations is None:
             notes.append(f"unknown: {side} activations, so the peak is too low by them: {model.why_unknown}")
@@ -161,6 +163,17 @@ def _chunk(setup: Setup) -> str:
     if full >= setup.rows:
         return f"{setup.chunk} rows = one chunk: {text}, and there are only {setup.rows}"
     return f"{text}, {-(-setup.rows // full)} chunks of at most {full}"
+
+
+def _ahead(estimate: Estimate) -> str:
+    setup, forwards = estimate.setup, teacher_forwards(estimate.setup)
+    together = min(setup.together, setup.accumulation)
+    text = f"reads {together} of {setup.accumulation} micro-batches at once, {forwards} forwards per step"
+    if setup.config.teacher.micro_batch_size != "auto":
+        return text
+    if estimate.gpu_memory_gib is None:
+        return f"{text}; auto, if they fit: give --gpu-memory-gib to see"
+    return f"{text}; auto, {'all' if forwards == 1 else 'as many as fit'}"
 
 
 def _exchange(estimate: Estimate) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kd_plugin.divergences.objective import make_objective
-from kd_plugin.estimate.setup import Line, Setup, runs_ahead, teacher_forwards
+from kd_plugin.estimate.setup import Line, Setup, keeps_student_head, runs_ahead, teacher_forwards
 from kd_plugin.estimate.sizes import ModelSizes, Unit
 from kd_plugin.exchange import cost
 from kd_plugin.exchange.cost import Head, stats_bytes, teacher_logits_bytes
@@ -52,7 +52,8 @@ def settled(setup: Setup) -> ExchangeMode:
     item = setup.student_item  # for both heads: the plugin's rule knows the dtype of hidden states only
     own, other = _student_head(setup), _teacher_head(setup, teacher)._replace(item_bytes=item)
     own = own if setup.student_head_is_cut else own._replace(ranks=1)
-    other = other._replace(ranks=1) if teacher.tied else other
+    own = own._replace(served=setup.accumulation) if keeps_student_head(setup) else own
+    other = other._replace(ranks=1) if teacher.tied else other._replace(served=_served(setup))
     return cost.cheapest(setup.distill, own, other, setup.tokens, ranks=setup.exchange_ranks)[0]
 
 
@@ -64,6 +65,17 @@ def _student_head(setup: Setup) -> Head:
 
 def _teacher_head(setup: Setup, teacher: ModelSizes) -> Head:
     return Head(teacher.vocab_size, teacher.width, setup.teacher_ranks, setup.teacher_item)
+
+
+def _served(setup: Setup) -> float:
+    """Micro-batches that one gather of the teacher's head serves in exchange `weight`.
+
+    A head of its own is copied in the first forward of a step that runs ahead; one in a unit with the embedding comes
+    with each forward.
+    """
+    if setup.teacher is None or not runs_ahead(setup):
+        return 1
+    return setup.accumulation / (teacher_forwards(setup) if setup.teacher.tied else 1)
 
 
 def _student_gathered(setup: Setup) -> tuple[float, str]:
@@ -83,18 +95,17 @@ def _teacher_gathered(setup: Setup) -> tuple[float, str]:
     teacher = setup.teacher
     if teacher is None or not setup.teacher_sharded:
         return 0.0, "teacher's head is whole" if teacher else "no teacher"
-    size, how = _teacher_head(setup, teacher).num_bytes, f"f V' E x {setup.teacher_item}"
-    if not runs_ahead(setup):
-        return size, how
-    # A head of its own is copied in the first forward of a step; one in a unit with the embedding comes with each.
-    times = teacher_forwards(setup) if teacher.tied else 1
-    return size * times / setup.accumulation, f"{how} x {times} / {setup.accumulation}"
+    served = _served(setup)
+    size, how = _teacher_head(setup, teacher)._replace(served=served).num_bytes, f"f V' E x {setup.teacher_item}"
+    return (size, f"{how} / {served:g}, for as many micro-batches") if served > 1 else (size, how)
 
 
 def _weight(setup: Setup) -> Volume:
     if setup.world_size == 1:
         return Volume(0.0, "one rank: nothing crosses a wire")
     (student, how), (teacher, teacher_how) = _student_gathered(setup), _teacher_gathered(setup)
+    if keeps_student_head(setup):
+        student, how = student / setup.accumulation, f"{how} / {setup.accumulation}"
     return Volume(student + teacher, f"{how} + {teacher_how}")
 
 

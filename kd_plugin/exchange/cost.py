@@ -9,6 +9,7 @@ ids than the teacher has one more, and the label's logit), k sums per row that a
     logits   f V (e + r) D + (W - 1) n e E + 4 f n V         the student's head; teacher hidden states, logits
     stats    (W - 1) n (e (D + E) + 4 D + 4 m W + 8 k + 16)  hidden states, their gradient, numbers per row
 
+A teacher that runs ahead over a micro-batches of a step has its head gathered once: E / a for E in the first line.
 `weight` does not depend on the rows, `stats` not on the vocabulary; `logits` wins in between only where the
 teacher is much wider than its share of the vocabulary.
 """
@@ -39,12 +40,14 @@ class Head(NamedTuple):
     """Bytes of one weight, and of one number of a hidden state."""
     reduced_bytes: int = 0
     """Bytes of one number of its gradient as it is reduced; 0 for a frozen head."""
+    served: float = 1
+    """Micro-batches that one gather serves in `weight`: of a teacher that runs ahead, or of a frozen student."""
 
     @property
     def num_bytes(self) -> float:
-        """Bytes that a rank receives to gather it once and to reduce-scatter its gradient once."""
+        """Bytes that a rank receives per micro-batch to gather it, and to reduce-scatter its gradient once."""
         numel = self.vocab_size * self.width
-        return (self.ranks - 1) / self.ranks * numel * (self.item_bytes + self.reduced_bytes)
+        return (self.ranks - 1) / self.ranks * numel * (self.item_bytes / self.served + self.reduced_bytes)
 
 
 def weight_bytes(student: Head, teacher: Head) -> float:
@@ -54,7 +57,8 @@ def weight_bytes(student: Head, teacher: Head) -> float:
 
 def logits_bytes(student: Head, teacher: Head, rows: float, *, ranks: int) -> float:
     """Bytes that a rank receives per micro-batch with `exchange: logits` among `ranks`, with `rows` each."""
-    return student.num_bytes + teacher_logits_bytes(student, teacher, rows, ranks=ranks)
+    own = student._replace(served=1).num_bytes  # a head that is kept for several micro-batches is `weight`'s
+    return own + teacher_logits_bytes(student, teacher, rows, ranks=ranks)
 
 
 def teacher_logits_bytes(student: Head, teacher: Head, rows: float, *, ranks: int) -> float:

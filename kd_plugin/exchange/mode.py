@@ -39,6 +39,8 @@ class Exchange:
         """`weight`, `logits` or `stats`, settled by the first forward; `auto` by the first that trains."""
         self.teacher: TeacherHead | None = None
         """The head of the attached teacher."""
+        self.served = 1
+        """Micro-batches that one gather of a frozen head serves, as far as is known when the mode is settled."""
         self._cut: VocabCut | None = None
         self._alone = False
         self._agreed: set[bool] = set()
@@ -169,13 +171,14 @@ class Exchange:
         """
         assert self.teacher is not None
         ranks, width, item = num_ranks(self._exchange_group), hidden.shape[-1], hidden.element_size()
-        told = hidden.numel() // width, self.teacher.ranks(self.group)  # all must decide from the same numbers
+        # All must decide from the same numbers
+        told = hidden.numel() // width, self.teacher.ranks(self.group), self.served
         everyone = all_gather_object(told, self.group, "numbers of rows (once, in the first step)")
-        rows, teacher_ranks = (max(numbers) for numbers in zip(*everyone, strict=True))
+        rows, teacher_ranks, served = (max(numbers) for numbers in zip(*everyone, strict=True))
         is_cut = vocab_cut(weight) is not None
         reduced = cost.REDUCED_BYTES if weight.requires_grad else 0
-        student = Head(student_size, width, ranks if is_cut else 1, item, reduced)
-        teacher = Head(self.teacher.vocab_size, self.teacher.width, teacher_ranks, item)
+        student = Head(student_size, width, ranks if is_cut else 1, item, reduced, 1 if reduced else served)
+        teacher = Head(self.teacher.vocab_size, self.teacher.width, teacher_ranks, item, served=served)
         mode, volumes = cost.cheapest(self.config, student, teacher, rows, ranks=ranks, without=without)
         if dist.get_rank(self.group) == 0:
             listed = ", ".join(f"{name} {volume / 1e6:.4g} MB" for name, volume in volumes.items())
@@ -190,7 +193,9 @@ def _described(student: Head, teacher: Head, rows: int, *, ranks: int, is_cut: b
     text += "" if teacher.vocab_size == student.vocab_size else f", V' {teacher.vocab_size}"
     text += "" if is_cut else ", the student's head is whole in each"
     text += "" if student.reduced_bytes else ", the student's head is frozen"
-    return text + ("" if teacher.ranks > 1 else ", the teacher's head is there anyway")
+    if teacher.ranks == 1:
+        return f"{text}, the teacher's head is there anyway"
+    return text + (f", the teacher's head is gathered once for {teacher.served:g}" if teacher.served > 1 else "")
 
 
 def _agree(group: dist.ProcessGroup | None, compared: dict[str, object], *, settle: bool) -> None:

@@ -57,6 +57,14 @@ class TeacherHead:
         plain = not (is_dtensor(weight) or weight.is_meta or hasattr(self.linear, "_hf_hook"))
         return plain and self._sharded_over() == 1
 
+    def bytes_ahead(self, tokens: int, *, whole: bool) -> int:
+        """Bytes that a teacher leaves which runs ahead over `tokens`: hidden states, and the head where it is copied.
+
+        `whole` says whether the loss multiplies by the whole head (`exchange: weight`).
+        """
+        copied = self.vocab_size if whole and not self.is_usable_in_place() else 0
+        return (tokens + copied) * self.width * self.linear.weight.element_size()
+
     def _sharded_over(self) -> int | None:
         return sharded_over(self.linear.weight, self.linear.out_features * self.linear.in_features)
 

@@ -37,5 +37,9 @@ class HeadCall:
         """Set when the vocabulary is cut over the ranks; the teacher then holds its columns only."""
         self.low_rank: LowRank | None = None
         """What an adapter around the head adds to its logits."""
+        self.keeps_head = False
+        """Whether the head is to leave a copy of itself, for the next micro-batches of the step."""
+        self.kept_head: tuple[Tensor, Tensor | None] | None = None
+        """Weight `[V, D]` and bias `[V]` that an earlier micro-batch of the step has left, or this one leaves."""
         self.sums: LossSums | None = None
         """Filled in by the head; `sums.loss_sum` is what the head returns."""

@@ -10,12 +10,14 @@ slice of the teacher's head (`distill.exchange` logits and stats), the teacher r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kd_plugin.distributed.torch_internals import times_written
 from kd_plugin.distributed.uncompiled import uncompiled
 from kd_plugin.exchange.mode import Exchange
 from kd_plugin.exchange.teacher_slice import SliceConsumer
@@ -40,6 +42,8 @@ class BothHeads:
     def __init__(self, student: StudentSide, teacher: TeacherSide | None, exchange: Exchange, watch: Stopwatch) -> None:
         self._student, self._teacher, self._exchange, self._watch = student, teacher, exchange, watch
         self._ahead = None if teacher is None else TeacherAhead(teacher)
+        self._kept_head: tuple[int, tuple[Tensor, Tensor | None]] | None = None
+        """A copy of the student's frozen head, for the rest of a step, and how often it had been written to."""
 
     @uncompiled
     def loss_sum(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any], teacher: nn.Module | None) -> Tensor:
@@ -62,12 +66,25 @@ class BothHeads:
         if kept is not None and not consumer.needs_head:
             consumer.use_hidden(kept.hidden)
         elif kept is not None and isinstance(consumer, _NestedHead):
-            consumer.use_head(self._ahead.source(kept))
+            with self._one_gather(call):
+                consumer.use_head(self._ahead.source(kept))
         else:
             self._teacher.run(teacher, inputs, consumer)
         loss_sum = consumer.loss_sum if isinstance(consumer, _NestedHead) else self.student_loss(hidden, call)
         call.teacher = None
         return loss_sum
+
+    @contextmanager
+    def _one_gather(self, call: HeadCall) -> Iterator[None]:
+        """Have a frozen head of the student gathered once for all micro-batches that the teacher has read ahead."""
+        assert self._ahead is not None
+        written = times_written(self._student.linear.weight)
+        if self._kept_head is not None and self._kept_head[0] == written:
+            call.kept_head = self._kept_head[1]
+        call.keeps_head = call.kept_head is None and self._ahead.has_more and self._student.can_keep_head()
+        yield
+        kept = call.kept_head
+        self._kept_head = (written, kept) if kept is not None and self._ahead.has_more else None
 
     @uncompiled
     def run_ahead(
@@ -87,6 +104,8 @@ class BothHeads:
         if self._ahead is None or self._teacher is None or teacher is None:
             return False
         self._ahead.forget()
+        self._kept_head = None
+        self._exchange.served = max(1, len(micro_batches))
         ready = self._exchange.mode is not None and self._teacher.head.after_head is not None
         if not (ready and micro_batches and self._student.config.soft_weight):
             return False

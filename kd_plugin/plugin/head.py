@@ -124,6 +124,17 @@ class DistillHead(nn.Linear):
         # FSDP reduces every other gradient; this one already is the sum over all ranks' rows
         return self._vocab_parallel(hidden_states, weight, bias, call, vocab_slice, call.low_rank, cut.averaged)
 
+    def on_copy(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
+        """The loss sum, by the copy of a frozen head that `call` has.
+
+        Not through `__call__`, which would gather the weight.
+        """
+        assert call.kept_head is not None
+        hidden, (weight, bias) = hidden_states.reshape(-1, hidden_states.shape[-1]), call.kept_head
+        problem = make_problem(call, self.distill_config, hidden, weight.shape[0], transform=self.transform)
+        call.sums = loss_sums(problem, hidden, weight, bias, None)
+        return call.sums.loss_sum
+
     def _loss_sum(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
         """The loss sum where the weight is whole; fills in `call.sums`."""
         checks.whole_weight("lm_head.weight", self.weight)
@@ -132,6 +143,9 @@ class DistillHead(nn.Linear):
             bias = None if bias is None else bias[ids]
             low_rank = None if low_rank is None else low_rank.vocab_slice(ids.start, ids.stop)
             return self._vocab_parallel(hidden_states, self.weight[ids], bias, call, vocab_slice, low_rank, 1.0)
+        if call.keeps_head:
+            bias = self._whole_bias()
+            call.kept_head = self.weight.detach().clone(), None if bias is None else bias.detach().clone()
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         problem = make_problem(call, self.distill_config, hidden, self.weight.shape[0], transform=self.transform)
         call.sums = loss_sums(problem, hidden, self.weight, self._whole_bias(), call.low_rank)

@@ -121,9 +121,19 @@ class StudentSide:
                 head.set_after_head(*result.after_head)
         return result, router_loss
 
-    def head(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
-        """The loss sum of `call`, computed inside the head's own forward."""
+    def can_keep_head(self) -> bool:
+        """Whether the head's forward would gather by itself, under FSDP2, what stays the same all through a step."""
         linear = self.linear
+        plain = isinstance(linear, DistillHead) and linear is self.slot.module  # and in no adapter
+        trained = any(parameter.requires_grad for parameter in linear.parameters())
+        return plain and not trained and vocab_cut(linear.weight) is not None
+
+    def head(self, hidden_states: Tensor, call: HeadCall) -> Tensor:
+        """The loss sum of `call`, computed inside the head's own forward, or by a copy of the head."""
+        linear = self.linear
+        if call.kept_head is not None:
+            assert isinstance(linear, DistillHead)
+            return linear.on_copy(hidden_states, call)
         if call.vocab_slice is not None and vocab_cut(linear.weight) is not None:
             return student_head.on_slice(linear, hidden_states, call)  # past the hooks that would gather the weight
         if self.slot.module is not self._head_module and type(self.slot.module).__module__.startswith("peft."):

@@ -9,8 +9,9 @@ Notable decisions:
 - micro-batches go together in the order in which they are given, so that ranks with the same number of them run the
   teacher equally often, whatever the lengths;
 - of equal lengths they are laid one upon the other, and nothing else changes. Of unequal lengths they are padded on the
-  right under an attention mask, which hidden states do not depend on but for rounding. Not where attention has a
-  window: one that holds nothing but padding has no softmax, and its NaN would spread;
+  right under an attention mask, which hidden states do not depend on but for rounding: in half precision as much as
+  padding alone changes this model's, which is logged once. Not where attention has a window: one that holds nothing but
+  padding has no softmax, and its NaN would spread;
 - what is kept is found again by the tensors themselves: a forward with others runs the teacher, as without.
 """
 
@@ -75,7 +76,7 @@ class TeacherAhead:
     def __init__(self, side: TeacherSide) -> None:
         self._side = side
         self._kept: dict[Hashable, Kept] = {}
-        self._warned = False
+        self._warned = self._padded = False
 
     def run(
         self, teacher: nn.Module, micro_batches: Sequence[Mapping[str, Any]], together: int, *, whole_head: bool
@@ -102,6 +103,7 @@ class TeacherAhead:
         for start in range(0, len(given), together):
             batches = given[start : start + together]
             inputs, length = _merged(batches, self._side.model)
+            self._tell_of_padding(batches)
             self._side.look_again(inputs)
             consumer = _Consumer(needs_head=copied and head is None)  # one copy serves the whole step
             self._side.run(teacher, inputs, consumer)
@@ -120,6 +122,22 @@ class TeacherAhead:
                 "very tensors that plugin.teacher_ahead was given"
             )
         return kept
+
+    def _tell_of_padding(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Say once that micro-batches of other lengths are not read as they would be alone, bit for bit."""
+        lengths, dtype = {batch["input_ids"].shape[1] for batch in batches}, self._side.head.linear.weight.dtype
+        if len(lengths) > 1 and not self._padded:
+            self._padded = True
+            logger.info(
+                "the teacher reads micro-batches of %d to %d tokens ahead, padded together in %s: its hidden states "
+                "differ from those of each alone as far as padding changes them, by rounding",
+                *(min(lengths), max(lengths), str(dtype).removeprefix("torch.")),
+            )
+
+    @property
+    def has_more(self) -> bool:
+        """Whether something is kept."""
+        return bool(self._kept)
 
     def forget(self) -> None:
         """Let go of all that is kept."""

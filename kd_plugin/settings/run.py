@@ -80,10 +80,11 @@ class TeacherConfig(ModelSource):
     offload: bool = False
     """Keep its parameters in host memory; each layer is copied to the GPU when it runs."""
 
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Literal["auto"] | PositiveInt | None = "auto"
     """Sequences of one optimizer step that it reads at once, ahead of the student: a multiple of
     `train.micro_batch_size`. Its sharded or offloaded weights are then gathered less often, for its last hidden states
-    of a whole step in memory; null: as the student."""
+    of a whole step in memory. `auto`: as many of the step's as the memory that the first steps leave free allows, the
+    same on all ranks, as the log says; null: as the student."""
 
 
 class StudentConfig(ModelSource):

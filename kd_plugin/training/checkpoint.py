@@ -108,10 +108,25 @@ def _is_finite(folder: Path) -> bool | None:
     return json.loads((folder / _RUN).read_text()).get("finite")
 
 
-def save(engine: Engine, config: RunConfig, *, mode: str, step: int) -> Path:
+def together_in(folder: Path, config: RunConfig, world_size: int) -> int | None:
+    """Micro-batches that the teacher read at once in the run that wrote `folder`; None where memory is to say.
+
+    That is where it had not been settled, and where the micro-batches, the ranks or the device are others.
+    """
+    run = json.loads((folder / _RUN).read_text())
+    same = run["world_size"] == world_size and run.get("numerics", {}).get("device") == _numerics(config)["device"]
+    before, now = run["config"], config.model_dump(mode="json")
+    same = same and before["data"].get("seq_len") == now["data"]["seq_len"]
+    sizes = ("micro_batch_size", "tokens_per_step", "gradient_accumulation_steps")
+    same = same and all(before["train"].get(name) == now["train"][name] for name in sizes)
+    return run.get("teacher_together") if same else None
+
+
+def save(engine: Engine, config: RunConfig, *, mode: str, step: int, together: int | None = None) -> Path:
     """Write the checkpoint of `step` and remove those beyond `train.keep_checkpoints`; returns its folder.
 
-    All ranks call this. The caller has seen that the student is finite (`finite.has_finite_parameters`).
+    All ranks call this. The caller has seen that the student is finite (`finite.has_finite_parameters`). `together`
+    are the micro-batches that the teacher reads at once; None where that is not settled.
     """
     rank, final = dist.get_rank(), Path(config.log.output_dir) / "checkpoints" / f"{_STEP}{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
@@ -125,7 +140,7 @@ def save(engine: Engine, config: RunConfig, *, mode: str, step: int) -> Path:
     dist.barrier()
     if rank == 0:
         run = {"step": step, "parallel": mode, "world_size": dist.get_world_size()}
-        run |= {"finite": True, "numerics": _numerics(config)}
+        run |= {"finite": True, "numerics": _numerics(config), "teacher_together": together}
         run["config"] = config.model_dump(mode="json")
         (partial / _RUN).write_text(json.dumps(run, indent=1))
         partial.rename(final)

@@ -26,7 +26,7 @@ from kd_plugin.training import checkpoint
 from kd_plugin.training.console import progress, step_line
 from kd_plugin.training.finite import CHECK_EVERY, DivergedError, FiniteWatch, has_finite_parameters, scales_loss
 from kd_plugin.training.memory import memory_readings
-from kd_plugin.training.schedule import learning_rate_at, micro_batches_together
+from kd_plugin.training.schedule import learning_rate_at
 from kd_plugin.training.session import Session
 from kd_plugin.training.tensorboard import evaluated, tagged
 
@@ -127,7 +127,8 @@ def _save(session: Session, step: int) -> None:
     with session.timed("save"):
         if not _is_sound(session):
             _stop(session, f"at step {step}: its update left weights that are not finite, or too large for a loss")
-        folder = checkpoint.save(session.engine, session.config, mode=session.mode, step=step)
+        together = session.pace.together
+        folder = checkpoint.save(session.engine, session.config, mode=session.mode, step=step, together=together)
     logger.info("checkpoint %s", folder)
 
 
@@ -140,8 +141,7 @@ def _train_step(session: Session, step: int) -> tuple[Tensor, Tensor | None]:
     num_items = max(1, int(counted["valid"]))
     loss = torch.zeros((), device=session.place.device)
     micro_batches = [batch.to(session.place.device, non_blocking=True).model_inputs() for batch in batches]
-    if (together := micro_batches_together(session.config)) > 1 and len(micro_batches) > 1:
-        session.plugin.teacher_ahead(micro_batches, together)
+    session.pace.run_ahead(micro_batches)
     for index, inputs in enumerate(micro_batches):
         loss += engine.forward_backward(inputs, num_items=num_items, is_last=index == len(batches) - 1)
     return loss, engine.step(learning_rate_at(step, session.config.train))

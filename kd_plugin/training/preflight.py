@@ -84,7 +84,7 @@ def _source_problems(config: RunConfig) -> list[str]:
 
 def _teacher_ahead_problems(config: RunConfig) -> list[str]:
     together, each = config.teacher.micro_batch_size, config.train.micro_batch_size
-    if together is None or together % each == 0:
+    if together in (None, "auto") or together % each == 0:
         return []
     return [
         f"teacher.micro_batch_size is {together}, wanted a multiple of train.micro_batch_size, {each}: it reads "

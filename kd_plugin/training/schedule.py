@@ -63,9 +63,17 @@ def accumulation_steps(train: TrainConfig, *, seq_len: int, world_size: int) -> 
     return steps
 
 
-def micro_batches_together(config: RunConfig) -> int:
-    """Micro-batches of a rank that the teacher reads at once, by `teacher.micro_batch_size`."""
+def micro_batches_together(config: RunConfig) -> int | None:
+    """Micro-batches of a rank that the teacher reads at once, by `teacher.micro_batch_size`; None: by memory."""
+    if config.teacher.micro_batch_size == "auto":
+        return None
     return max(1, (config.teacher.micro_batch_size or 0) // config.train.micro_batch_size)
+
+
+def in_even_forwards(micro_batches: int, most: int) -> int:
+    """Micro-batches at once, `most` or fewer, with which as few forwards read them all, each about as many."""
+    forwards = -(-micro_batches // most)
+    return -(-micro_batches // forwards)
 
 
 def learning_rate_at(step: int, train: TrainConfig) -> float:

@@ -18,6 +18,8 @@ from kd_plugin.plugin.attach import Plugin, attach
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.settings.yaml_file import to_yaml
 from kd_plugin.training import checkpoint
+from kd_plugin.training.ahead import TeacherPace
+from kd_plugin.training.schedule import micro_batches_together
 from kd_plugin.training.tensorboard import Writer, make_writer
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Session:
     """`train.parallel`, resolved."""
     engine: Engine
     plugin: Plugin
+    pace: TeacherPace
     batches: TrainBatches
     held_out: Callable[[], Iterator[Batch]]
     """Begins the micro-batches of one evaluation anew."""
@@ -107,10 +110,19 @@ def make_session(
         mode=mode,
         engine=engine,
         plugin=plugin,
+        pace=TeacherPace(plugin, _together(config, place, start_from)),
         batches=_train_batches(config, place, accumulation, dataset),
         held_out=_held_out(config, place, held_out),
         writer=_open_writer(config, place, start_from),
     )
+
+
+def _together(config: RunConfig, place: Placement, start_from: Path | None) -> int | None:
+    """Micro-batches at once that the configuration gives, or the checkpoint that the run continues from."""
+    together = micro_batches_together(config)
+    if together is None and start_from is not None:
+        return checkpoint.together_in(start_from, config, place.world_size)
+    return together
 
 
 def _checkpoint_activations(student: PreTrainedModel) -> None:

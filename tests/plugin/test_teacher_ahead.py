@@ -101,6 +101,39 @@ def test_those_of_other_lengths_are_padded_and_differ_by_rounding_alone(
         assert (one - other).abs().max() <= 5 * tolerance * largest
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "cohere", "opt"])
+def test_padding_together_changes_no_more_than_padding_alone(
+    name: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The error of hidden states against fp64, of each micro-batch alone, padded alone, and padded with others."""
+    attached, batches = Attached(name, dtype), micro_batches((9, 5, 12), 0)
+    attached.step(batches)
+    with caplog.at_level(logging.INFO, "kd_plugin"):
+        for _ in range(2):
+            assert attached.plugin.teacher_ahead(batches)
+    assert caplog.text.count("micro-batches of 5 to 12 tokens ahead, padded together in") == 1
+    together = [kept.hidden for kept in attached.plugin._heads._ahead._kept.values()]
+    attached.plugin.detach()
+    exact = copy.deepcopy(attached.teacher).double()
+
+    def hidden(model: nn.Module, ids: Tensor, length: int) -> Tensor:
+        padded = nn.functional.pad(ids, (0, length - ids.shape[1]))
+        mask = nn.functional.pad(torch.ones_like(ids), (0, length - ids.shape[1]))
+        with torch.no_grad():
+            output = model(input_ids=padded, attention_mask=mask, output_hidden_states=True)
+        return output.hidden_states[-1][:, : ids.shape[1]].reshape(-1, output.hidden_states[-1].shape[-1])
+
+    for batch, found in zip(batches, together, strict=True):
+        ids = batch["input_ids"]
+        wanted = hidden(exact, ids, ids.shape[1])
+        own, alone, with_others = (
+            ((each.double() - wanted).norm() / wanted.norm()).item()
+            for each in (hidden(attached.teacher, ids, ids.shape[1]), hidden(attached.teacher, ids, 12), found)
+        )
+        assert with_others <= 1.2 * max(own, alone) < (0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", "uld", "logit_mse"])
 def test_any_divergence_reads_what_was_kept(divergence: str) -> None:
     losses, _, _ = run((7, 7), ahead=False, divergence=divergence)
