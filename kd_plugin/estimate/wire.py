@@ -71,11 +71,11 @@ def _served(setup: Setup) -> float:
     """Micro-batches that one gather of the teacher's head serves in exchange `weight`.
 
     A head of its own is copied in the first forward of a step that runs ahead; one in a unit with the embedding comes
-    with each forward.
+    with each forward, and so does what ZeRO-3 prefetches in the order of the first forward of all.
     """
     if setup.teacher is None or not runs_ahead(setup):
         return 1
-    return setup.accumulation / (teacher_forwards(setup) if setup.teacher.tied else 1)
+    return setup.accumulation / (teacher_forwards(setup) if setup.teacher.tied or setup.is_zero else 1)
 
 
 def _student_gathered(setup: Setup) -> tuple[float, str]:

@@ -123,7 +123,9 @@ class TeacherSide:
             return self._model_forward(*args, **kwargs)
         self._asked = True
         measure = None if self.head.after_head is not None else (self.head.vocab_size, "teacher")
-        with self._watch.region("teacher", self.head.linear.weight.device):
+        # Not the head's device: ZeRO-3 gathers a weight that is looked at in a forward, and from then on in each
+        device = next((value.device for value in kwargs.values() if isinstance(value, Tensor)), torch.device("cpu"))
+        with self._watch.region("teacher", device):
             backbone = causal_lm.run_backbone(self._slot, self._model_forward, kwargs, measure=measure)
         if backbone.after_head is not None:
             self.head.after_head = backbone.after_head

@@ -204,9 +204,10 @@ class DistillConfig(Section):
     their size once the models are close."""
 
     exchange: Literal["auto", ExchangeMode] = "auto"
-    """What crosses the wire for sharded heads. `weight`: each head, once per micro-batch. `logits`:
-    the student's head, and chunk by chunk the teacher's logits: every rank keeps a vocabulary slice of its head.
-    `stats`: hidden states and a few numbers per token; every rank keeps a vocabulary slice of both heads.
+    """What crosses the wire for sharded heads. `weight`: each head, once per micro-batch; where the teacher runs ahead,
+    its own once per step, and a frozen untied one of an FSDP2 student, too (FSDP1 and ZeRO-3 gather that each time).
+    `logits`: the student's head, and chunk by chunk the teacher's logits: every rank keeps a vocabulary slice of its
+    head. `stats`: hidden states and a few numbers per token; every rank keeps a vocabulary slice of both heads.
     `auto` is the one that moves fewest bytes, as the first step that trains prints."""
 
     row_kernel: Literal["auto", "compile", "triton", "eager"] = "auto"

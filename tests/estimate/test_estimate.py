@@ -173,8 +173,10 @@ def test_a_frozen_head_has_no_gradient(folder: Path) -> None:
     config = run_config(folder, student={"freeze": ["lm_head"]}, train={"parallel": "fsdp"})
     estimated = estimate(config, world_size=2)
     assert "dW" not in {line.name for line in estimated.memory.phases["loss"]}
-    teachers = 1 / estimated.setup.accumulation  # gathered once per step
-    assert estimated.exchanges["weight"].num_bytes == pytest.approx(0.5 * 64 * 32 * 4 * (1 + teachers))
+    often = 1 / estimated.setup.accumulation  # both are gathered once per step
+    assert estimated.exchanges["weight"].num_bytes == pytest.approx(0.5 * 64 * 32 * 4 * 2 * often)
+    kept = [line.num_bytes for line in estimated.memory.phases["layers' backward"] if line.name == "student head, kept"]
+    assert kept == [64 * 32 * 4]
 
 
 def test_groups_of_shards_hold_more_and_gather_less(folder: Path) -> None:

@@ -26,16 +26,16 @@ class _Layout:
     """An attached student with a teacher, of which both are cut by one wrapper."""
 
     def __init__(self, name: str, exchange: str) -> None:
-        name, _, frozen = name.partition(" ")
+        name, _, how = name.partition(" ")
         widths = enumerate((STUDENT_WIDTH, TEACHER_WIDTH))
         student, teacher = (make_model("llama", width=w, vocab_size=VOCAB, seed=i) for i, w in widths)
         student.float(), teacher.float()
         self.numel = sum(parameter.numel() for parameter in teacher.parameters())
         self.head = teacher.get_output_embeddings().weight.numel()
-        student.get_output_embeddings().requires_grad_(not frozen)
+        student.get_output_embeddings().requires_grad_(how != "frozen")
         self.student_head = student.get_output_embeddings().weight.numel()
         self.plugin = kd.attach(student, teacher, make_config(exchange))
-        self.student, self.plugin.teacher = _wrapped(name, student, teacher)
+        self.student, self.plugin.teacher = _wrapped(name, student, teacher, prefetches=how == "prefetching")
 
     def step(self, batches: list[dict[str, Tensor]]) -> list[float]:
         losses = []
@@ -46,7 +46,7 @@ class _Layout:
         return losses
 
 
-def _wrapped(name: str, student: Any, teacher: Any) -> tuple[Any, Any]:
+def _wrapped(name: str, student: Any, teacher: Any, *, prefetches: bool) -> tuple[Any, Any]:
     mesh, cpu = fsdp_units.make_mesh("cpu", dist.get_world_size()), torch.device("cpu")
     if name == "fsdp":
         fsdp_units.shard_student(student, mesh, dtype=torch.float32)
@@ -57,8 +57,9 @@ def _wrapped(name: str, student: Any, teacher: Any) -> tuple[Any, Any]:
         return wrapped, fsdp1_units.wrap_teacher(teacher, mesh, cpu)
     import deepspeed
 
-    # Fetched where it is used: else a head that an earlier forward has used comes with one that does not
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}  # else small parameters are not cut
+    if not prefetches:  # what the first forward used, whether or not the next does: the head
+        zero["stage3_prefetch_bucket_size"] = 0
     block: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     block |= {"zero_allow_untested_optimizer": True, "gradient_accumulation_steps": MICRO_BATCHES}
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
@@ -114,6 +115,11 @@ def received(rank: int) -> dict[str, dict[str, Any]]:
 def received_zero3(rank: int) -> dict[str, dict[str, Any]]:
     """The same of two ZeRO-3 engines."""
     return {f"zero3, {mode}": _received("zero3", mode, rank) for mode in ("weight", "stats")}
+
+
+def received_prefetching(rank: int) -> dict[str, dict[str, Any]]:
+    """The same of ZeRO-3 engines that fetch ahead of use, as they do by default."""
+    return {"zero3 prefetching, weight": _received("zero3 prefetching", "weight", rank)}
 
 
 def agreed(rank: int, folder: Path) -> tuple[int | None, list[float]]:

@@ -10,30 +10,29 @@ from tests.ranks import ahead_probes
 from tests.ranks.launch import Launch, Launched
 from tests.tiny_runs import make_folder
 
+QUICK = ["gradients", "received_zero3", "agreed"]
+MORE = ["received", "received_prefetching"]
+
+
+def _launch(ranks: int, spec: list[str]) -> Launch:
+    together = "deepspeed" if spec == QUICK and ranks == 2 else ""
+    return Launch(ahead_probes, ranks=ranks, spec=spec, prepare=make_folder, together=together, needs_deepspeed=True)
+
+
 LAUNCHES = {
-    "two": Launch(
-        ahead_probes,
-        ranks=2,
-        spec=["received", "gradients", "received_zero3", "agreed"],
-        prepare=make_folder,
-        together="deepspeed",
-        needs_deepspeed=True,
-    ),
-    "four": Launch(
-        ahead_probes,
-        ranks=4,
-        spec=["received", "gradients", "received_zero3", "agreed"],
-        prepare=make_folder,
-        needs_deepspeed=True,
-    ),
+    "two": _launch(2, QUICK),
+    "two more": _launch(2, MORE),
+    "four": _launch(4, [*QUICK, *MORE]),
 }
 RANKS = ["two", pytest.param("four", marks=pytest.mark.slow)]
-CASES = [f"{name}, {mode}" for name in ("fsdp", "fsdp1", "zero3") for mode in ("weight", "stats")]
-CASES += ["fsdp frozen, weight"]
+MORE_RANKS = [pytest.param(name, marks=pytest.mark.slow) for name in ("two more", "four")]
+FSDP = [f"{name}, {mode}" for name in ("fsdp", "fsdp1") for mode in ("weight", "stats")] + ["fsdp frozen, weight"]
+CASES = [pytest.param("two", f"zero3, {mode}") for mode in ("weight", "stats")]
+CASES += [pytest.param("four", f"zero3, {mode}", marks=pytest.mark.slow) for mode in ("weight", "stats")]
+CASES += [pytest.param(name, case, marks=pytest.mark.slow) for name in ("two more", "four") for case in FSDP]
 
 
-@pytest.mark.parametrize("name", RANKS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("name", "case"), CASES)
 def test_the_teachers_bytes_fall_by_the_accumulation_factor(
     launched: Callable[[str], Launched], name: str, case: str
 ) -> None:
@@ -45,11 +44,24 @@ def test_the_teachers_bytes_fall_by_the_accumulation_factor(
         backbone = share * 4 * (found["numel"] - found["head"])
         for forwards in (4, 2, 1):
             assert found[f"{forwards} forwards"] == pytest.approx(forwards * backbone + head, rel=0.03), forwards
+        assert found["same losses"]
+        if "zero3" in case:  # what its student gathers again varies from step to step
+            continue
         rest = found["as the student"] - found["student"]
         again = share * 4 * found["student head"] * ("frozen" in case)  # else its gather and gradient come with each
         expected = times * (backbone + head) + (times - 1) * again
         assert rest == pytest.approx(expected, rel=0.03), "what the teacher receives in each"
-        assert found["same losses"]
+
+
+@pytest.mark.parametrize("name", MORE_RANKS)
+def test_what_zero3_prefetches_comes_with_each_forward(launched: Callable[[str], Launched], name: str) -> None:
+    """The head too, which the first forward of all has used."""
+    ranks = LAUNCHES[name].ranks
+    for everything in launched(name).file("received_prefetching.pt"):
+        found = everything["zero3 prefetching, weight"]
+        whole = (ranks - 1) / ranks * 4 * found["numel"]
+        for forwards in (4, 2, 1):
+            assert found[f"{forwards} forwards"] == pytest.approx(forwards * whole, rel=0.03), forwards
 
 
 @pytest.mark.parametrize("name", RANKS)

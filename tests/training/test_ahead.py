@@ -62,7 +62,13 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> Iterator[None
 
 
 @pytest.mark.parametrize(
-    ("free", "together"), [(100 * ONE, 8), (7 * ONE, 4), (3 * ONE + 5, 3), (ONE, 1), (HIDDEN - 1, 1)]
+    ("free", "together"),
+    [
+        (100 * ONE, 8),
+        (3 * ONE + 5, 3),
+        (HIDDEN - 1, 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((7 * ONE, 4), (ONE, 1))),
+    ],
 )
 def test_as_many_go_together_as_fit_in_even_forwards_and_the_run_stays_bit_equal(
     folder: Path,
