@@ -127,7 +127,9 @@ def _save(session: Session, step: int) -> None:
     with session.timed("save"):
         if not _is_sound(session):
             _stop(session, f"at step {step}: its update left weights that are not finite, or too large for a loss")
-        folder = checkpoint.save(session.engine, session.config, mode=session.mode, step=step)
+        folder = checkpoint.save(
+            session.engine, session.config, mode=session.mode, step=step, chunk_size=session.plugin.chunk_size
+        )
     logger.info("checkpoint %s", folder)
 
 
