@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kd_plugin as kd
-from kd_plugin.loss.chunk_size import chunk_rows
+from kd_plugin.loss.chunk_size import chunk_size_on
 
 IGNORE_INDEX = -100
 _BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
@@ -79,7 +79,8 @@ class Case:
     @property
     def chunk(self) -> int:
         """Rows of kd_plugin's chunks."""
-        return min(chunk_rows(self.config(), self.vocab, self.vocab), max(self.valid, 1))
+        device, dtype = torch.device(self.device), getattr(torch, self.dtype)
+        return min(chunk_size_on(self.config(), self.vocab, self.vocab, device, dtype).rows, max(self.valid, 1))
 
 
 class Tensors(NamedTuple):

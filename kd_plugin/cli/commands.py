@@ -131,6 +131,9 @@ def estimate(
     gpu_memory_gib: Annotated[
         float | None, typer.Option(help="Memory of one GPU, to say what fits.", show_default=False)
     ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="The GPU, such as H100; default: the one that is here.", show_default=False)
+    ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="For a run on CPUs.")] = False,
     verbose: _Verbose = False,
 ) -> None:
@@ -145,7 +148,8 @@ def estimate(
         from kd_plugin.estimate.tables import show
 
         device = "cpu" if cpu else "cuda"
-        show(account(run_config, world_size=world_size, rows=rows, gpu_memory_gib=gpu_memory_gib, device=device))
+        sizes = {"world_size": world_size, "rows": rows, "gpu_memory_gib": gpu_memory_gib}
+        show(account(run_config, **sizes, device=device, gpu=gpu))
 
 
 @app.command(epilog=_examples("kd-plugin configs", "kd-plugin configs smollm2_135m_to_8l_fsdp2 --copy my.yaml"))

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kd_plugin.estimate.from_config import make_setup
 from kd_plugin.estimate.memory import Memory, memory
-from kd_plugin.estimate.setup import EstimateError, Line, Setup, make_setup
+from kd_plugin.estimate.setup import EstimateError, Line, Setup
 from kd_plugin.estimate.sizes import load_sizes
 from kd_plugin.estimate.wire import Volume, exchanges, parameters, recommended, settled
+from kd_plugin.settings.device_peaks import peaks_of
 from kd_plugin.settings.distill import ExchangeMode
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.settings.units import GIB
@@ -70,6 +72,7 @@ def estimate(
     rows: int | None = None,
     gpu_memory_gib: float | None = None,
     device: str = "cuda",
+    gpu: str | None = None,
 ) -> Estimate:
     """Estimate memory and traffic of one run of `config`.
 
@@ -79,13 +82,14 @@ def estimate(
         rows: rows in the loss per rank and micro-batch; default: all its tokens.
         gpu_memory_gib: memory of one GPU in GiB, to say what fits.
         device: `cuda` or `cpu`; a CPU holds half-precision heads in fp32 as well.
+        gpu: the GPU, by a name of `settings.device_peaks`, such as `H100`; default: the one that is here, or an H100.
 
     Raises:
         ValueError: a model that cannot be made as configured, or ranks and rows that do not fit the settings.
     """
     if gpu_memory_gib is not None and gpu_memory_gib <= 0:
         raise EstimateError(f"--gpu-memory-gib is {gpu_memory_gib:g}: give the memory of one GPU, above 0")
-    setup = _in_memory(_settled_setup(config, world_size, rows, device), gpu_memory_gib)
+    setup = _in_memory(_settled_setup(config, world_size, rows, device, gpu or _gpu_here()), gpu_memory_gib)
     return Estimate(
         setup=setup,
         memory=memory(setup),
@@ -97,10 +101,15 @@ def estimate(
     )
 
 
-def _settled_setup(config: RunConfig, world_size: int, rows: int | None, device: str) -> Setup:
+def _gpu_here() -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return name if peaks_of(name) else "H100"
+
+
+def _settled_setup(config: RunConfig, world_size: int, rows: int | None, device: str, gpu: str) -> Setup:
     """The setup of `config` with nothing left on `auto`."""
     config = with_dtypes(config, "bfloat16" if device == "cuda" else automatic_dtype(torch.device(device))[0])
-    setup = make_setup(config, load_sizes(config), world_size=world_size, rows=rows, device=device)
+    setup = make_setup(config, load_sizes(config), world_size=world_size, rows=rows, device=device, gpu=gpu)
     return replace(setup, exchange=settled(setup))
 
 

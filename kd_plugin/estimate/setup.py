@@ -8,13 +8,10 @@ from typing import NamedTuple
 from kd_plugin.distributed.layout import chunk_length
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.engines.protocol import DTYPES
-from kd_plugin.engines.zero_block import zero_stage
 from kd_plugin.estimate.sizes import ModelSizes
-from kd_plugin.loss.chunk_size import rows_per_chunk, teacher_columns
+from kd_plugin.loss.chunk_size import teacher_columns
 from kd_plugin.settings.distill import ExchangeMode
 from kd_plugin.settings.run import DistillConfig, RunConfig
-from kd_plugin.training.preflight import layout_problems
-from kd_plugin.training.schedule import accumulation_steps, micro_batches_together, parallel_mode
 
 # DeepSpeed's defaults, in elements (deepspeed/runtime/zero/config.py)
 _MAX_LIVE, _REDUCE_BUCKET, _PERSISTENCE = 10**9, 5 * 10**8, 10**5
@@ -56,6 +53,8 @@ class Setup:
     """Micro-batches of a rank that the teacher reads at once, at most."""
     device: str
     """cuda or cpu."""
+    gpu: str
+    """The GPU, as `settings.device_peaks` has it."""
 
     @property
     def distill(self) -> DistillConfig:
@@ -207,74 +206,3 @@ def keeps_student_head(setup: Setup) -> bool:
 def runs_ahead(setup: Setup) -> bool:
     """Whether the teacher reads several micro-batches of a step at once."""
     return setup.teacher is not None and teacher_forwards(setup) < setup.accumulation
-
-
-def make_setup(
-    config: RunConfig, sizes: tuple[ModelSizes, ModelSizes], *, world_size: int, rows: int | None, device: str
-) -> Setup:
-    """Describe how a run of `config` spreads over `world_size` ranks.
-
-    Args:
-        config: the run, without `dtype: auto`.
-        sizes: student and teacher.
-        world_size: number of ranks.
-        rows: rows in the loss per rank and micro-batch; None for every token of a micro-batch.
-        device: `cuda` or `cpu`.
-
-    Raises:
-        EstimateError: fewer than one rank or row, more rows than tokens, or groups that do not divide the ranks.
-        EngineError: `train` does not fit `world_size`.
-    """
-    student, teacher = sizes
-    if world_size < 1:
-        raise EstimateError(f"--world-size is {world_size}: give the number of ranks, 1 or more")
-    rows = _rows(config, rows)
-    mode, shard_ranks = _layout(config, world_size)
-    accumulation = accumulation_steps(config.train, seq_len=config.data.seq_len, world_size=world_size)
-    setup = Setup(
-        student=student,
-        teacher=teacher if config.distill.soft_weight else None,
-        config=config,
-        mode=mode,
-        teacher_sharded=config.teacher.sharding == "shard" and shard_ranks > 1,
-        world_size=world_size,
-        shard_ranks=shard_ranks,
-        exchange="weight",  # until `wire.settled` has looked at the volumes
-        rows=rows,
-        chunk=rows,
-        accumulation=accumulation,
-        together=micro_batches_together(config) or accumulation,  # until `account` has looked at the memory
-        device=device,
-    )
-    return replace(setup, chunk=min(chunk_rows(setup, config.distill.chunk_size), rows))
-
-
-def _rows(config: RunConfig, rows: int | None) -> int:
-    tokens = config.train.micro_batch_size * config.data.seq_len
-    if rows is None:
-        return tokens
-    if not 1 <= rows <= tokens:
-        raise EstimateError(
-            f"--rows is {rows}, but a micro-batch has micro_batch_size {config.train.micro_batch_size} x seq_len "
-            f"{config.data.seq_len} = {tokens} tokens: give 1 to {tokens}"
-        )
-    return rows
-
-
-def _layout(config: RunConfig, world_size: int) -> tuple[str, int]:
-    """`Setup.mode` and `Setup.shard_ranks` of the run."""
-    mode = parallel_mode(config, world_size)
-    if problems := layout_problems(config, mode, world_size):
-        raise EstimateError("\n".join(problems))
-    if mode == "deepspeed":
-        return f"zero{zero_stage(config.deepspeed)}", world_size
-    shard_ranks = world_size if mode == "single" else config.train.shard_size or world_size
-    if mode == "fsdp" and shard_ranks < min(2, world_size):
-        mode = "ddp"  # the same layout
-    return mode, shard_ranks
-
-
-def chunk_rows(setup: Setup, chunk_size: int | str) -> int:
-    """Rows of one chunk that `distill.chunk_size: chunk_size` comes to, as the plugin computes them."""
-    student, columns = setup.student.vocab_size, setup.teacher_columns or None
-    return rows_per_chunk(chunk_size, setup.distill.loss_memory_mb, student, columns)

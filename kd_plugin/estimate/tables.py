@@ -6,8 +6,10 @@ import sys
 from typing import NamedTuple
 
 from kd_plugin.estimate.account import USABLE, Choice, Estimate
-from kd_plugin.estimate.setup import Line, Setup, chunk_rows, teacher_forwards
+from kd_plugin.estimate.from_config import chunk_rows, gpu_speed
+from kd_plugin.estimate.setup import Line, Setup, teacher_forwards
 from kd_plugin.estimate.sizes import ModelSizes
+from kd_plugin.loss.chunk_size import ON_CPU_MIB, rows_by_speed
 from kd_plugin.settings.units import GIB
 
 _UNKNOWN = "the CUDA context, NCCL's and cuBLAS's buffers, fragmentation, scratch of compiled kernels, and time"
@@ -150,19 +152,27 @@ def _choices(estimate: Estimate) -> Table:
 
 
 def _chunk(setup: Setup) -> str:
-    config, vocab = setup.distill, setup.student.vocab_size
-    full, row, cost = chunk_rows(setup, "auto"), 8 * vocab, f"8 B x V {vocab}"
-    if setup.teacher_columns not in (0, vocab):
-        columns = setup.teacher_columns
-        row, cost = 4 * (vocab + columns), f"4 B x (V {vocab} + V' {columns})"
-    if config.chunk_size != "auto":
-        return f"{setup.chunk} rows, as distill.chunk_size says; loss_memory_mb would give {min(full, setup.rows)}"
-    exact = int(config.loss_memory_mb * 2**20) // row
-    rounded = f" -> {full} (a multiple of 64)" if full != exact else ""
-    text = f"{config.loss_memory_mb:g} MiB / ({cost}) = {exact}{rounded} rows"
+    full = chunk_rows(setup, "auto")
+    if setup.distill.chunk_size != "auto":
+        return f"{setup.chunk} rows, as distill.chunk_size says; auto would give {min(full, setup.rows)}"
+    fast = rows_by_speed(gpu_speed(setup)) if setup.device == "cuda" else None
+    text = f"{full} rows, at which {setup.gpu}'s products take longer than its memory (fewer where memory is short)"
+    if full != fast:
+        text = _chunk_by_memory(setup, full)
     if full >= setup.rows:
         return f"{setup.chunk} rows = one chunk: {text}, and there are only {setup.rows}"
     return f"{text}, {-(-setup.rows // full)} chunks of at most {full}"
+
+
+def _chunk_by_memory(setup: Setup, full: int) -> str:
+    vocab, memory = setup.student.vocab_size, setup.distill.loss_memory_mb or ON_CPU_MIB
+    row, cost = 8 * vocab, f"8 B x V {vocab}"
+    if setup.teacher_columns not in (0, vocab):
+        columns = setup.teacher_columns
+        row, cost = 4 * (vocab + columns), f"4 B x (V {vocab} + V' {columns})"
+    exact = int(memory * 2**20) // row
+    rounded = f" -> {full} (a multiple of 64)" if full != exact else ""
+    return f"{memory:g} MiB / ({cost}) = {exact}{rounded} rows"
 
 
 def _ahead(estimate: Estimate) -> str:

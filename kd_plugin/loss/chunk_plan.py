@@ -59,10 +59,13 @@ def local_plan(rows: Tensor | None, num_rows: int, chunk_size: int) -> ChunkPlan
 def agreed_plan(
     rows: Tensor | None, num_rows: int, chunk_size: int, group: dist.ProcessGroup | None, device: torch.device
 ) -> ChunkPlan:
-    """The same number of chunks, of the same length, on every rank of `group`. One all-gather."""
-    own = torch.tensor([num_rows], device=host_device(group, device))
+    """The same number of chunks, of the same length, on every rank of `group`. One all-gather.
+
+    The ranks' least `chunk_size` is taken.
+    """
+    own = torch.tensor([[num_rows, chunk_size]], device=host_device(group, device))
     with located(lambda: f"{num_rows} valid rows here"):
-        counts = all_gather(own, group, "counts of valid rows").tolist()
+        counts, sizes = all_gather(own, group, "counts of valid rows").t().tolist()
     most = max(counts)
-    chunk = min(chunk_size, max(most, 1))
+    chunk = min(*sizes, max(most, 1))
     return ChunkPlan(rows, num_rows, chunk, -(-most // chunk), sum(counts))

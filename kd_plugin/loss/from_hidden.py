@@ -19,7 +19,7 @@ from torch import Tensor
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.loss import checks, chunk_loop
 from kd_plugin.loss.autograd import Context, once_differentiable
-from kd_plugin.loss.chunk_size import chunk_rows
+from kd_plugin.loss.chunk_size import chunk_size_on
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.low_rank import LowRank, low_rank_product
 from kd_plugin.loss.output import DistillOutput, LossSums, normalised, packed, scaled
@@ -99,8 +99,9 @@ def make_problem(
         checks.targets_in_vocabulary(targets, rows, vocab_size)
     num_valid = num_rows if rows is None else rows.shape[0]
     teacher = call.teacher if objective.needs_teacher else None
-    if teacher is not None and teacher_size is None:
-        teacher_size = teacher.vocab_size
+    teacher_size = None if teacher is None else teacher_size or teacher.vocab_size
+    if (chunk_size := call.chunk_size) is None:
+        chunk_size = chunk_size_on(config, vocab_size, teacher_size, hidden.device, hidden.dtype).rows
     return chunk_loop.Problem(
         objective=objective,
         teacher=teacher,
@@ -108,7 +109,7 @@ def make_problem(
         rows=None if num_valid == num_rows else rows,
         num_rows=num_valid,
         token_weights=call.token_weights,
-        chunk_size=chunk_rows(config, vocab_size, None if teacher is None else teacher_size),
+        chunk_size=chunk_size,
         row_kernel=dispatch.choose(config.row_kernel, hidden.device.type),
         student_transform=transform or LogitTransform(),
         rounded_logits=config.logits_dtype == "input",

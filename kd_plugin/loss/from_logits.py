@@ -11,7 +11,7 @@ from kd_plugin.divergences.objective import make_objective
 from kd_plugin.loss import checks, reference
 from kd_plugin.loss.autograd import Context, once_differentiable
 from kd_plugin.loss.chunk_loop import wide_dtype
-from kd_plugin.loss.chunk_size import chunk_rows, teacher_columns
+from kd_plugin.loss.chunk_size import chunk_size_on, teacher_columns
 from kd_plugin.loss.output import DistillOutput, LossSums, normalised, scaled
 from kd_plugin.row_kernels import dispatch
 from kd_plugin.row_kernels.row_pass import RowSpec, subtract_labels
@@ -39,7 +39,7 @@ class _LogitsLoss(torch.autograd.Function):
         wide = wide_dtype(student.dtype)
         gradient = torch.zeros_like(student) if spec.with_gradient else None
         sums = student.new_zeros(len(STATISTICS), dtype=wide)
-        chunk = chunk_rows(config, vocab_size, teacher_size)
+        chunk = chunk_size_on(config, vocab_size, teacher_size, student.device, student.dtype).rows
         for piece in rows.split(chunk) if rows.numel() else ():
             logits, others = _taken(student, piece, vocab_size, wide), None
             if teacher is not None:

@@ -33,6 +33,8 @@ class HeadCall:
         self.teacher, self.rows = teacher, rows
         self.targets = None if targets is None else targets.reshape(-1)
         self.token_weights = None if token_weights is None else token_weights.reshape(-1)
+        self.chunk_size: int | None = None
+        """Rows of one chunk, where the ranks have agreed on them; else each decides."""
         self.vocab_slice: VocabSlice | None = None
         """Set when the vocabulary is cut over the ranks; the teacher then holds its columns only."""
         self.low_rank: LowRank | None = None

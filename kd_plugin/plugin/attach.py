@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from kd_plugin.distributed.collectives import located, named_in_wrapper, num_ranks
+from kd_plugin.exchange.agreed_chunk import AgreedChunk
 from kd_plugin.exchange.mode import Exchange
 from kd_plugin.loss import checks
-from kd_plugin.loss.chunk_size import chunk_rows
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.plugin import arguments, causal_lm
 from kd_plugin.plugin.both_heads import BothHeads
@@ -63,6 +63,7 @@ class Plugin:
         self.teacher = teacher
         """The teacher as it is to be called; set it to the wrapper made after `attach`."""
         self.exchange = Exchange(config, group)
+        self.agreed_chunk = AgreedChunk(group)
         self._undo: list[Callable[[], None]] = []
         self._measures = Measures()
 
@@ -122,13 +123,7 @@ class Plugin:
     @property
     def chunk_size(self) -> int:
         """Rows per chunk, resolved."""
-        teacher = self.exchange.teacher
-        return chunk_rows(self.config, self.student_vocab_size, None if teacher is None else teacher.vocab_size)
-
-    @property
-    def student_vocab_size(self) -> int:
-        """Token ids of the student's head, whole."""
-        return self._student.vocab_size
+        return self.agreed_chunk.rows(self.config, self._heads.vocab_sizes, self._student.linear.weight)
 
     def detach(self) -> None:
         """Give both models back as they were; state_dict keys never changed. Calling it twice does nothing."""
@@ -202,6 +197,7 @@ class Plugin:
         checks.loss_targets(targets, hidden.shape[:-1], self.config)
         checks.token_weights(token_weights, hidden)
         call = HeadCall(None, targets, loss_rows, token_weights)
+        call.chunk_size = self.agreed_chunk.of_step(self.config, self._heads.vocab_sizes, hidden)
         loss_sum = self._heads.loss_sum(hidden, call, inputs, self.teacher)
         assert call.sums is not None
         self._measures.add(call.sums, router_loss)

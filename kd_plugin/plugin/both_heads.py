@@ -45,6 +45,11 @@ class BothHeads:
         self._kept_head: tuple[int, tuple[Tensor, Tensor | None]] | None = None
         """A copy of the student's frozen head, for the rest of a step, and how often it had been written to."""
 
+    @property
+    def vocab_sizes(self) -> tuple[int, int | None]:
+        """Token ids of the student's head, and of the teacher's; None without one."""
+        return self._student.vocab_size, None if self._teacher is None else self._teacher.head.vocab_size
+
     @uncompiled
     def loss_sum(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any], teacher: nn.Module | None) -> Tensor:
         """Run the teacher and the student's head -> the loss sum (0-d) of `call`, in which the other sums are left.

@@ -193,10 +193,13 @@ class DistillConfig(Section):
     """Rows with this label count in neither loss and cost no matrix product."""
 
     chunk_size: Literal["auto"] | PositiveInt = "auto"
-    """Rows per chunk, a hard cap. `auto` takes as many as `loss_memory_mb` allows."""
+    """Rows per chunk, a hard cap. `auto`: on a GPU as many as its products need to be limited by arithmetic and not
+    by memory (about 1000 on an H100), fewer where `loss_memory_mb` or free memory holds fewer; on a CPU as many as
+    `loss_memory_mb` allows. Ranks agree on the smallest."""
 
-    loss_memory_mb: Positive = 512.0
-    """Memory for the two logits buffers of one chunk, in MiB; with `chunk_size: auto` only."""
+    loss_memory_mb: Positive | None = None
+    """Memory for the two logits buffers of one chunk, in MiB; with `chunk_size: auto` only. null: no limit of its own
+    on a GPU, 512 on a CPU."""
 
     logits_dtype: Literal["float32", "input"] = "float32"
     """`float32`: logits of half-precision models are never rounded. `input` rounds them to the models'

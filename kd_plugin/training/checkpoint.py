@@ -31,7 +31,17 @@ from kd_plugin.row_kernels import dispatch
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training.finite import has_finite_parameters
 
-__all__ = ["PARTIAL", "CheckpointError", "checkpoints", "latest_finite", "resume", "save", "step_of", "to_continue"]
+__all__ = [
+    "PARTIAL",
+    "CheckpointError",
+    "automatic_chunk",
+    "checkpoints",
+    "latest_finite",
+    "resume",
+    "save",
+    "step_of",
+    "to_continue",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -122,11 +132,14 @@ def together_in(folder: Path, config: RunConfig, world_size: int) -> int | None:
     return run.get("teacher_together") if same else None
 
 
-def save(engine: Engine, config: RunConfig, *, mode: str, step: int, together: int | None = None) -> Path:
+def save(
+    engine: Engine, config: RunConfig, *, mode: str, step: int, chunk_size: int, together: int | None = None
+) -> Path:
     """Write the checkpoint of `step` and remove those beyond `train.keep_checkpoints`; returns its folder.
 
-    All ranks call this. The caller has seen that the student is finite (`finite.has_finite_parameters`). `together`
-    are the micro-batches that the teacher reads at once; None where that is not settled.
+    All ranks call this. The caller has seen that the student is finite (`finite.has_finite_parameters`). `chunk_size`
+    is what `distill.chunk_size` has come to, `together` the micro-batches that the teacher reads at once; None where
+    that is not settled.
     """
     rank, final = dist.get_rank(), Path(config.log.output_dir) / "checkpoints" / f"{_STEP}{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
@@ -140,7 +153,8 @@ def save(engine: Engine, config: RunConfig, *, mode: str, step: int, together: i
     dist.barrier()
     if rank == 0:
         run = {"step": step, "parallel": mode, "world_size": dist.get_world_size()}
-        run |= {"finite": True, "numerics": _numerics(config), "teacher_together": together}
+        run |= {"finite": True, "chunk_size": chunk_size, "teacher_together": together}
+        run |= {"numerics": _numerics(config)}
         run["config"] = config.model_dump(mode="json")
         (partial / _RUN).write_text(json.dumps(run, indent=1))
         partial.rename(final)
@@ -155,8 +169,8 @@ def _prune(config: RunConfig, newest: Path) -> None:
             shutil.rmtree(old)
 
 
-def resume(engine: Engine, config: RunConfig, folder: Path, *, mode: str) -> int:
-    """Load the checkpoint in `folder` into engine and process; returns its step. All ranks call this.
+def resume(engine: Engine, config: RunConfig, folder: Path, *, mode: str) -> dict[str, Any]:
+    """Load the checkpoint in `folder` into engine and process; returns what else it says. All ranks call this.
 
     Raises:
         CheckpointError: written by DeepSpeed and read by FSDP or the other way round, or by ZeRO on another number
@@ -174,7 +188,18 @@ def resume(engine: Engine, config: RunConfig, folder: Path, *, mode: str) -> int
         logger.warning(
             "resume: %s has no random state for rank %d; dropout goes on differently", folder, dist.get_rank()
         )
-    return run["step"]
+    return run
+
+
+def automatic_chunk(run: dict[str, Any], config: RunConfig) -> int | None:
+    """The rows per chunk that `distill.chunk_size: auto` came to in the `run` of a checkpoint.
+
+    None where `config` leaves the chunks to other settings than that run, or the checkpoint is an old one.
+    """
+    names = ("chunk_size", "loss_memory_mb")
+    before, now = run["config"].get("distill", {}), config.distill.model_dump(include=set(names))
+    alike = now["chunk_size"] == "auto" and all(before.get(name) == now[name] for name in names)
+    return run.get("chunk_size") if alike else None
 
 
 def _warn_of_differences(run: dict[str, Any], folder: Path, config: RunConfig) -> None:

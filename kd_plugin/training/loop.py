@@ -127,8 +127,8 @@ def _save(session: Session, step: int) -> None:
     with session.timed("save"):
         if not _is_sound(session):
             _stop(session, f"at step {step}: its update left weights that are not finite, or too large for a loss")
-        together = session.pace.together
-        folder = checkpoint.save(session.engine, session.config, mode=session.mode, step=step, together=together)
+        settled = {"chunk_size": session.plugin.chunk_size, "together": session.pace.together}
+        folder = checkpoint.save(session.engine, session.config, mode=session.mode, step=step, **settled)
     logger.info("checkpoint %s", folder)
 
 

@@ -164,9 +164,11 @@ def _resume(session: Session, folder: Path | None) -> int:
     """Continue from the checkpoint in `folder`, if there is one; returns the steps that are done."""
     if folder is None:
         return 0
-    step = checkpoint.resume(session.engine, session.config, folder, mode=session.mode)
+    run = checkpoint.resume(session.engine, session.config, folder, mode=session.mode)
+    if rows := checkpoint.automatic_chunk(run, session.config):
+        session.plugin.agreed_chunk.continue_with(rows)
     logger.info("resumed %s", folder)
-    return step
+    return run["step"]
 
 
 def _finish(

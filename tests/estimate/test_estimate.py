@@ -250,19 +250,6 @@ def test_auto_knows_what_weight_gathers(folder: Path) -> None:
     assert last["shard"] / last["replicate"] == pytest.approx(8 / 6, rel=0.06)
 
 
-def test_chunks_of_uld_count_both_vocabularies(folder: Path, tmp_path: Path) -> None:
-    from transformers import LlamaConfig
-
-    LlamaConfig.from_pretrained(folder / "teacher", vocab_size=192).save_pretrained(tmp_path / "wide")
-    teacher, student = {"model": str(tmp_path / "wide")}, {"from_teacher": None, "model": str(folder / "teacher")}
-    distill = {"divergence": "uld", "loss_memory_mb": 4 * 16 * (64 + 192) / 2**20, "chunk_size": "auto"}
-    estimated = estimate(run_config(folder, teacher=teacher, student=student, distill=distill))
-    assert estimated.setup.chunk == 16
-    (buffers,) = (line for line in estimated.memory.phases["loss"] if line.name == "chunk buffers")
-    assert buffers.num_bytes == 4 * 16 * (64 + 192)
-    assert "(4 B x (V 64 + V' 192)) = 16 rows" in notes_of(estimated)[0]
-
-
 def test_a_student_with_more_rows_than_its_teacher(folder: Path, tmp_path: Path) -> None:
     """Each head's own columns, a chunk of them, and one more softmax on the wire."""
     from transformers import LlamaConfig

@@ -38,6 +38,7 @@ def test_the_command_prints_plain_tables(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--gpu", "V100"), "--gpu V100 is not known here: give one of H100 PCIe, H100 NVL, H100, H200"),
         (("--world-size", "0"), "--world-size is 0: give the number of ranks"),
         (("--rows", "65"), "= 64 tokens: give 1 to 64"),
         (("--gpu-memory-gib", "0"), "--gpu-memory-gib is 0"),

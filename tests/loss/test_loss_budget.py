@@ -11,7 +11,7 @@ import torch
 import kd_plugin as kd
 from kd_plugin.data.packing import collate
 from kd_plugin.loss.buffers import release_workspace
-from kd_plugin.loss.chunk_size import chunk_rows, rows_per_chunk
+from kd_plugin.loss.chunk_size import chunk_size_on, rows_per_chunk
 from kd_plugin.settings.units import GIB
 from tests.allocations import NewTensors, allocator_record
 from tests.loss_cases import config_of, run, sums_of
@@ -170,7 +170,11 @@ def test_the_bytes_of_each_heads_own_columns_are_counted() -> None:
     problem = make_problem(50, 8, 8, 1021, 300, dtype=torch.float32, ignored=())
     config = config_of(chunk_size="auto", loss_memory_mb=0.05)
     rows = int(0.05 * 2**20) // (4 * (1021 + 300))
-    assert rows == chunk_rows(config, 1021, 300) == 9 > chunk_rows(config, 1021, None)
+
+    def of_sizes(student: int, teacher: int | None) -> int:
+        return chunk_size_on(config, student, teacher, torch.device("cpu"), torch.float32).rows
+
+    assert rows == of_sizes(1021, 300) == 9 > of_sizes(1021, None)
     sums = sums_of(problem, config)
     assert sums.workspace_bytes == 4 * (rows * (1021 + 300) + 50 * 8 + 1021 * 8)
     assert sums.dense_bytes == 4 * 50 * (1021 + 300)

@@ -75,7 +75,7 @@ def test_loss_and_gradients_equal_those_of_the_students_own_logits(name: str) ->
     attached = seeded(lambda: student(**batch).loss)
     assert attached().item() == pytest.approx(wanted_loss, rel=1e-6)
     assert_same_gradients(gradients_of(student, attached), wanted, tolerance=1e-6)
-    assert plugin.student_vocab_size == 61
+    assert plugin._student.vocab_size == 61
     plugin.detach()
 
 

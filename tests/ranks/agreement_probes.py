@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kd_plugin as kd
+from kd_plugin.loss.chunk_size import ChunkSize
 from tests.ranks.attach_cases import make_model
 from tests.ranks.sharded_heads import (
     MODES,
@@ -44,6 +47,45 @@ def agreement(rank: int) -> dict[str, list[Tensor]]:
         loss.backward()
         found[mode] = [loss.detach(), models[0].get_output_embeddings().weight.grad.full_tensor()]
     return found
+
+
+def chunk_sizes(rank: int) -> dict[str, tuple[list[float], list[float], int]]:
+    """In fp64, by mode: losses with rows per chunk that each rank chooses by its device, those of 9 rows, and the rows.
+
+    The first loss is an evaluation's, before the ranks have agreed.
+    """
+    found = {}
+    for mode in MODES:
+        losses, rows = [], []
+        for config in (make_config(mode, chunk_size="auto"), make_config(mode, chunk_size=9)):
+            models = [make_model("llama", width, VOCAB_SIZE, seed=i).double() for i, width in enumerate((16, 24))]
+            plugin = kd.attach(*models, config)
+            settle = plugin.agreed_chunk._settle
+            plugin.agreed_chunk._settle = lambda own, differs, settle=settle: settle(own, differs=True)
+            for model in models:
+                shard_head(model)
+            ids = torch.randint(3, VOCAB_SIZE, (2, 11), generator=torch.Generator().manual_seed(rank))
+            with patch_chunk(13 - 4 * rank):
+                with torch.no_grad():
+                    values = [models[0](ids, shift_labels=ids).loss.item()]
+                loss = models[0](ids, shift_labels=ids, num_items_in_batch=50).loss
+                loss.backward()
+            losses.append([*values, loss.item()])
+            rows.append(plugin.chunk_size)
+        found[mode] = *losses, rows[0]
+    return found
+
+
+def patch_chunk(rows: int) -> AbstractContextManager[object]:
+    """Let `chunk_size: auto` come to `rows`, as on a GPU with so much free memory."""
+
+    def chosen(config: kd.DistillConfig, *_: object) -> ChunkSize:
+        return ChunkSize(rows if config.chunk_size == "auto" else config.chunk_size, "free memory")
+
+    patches = ExitStack()
+    for module in ("exchange.agreed_chunk", "loss.from_hidden"):
+        patches.enter_context(mock.patch(f"kd_plugin.{module}.chunk_size_on", chosen))
+    return patches
 
 
 def larger_student(rank: int) -> dict[tuple[str, int, str], tuple[float, Tensor, dict[str, float]]]:

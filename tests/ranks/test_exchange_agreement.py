@@ -14,7 +14,7 @@ LAUNCHES = {
     "two": Launch(
         agreement_probes,
         ranks=2,
-        spec=["agreement", "larger_student", "following_teacher", "tensor_parallel", "compiled"],
+        spec=["agreement", "chunk_sizes", "larger_student", "following_teacher", "tensor_parallel", "compiled"],
         together="torch",
     ),
     "two, elsewhere": Launch(agreement_probes, ranks=2, spec=["compiled_elsewhere"]),
@@ -28,6 +28,14 @@ def test_every_exchange_gives_the_same_numbers(launched: Callable[[str], Launche
         for mode in ("logits", "stats"):
             for one, other in zip(found[mode], found["weight"], strict=True):
                 assert (one - other).abs().max() <= 1e-9 * other.abs().max()
+
+
+def test_ranks_with_unequal_room_agree_on_the_smallest_chunk(launched: Callable[[str], Launched]) -> None:
+    """Also an evaluation before the first step, where chunks have collectives."""
+    for found in launched("two").file("chunk_sizes.pt"):
+        for mode, (losses, expected, rows) in found.items():
+            assert rows == 9, mode
+            assert losses == pytest.approx(expected, rel=1e-12), mode
 
 
 def test_every_exchange_gives_a_larger_student_the_same_numbers(launched: Callable[[str], Launched]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 import kd_plugin as kd
+from kd_plugin.loss.chunk_size import ChunkSize
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training import checkpoint
 from kd_plugin.training.run import TrainResult
@@ -39,6 +41,32 @@ def test_four_steps_equal_two_and_resume_and_two_bit_for_bit(folder: Path) -> No
     again = load_file(resumed.export_dir / "model.safetensors")
     assert weights.keys() == again.keys()
     assert all(weights[name].equal(again[name]) for name in weights)
+
+
+def test_a_resumed_run_keeps_its_chunks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU, where free memory decides: with more of it later, as before; with less, said."""
+
+    def room_for(rows: int) -> None:
+        monkeypatch.setattr("kd_plugin.exchange.agreed_chunk.chunk_size_on", lambda *_: ChunkSize(rows, "free memory"))
+
+    def run(**train: object) -> str:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            config = config_of(folder, "chunks", export=False, **train)
+            kd.train(config.model_copy(update={"distill": config.distill.model_copy(update={"chunk_size": "auto"})}))
+        return caplog.text
+
+    room_for(40)
+    assert "distill.chunk_size: auto -> 40 rows (by free memory)" in run(max_steps=1, save_every=1)
+    room_for(50)
+    text = run(max_steps=2, save_every=2, resume=True)
+    assert "auto -> 40 rows (by the checkpoint)" in text and "last bits" not in text
+    room_for(30)
+    text = run(max_steps=3, resume=True)
+    assert "auto -> 30 rows (by free memory)" in text
+    assert "the checkpoint was written with 40 rows per chunk, for which there is no room here" in text
 
 
 def test_a_finished_run_resumes_to_its_export(folder: Path) -> None:
