@@ -1,0 +1,112 @@
+"""The decoder layers of student and teacher by torch.compile, region by region.
+
+Notable decisions:
+- only the forward of a layer is compiled, in place: classes, parameter names, hooks, units of FSDP and activation
+  checkpointing stay, and what a wrapper does around a layer stays outside of the graph;
+- layers of one kind share their graphs, so that thirty layers take the time of one;
+- sizes vary from the first graph on: neither ragged batches nor an evaluation in other sizes compile anything anew,
+  but for one sequence alone, which torch takes for a constant;
+- forward and backward are compiled together, when the layer first runs. What Inductor cannot compile then runs as it
+  was captured, before any of it has run: no step is half done.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from kd_plugin.distributed import torch_internals
+from kd_plugin.distributed.uncompiled import say_eager
+from kd_plugin.engines.fsdp_units import decoder_layers
+
+__all__ = ["compile_layers"]
+
+logger = logging.getLogger(__name__)
+
+# As many graphs for each layer as torch allows one function: some layers differ in a number that is part of the graph.
+_GRAPHS_PER_LAYER = 8
+
+
+def compile_layers(models: Mapping[str, nn.Module]) -> None:
+    """Have the decoder layers of each model (by its role, for the log) compiled when they first run.
+
+    Call it before a wrapper takes the models.
+
+    Raises:
+        ShardingError: a model names no decoder layers.
+    """
+    backend = _Fallible()
+    # One that has been given a forward of its own keeps it.
+    layers = {role: [x for x in decoder_layers(model) if "forward" not in vars(x)] for role, model in models.items()}
+    for role, of_model in layers.items():
+        run = _CompiledForward(role, backend, max_graphs=_GRAPHS_PER_LAYER * len(of_model)).run
+        for layer in of_model:
+            layer.forward = MethodType(run, layer)
+    counts = " and ".join(f"{len(of_model)} layers of the {role}" for role, of_model in layers.items())
+    logger.info("train.compile: compiling %s as they first run, a minute or two", counts)
+
+
+class _Fallible:
+    """Inductor, after whose first failure all graphs run as they were captured."""
+
+    def __init__(self) -> None:
+        self.failed = False
+        self.num_graphs = 0
+        """Graphs that torch.compile has found, compiled or not."""
+
+    def __call__(self, graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        made = graph.forward if self.failed else self._made(graph, inputs)
+        self.num_graphs += 1
+        return made
+
+    def _made(self, graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        try:
+            return torch_internals.inductor(graph, inputs)
+        except torch_internals.restart_of_compile():  # no failure: it is called again
+            raise
+        except Exception as error:  # of any kind: a compiler that is not there, or a fault of this release of torch
+            self.failed = True
+            say_eager("train.compile", error, "set train.compile to false")
+            return graph.forward
+
+
+class _CompiledForward:
+    """The forward of each layer of one model, whose graphs the layers share."""
+
+    def __init__(self, role: str, backend: _Fallible, *, max_graphs: int) -> None:
+        self._role, self._backend = role, backend
+        self._compiled = torch_internals.compiled_alone(_forward, max_graphs=max_graphs, backend=backend, dynamic=True)
+        self._seen: set[tuple[str, bool]] = set()
+
+    def run(self, layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """What the class of `layer`, which a wrapper may have changed by now, makes of the arguments."""
+        kind = type(layer).__name__, torch.is_grad_enabled()
+        with torch_internals.floats_as_constants(), torch_internals.equal_sizes_may_differ():
+            if kind in self._seen:
+                return self._compiled(layer, *args, **kwargs)
+            return self._first(kind, partial(self._compiled, layer, *args, **kwargs))
+
+    def _first(self, kind: tuple[str, bool], run: Callable[[], Any]) -> Any:
+        """Run a layer of this kind for the first time, and say what came of it."""
+        name, with_gradients = kind
+        before, start = self._backend.num_graphs, time.perf_counter()
+        result = run()
+        self._seen.add(kind)
+        graphs, seconds = self._backend.num_graphs - before, time.perf_counter() - start
+        doing = f"{self._role}'s {name} {'with' if with_gradients else 'without'} gradients"
+        if not graphs:
+            logger.warning("train.compile: torch.compile finds no graph in the %s, which runs eager", doing)
+        elif not self._backend.failed:
+            logger.info("train.compile: compiled the %s in %.0f s, graphs: %d", doing, seconds, graphs)
+        return result
+
+
+def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
