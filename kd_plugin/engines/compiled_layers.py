@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MethodType
@@ -97,7 +98,10 @@ class _CompiledForward:
         """Run a layer of this kind for the first time, and say what came of it."""
         name, with_gradients = kind
         before, start = self._backend.num_graphs, time.perf_counter()
-        result = run()
+        with warnings.catch_warnings():
+            # torch.compile itself reads it
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
+            result = run()
         self._seen.add(kind)
         graphs, seconds = self._backend.num_graphs - before, time.perf_counter() - start
         doing = f"{self._role}'s {name} {'with' if with_gradients else 'without'} gradients"

@@ -264,22 +264,27 @@ def test_a_torch_without_it_has_a_cache_for_each_code_and_the_limit_around_the_c
             kernels[0](torch.ones(14))
 
 
-def test_sizes_that_are_equal_by_chance_share_no_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: list[object] = []
+def test_sizes_that_were_equal_by_chance_have_no_graph_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def num_graphs() -> int:
+        graphs: list[torch.fx.GraphModule] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-        shapes.extend({str(size) for tensor in inputs if isinstance(tensor, Tensor) for size in tensor.shape})
-        return graph.forward
+        def backend(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., object]:
+            graphs.append(graph)
+            return graph.forward
 
-    torch._dynamo.reset()
-    run = torch_internals.compiled_alone(lambda x: x * 2, max_graphs=2, backend=backend, dynamic=True)
+        torch._dynamo.reset()
+        run = torch_internals.compiled_alone(count, max_graphs=4, backend=backend, dynamic=True)
+        for size in (5, 6):
+            assert torch.equal(run(torch.zeros(5, size)), torch.ones(5, size))
+        return len(graphs)
+
     with torch_internals.equal_sizes_may_differ():
-        run(torch.ones(5, 5))
-        run(torch.ones(5, 6))
-    assert len(shapes) == 2, "one graph, of two sizes"
-    monkeypatch.delattr(torch.fx.experimental, "_config")
-    with torch_internals.equal_sizes_may_differ():  # does without, at the price of a graph
-        pass
+        assert num_graphs() == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.fx.experimental, "_config", SimpleNamespace())
+        untold = torch_internals.equal_sizes_may_differ()  # of a torch that cannot be told so
+    with untold:
+        assert num_graphs() == 2
 
 
 def test_the_tested_releases_begin_with_the_oldest_allowed_and_have_the_one_installed_for_tests() -> None:
