@@ -73,9 +73,13 @@ class _Fallible:
         except torch_internals.restart_of_compile():  # no failure: it is called again
             raise
         except Exception as error:  # of any kind: a compiler that is not there, or a fault of this release of torch
-            self.failed = True
-            say_eager("train.compile", error, "set train.compile to false")
+            self.give_up(error)
             return graph.forward
+
+    def give_up(self, error: Exception) -> None:
+        """Compile nothing any more, and say why."""
+        self.failed = True
+        say_eager("train.compile", error, "set train.compile to false")
 
 
 class _CompiledForward:
@@ -83,6 +87,7 @@ class _CompiledForward:
 
     def __init__(self, role: str, backend: _Fallible, *, max_graphs: int) -> None:
         self._role, self._backend = role, backend
+        self._compiled: Callable[..., Any]
         self._compiled = torch_internals.compiled_alone(_forward, max_graphs=max_graphs, backend=backend, dynamic=True)
         self._seen: set[tuple[str, bool]] = set()
 
@@ -90,26 +95,43 @@ class _CompiledForward:
         """What the class of `layer`, which a wrapper may have changed by now, makes of the arguments."""
         kind = type(layer).__name__, torch.is_grad_enabled()
         with torch_internals.floats_as_constants(), torch_internals.equal_sizes_may_differ():
+            run = partial(self._compiled, layer, *args, **kwargs)
             if kind in self._seen:
-                return self._compiled(layer, *args, **kwargs)
-            return self._first(kind, partial(self._compiled, layer, *args, **kwargs))
+                return run()
+            before, start = self._backend.num_graphs, time.perf_counter()
+            try:
+                result = self._first(run)
+            except torch_internals.compile_error() as error:
+                if self._backend.num_graphs > before:  # a part of the layer may have run
+                    raise
+                self._give_up(error)
+                return _forward(layer, *args, **kwargs)
+            self._seen.add(kind)
+            self._say(kind, self._backend.num_graphs - before, time.perf_counter() - start)
+            return result
 
-    def _first(self, kind: tuple[str, bool], run: Callable[[], Any]) -> Any:
-        """Run a layer of this kind for the first time, and say what came of it."""
-        name, with_gradients = kind
-        before, start = self._backend.num_graphs, time.perf_counter()
+    def _first(self, run: Callable[[], Any]) -> Any:
         with warnings.catch_warnings():
             # torch.compile itself reads it
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
-            result = run()
-        self._seen.add(kind)
-        graphs, seconds = self._backend.num_graphs - before, time.perf_counter() - start
+            return run()
+
+    def _give_up(self, error: Exception) -> None:
+        """Leave out torch.compile, whose frontend has failed."""
+        self._compiled = _forward
+        if not self._backend.failed:
+            self._backend.give_up(error)
+
+    def _say(self, kind: tuple[str, bool], num_graphs: int, seconds: float) -> None:
+        """What came of the first run of a layer of this kind."""
+        if self._backend.failed:
+            return  # and it is said
+        name, with_gradients = kind
         doing = f"{self._role}'s {name} {'with' if with_gradients else 'without'} gradients"
-        if not graphs:
+        if num_graphs:
+            logger.info("train.compile: compiled the %s in %.0f s, graphs: %d", doing, seconds, num_graphs)
+        else:
             logger.warning("train.compile: torch.compile finds no graph in the %s, which runs eager", doing)
-        elif not self._backend.failed:
-            logger.info("train.compile: compiled the %s in %.0f s, graphs: %d", doing, seconds, graphs)
-        return result
 
 
 def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

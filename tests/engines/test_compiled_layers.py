@@ -161,6 +161,24 @@ def test_what_cannot_be_compiled_runs_eager_and_is_said_once(
     assert not any("compiled the" in message for message in caplog.messages)
 
 
+def test_what_cannot_be_captured_runs_eager_and_is_said_once(
+    captured: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_frontend(*_: object, **__: object) -> Any:
+        def raises(*_: object, **__: object) -> Any:
+            raise torch._dynamo.exc.InternalTorchDynamoError("no such bytecode")
+
+        return raises
+
+    monkeypatch.setattr(torch_internals, "compiled_alone", no_frontend)
+    with caplog.at_level(logging.INFO, "kd_plugin"):
+        found, wanted = (attached(lambda seed: make_model("llama", seed=seed), compiled=flag) for flag in (True, False))
+        for index, size in enumerate(SIZES[:2]):
+            assert_same(found, wanted, ragged(index, *size))
+    (line,) = [message for message in caplog.messages if "cannot compile" in message]
+    assert "no such bytecode" in line and not any("compiled the" in message for message in caplog.messages)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("recomputed", [False, True])
