@@ -6,8 +6,8 @@ Notable decisions:
 - layers of one kind share their graphs, so that thirty layers take the time of one;
 - sizes vary from the first graph on: neither ragged batches nor an evaluation in other sizes compile anything anew,
   but for one sequence alone, which torch takes for a constant;
-- forward and backward are compiled together, when the layer first runs. What Inductor cannot compile then runs as it
-  was captured, before any of it has run: no step is half done.
+- forward and backward are compiled together, in the first step; an evaluation before it runs eager. What Inductor
+  cannot compile runs as it was captured, which is known before any of it has run: no step is half done.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class _Fallible:
 
     def __init__(self) -> None:
         self.failed = False
+        self.started = False
+        """A forward with gradients has come. Until then `attach` waits for it at every module, where graphs break."""
         self.num_graphs = 0
         """Graphs that torch.compile has found, compiled or not."""
 
@@ -93,6 +95,10 @@ class _CompiledForward:
 
     def run(self, layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         """What the class of `layer`, which a wrapper may have changed by now, makes of the arguments."""
+        if torch.is_grad_enabled():
+            self._backend.started = True
+        elif not self._backend.started:
+            return _forward(layer, *args, **kwargs)
         kind = type(layer).__name__, torch.is_grad_enabled()
         with torch_internals.floats_as_constants(), torch_internals.equal_sizes_may_differ():
             run = partial(self._compiled, layer, *args, **kwargs)
