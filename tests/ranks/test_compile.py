@@ -16,6 +16,7 @@ from tests.ranks.launch import Launch, Launched
 from tests.ranks.train_entries import run
 from tests.tiny_runs import curve, make_folder, run_config
 
+pytestmark = pytest.mark.slow
 SAMPLED = {"sample_prompt": "the fox", "sample_tokens": 3}
 RECOMPUTED = {"activation_checkpointing": True}
 
@@ -41,10 +42,9 @@ MORE += [compiled("zero2_whole_teacher", "zero2", teacher={"sharding": "replicat
 BY_INDUCTOR = [compiled("fsdp_inductor", "fsdp"), compiled("fsdp_inductor_recomputed", "fsdp", **RECOMPUTED)]
 BY_INDUCTOR += [compiled("ddp_inductor", "ddp"), compiled("zero2_inductor", "zero2")]
 OF_LAUNCH = {"quick": CAPTURED, "more": MORE, "inductor": BY_INDUCTOR}
-SLOW = ("more", "inductor")
 
 LAUNCHES = {
-    "quick": Launch(compile_worker, ranks=2, spec=CAPTURED, prepare=make_folder, together="torch"),
+    "quick": Launch(compile_worker, ranks=2, spec=CAPTURED, prepare=make_folder, timeout_s=600),
     "more": Launch(compile_worker, ranks=2, spec=MORE, prepare=make_folder, needs_deepspeed=True, timeout_s=900),
     "inductor": Launch(
         train_worker, ranks=2, spec=BY_INDUCTOR, prepare=make_folder, needs_deepspeed=True, timeout_s=1200
@@ -59,11 +59,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return kd.train(run_config(folder, train={"parallel": "single"}))
 
 
-CASES = [
-    pytest.param(launch, entry["name"], marks=[pytest.mark.slow] if launch in SLOW else [])
-    for launch, entries in OF_LAUNCH.items()
-    for entry in entries
-]
+CASES = [(launch, entry["name"]) for launch, entries in OF_LAUNCH.items() for entry in entries]
 
 
 @pytest.mark.parametrize(("launch", "name"), CASES)
@@ -82,7 +78,7 @@ def test_compiled_layers_train_like_eager_ones(
         assert (found[key] - value).abs().max() <= 1e-4 * value.abs().max(), key
 
 
-@pytest.mark.parametrize("launch", ["quick", pytest.param("more", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launch", ["quick", "more"])
 def test_the_layers_were_compiled_on_both_ranks(launched: Callable[[str], Launched], launch: str) -> None:
     graphs = launched(launch).file("graphs.pt")
     assert min(graphs) >= 2 * len(OF_LAUNCH[launch]), "a training and an evaluation graph for each run"
