@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.fx.experimental
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d, fsdp
 
@@ -216,21 +217,36 @@ def original_of_compiled(module: object) -> nn.Module | None:
     return cast("nn.Module | None", getattr(module, "_modules", {}).get("_orig_mod"))
 
 
-def compiled_alone(body: Callable[..., Tensor], *, max_graphs: int) -> Callable[..., Tensor]:
-    """`body` by `torch.compile`: whole graphs, at most `max_graphs`, apart from those of other calls with its code.
-
-    On a GPU torch would otherwise time several shapes of a kernel's blocks, on which the last bits of sums depend.
-    """
-    options: dict[str, Any] = {"fullgraph": True, "options": {"deterministic": True}}
+def compiled_alone(body: Callable[..., Any], *, max_graphs: int, **options: Any) -> Callable[..., Any]:
+    """`body` by `torch.compile(**options)`: at most `max_graphs`, apart from those of other calls with its code."""
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         return torch.compile(body, **options, **{"isolate_recompiles": True, "recompile_limit": max_graphs})
     alone = torch.compile(_with_code_of_its_own(body), **options)
 
-    def limited(*tensors: Tensor | None) -> Tensor:
+    def limited(*args: Any, **kwargs: Any) -> Any:
         with _dynamo("config.patch")(recompile_limit=max_graphs):
-            return alone(*tensors)
+            return alone(*args, **kwargs)
 
     return limited
+
+
+def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """`graph` by torch.compile's own backend, with its backward, where torch can be told not to put that one off.
+
+    Raises:
+        Exception: of any kind, where the backend fails.
+        UnsupportedTorch: torch has no such backend.
+    """
+    config: Any = getattr(getattr(torch, "_functorch", None), "config", None)
+    name = "force_non_lazy_backward_lowering"
+    with config.patch({name: True}) if hasattr(config, name) else nullcontext():
+        return _dynamo("lookup_backend")("inductor")(graph, inputs)
+
+
+def equal_sizes_may_differ() -> AbstractContextManager[None]:
+    """What is compiled in the body takes no two sizes for one that were equal by chance, where torch can be told so."""
+    config: Any = getattr(torch.fx.experimental, "_config", None)
+    return config.patch(use_duck_shape=False) if hasattr(config, "use_duck_shape") else nullcontext()
 
 
 def compile_error() -> type[Exception]:
@@ -242,11 +258,16 @@ def compile_error() -> type[Exception]:
     return _dynamo("exc.TorchDynamoException")
 
 
-def _with_code_of_its_own(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def restart_of_compile() -> type[Exception]:
+    """What torch.compile raises, through its backend too, to begin with a graph anew."""
+    return _dynamo("exc.RestartAnalysis")
+
+
+def _with_code_of_its_own(body: Callable[..., Any]) -> Callable[..., Any]:
     """A call of `body` by a function whose code is no other's: by its code torch before 2.13 finds what it compiled."""
 
-    def call(*tensors: Tensor | None) -> Tensor:
-        return body(*tensors)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return body(*args, **kwargs)
 
     return FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
 

@@ -65,7 +65,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     if not layers:
         raise ShardingError(
             f"{type(model).__name__} names no decoder layers (_no_split_modules = {sorted(names)}): "
-            "FSDP needs them as its units; set model._no_split_modules to the class names of its blocks"
+            "FSDP needs them as its units, and train.compile to compile them; set model._no_split_modules to the class "
+            "names of its blocks"
         )
     return layers
 

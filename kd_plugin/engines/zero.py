@@ -70,8 +70,7 @@ class DeepSpeedEngine:
 
     def _place_teacher(self, deepspeed: Any, teacher: nn.Module, config: RunConfig) -> nn.Module:
         teacher.requires_grad_(False).eval()
-        whole = config.teacher.sharding == "replicate" or self.place.world_size == 1
-        if whole and not config.teacher.offload:
+        if not zero_block.shards_teacher(config, self.place.world_size):
             return teacher.to(self.place.device)
         block = zero_block.teacher_config(self.config, precision=config.teacher.dtype, offload=config.teacher.offload)
         engine = _initialize(deepspeed, teacher, config=block)

@@ -19,7 +19,15 @@ from typing import Any
 
 from kd_plugin.settings.run import RunConfig
 
-__all__ = ["KNOWN_KEYS", "DeepSpeedConfigError", "conflicts", "student_config", "teacher_config", "zero_stage"]
+__all__ = [
+    "KNOWN_KEYS",
+    "DeepSpeedConfigError",
+    "conflicts",
+    "shards_teacher",
+    "student_config",
+    "teacher_config",
+    "zero_stage",
+]
 
 AUTO = "auto"
 DEFAULT_STAGE = 3
@@ -154,6 +162,11 @@ def _fill_in(block: dict[str, Any], wanted: Mapping[str, tuple[Any, str]]) -> tu
         elif not _agree(given, value):
             contradictions.append(f"deepspeed.{key} is {given} but {reason} makes it {value}")
     return filled, contradictions
+
+
+def shards_teacher(config: RunConfig, world_size: int) -> bool:
+    """Whether the teacher is in a ZeRO-3 engine; else it is whole on each rank."""
+    return config.teacher.offload or (config.teacher.sharding == "shard" and world_size > 1)
 
 
 def teacher_config(student: Mapping[str, Any], *, precision: str, offload: bool = False) -> dict[str, Any]:

@@ -162,6 +162,8 @@ def _activations(setup: Setup) -> list[Line]:
     layers = len(kept.layers)
     if not setup.config.train.activation_checkpointing:
         how = f"{layers} layers x {max(kept.layers) / 2**20:,.1f} MiB + {kept.outside / 2**20:,.1f} MiB, counted"
+        if setup.config.train.compile:
+            how += " eager: compiled layers keep less"
         return [Line("student activations", kept.outside + sum(kept.layers), how)]
     how = f"{layers} layer inputs x {kept.boundary / 2**20:,.1f} MiB + {kept.outside / 2**20:,.1f} MiB, counted"
     return [Line("student activations", kept.outside + layers * kept.boundary, how)]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kd_plugin.distributed import torch_internals
-
-logger = logging.getLogger(__name__)
+from kd_plugin.distributed.uncompiled import say_eager
 
 # A chunk is passed to the compiled kernel in blocks of rows, given in bytes of both models' logits. On a CPU they
 # stay in the last-level cache, so that its five or so sweeps over the vocabulary read memory once (measured on 2
@@ -21,6 +19,8 @@ _BLOCK_BYTES = {"cpu": 8 * 2**20}
 _OTHER_BLOCK_BYTES = 48 * 2**20
 # A graph is specialised to V, dtype and strides; more than this many per objective means something is wrong.
 _MAX_GRAPHS = 64
+# On a GPU torch would otherwise time several shapes of a kernel's blocks, on which the last bits of sums depend.
+_OPTIONS = {"fullgraph": True, "options": {"deterministic": True}}
 
 
 def compiled(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -36,19 +36,14 @@ class _Compiled:
 
     def __init__(self, body: Callable[..., Tensor]) -> None:
         self._plain = body
-        self._run = torch_internals.compiled_alone(body, max_graphs=_MAX_GRAPHS)
+        self._run = torch_internals.compiled_alone(body, max_graphs=_MAX_GRAPHS, **_OPTIONS)
 
     def __call__(self, *tensors: Tensor | None) -> Tensor:
         try:
             return self._run(*tensors)
         except torch_internals.compile_error() as error:  # before anything has run
             self._run = self._plain
-            name, reason = type(error).__name__, " ".join(str(error).split("\n")[:2])
-            logger.warning(
-                "row_kernel: torch %s cannot compile one (%s: %s), which runs eager now; try another release of torch, "
-                "or set distill.row_kernel to eager",
-                *(torch.__version__, name, reason),
-            )
+            say_eager("row_kernel", error, "set distill.row_kernel to eager")
             return self._plain(*tensors)
 
 

@@ -195,6 +195,10 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     """Recompute the student's layers in backward instead of keeping their activations."""
 
+    compile: bool = False
+    """Compile the decoder layers of student and teacher with torch.compile, which takes a minute or two at the
+    start. Not under ZeRO-3, which gathers weights inside of a layer."""
+
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initialisation and data order."""
 

@@ -49,6 +49,7 @@ def early_problems(
         *_data_problems(config.data),
         *_output_problems(Path(config.log.output_dir)),
         *layout_problems(config, mode, world_size),
+        *_compile_problems(config, mode),
         *_deepspeed_problems(config, mode, world_size, accumulation),
     ]
 
@@ -145,6 +146,15 @@ def _deepspeed_layout_problems(config: RunConfig) -> list[str]:
             "set teacher.sharding to shard, or teacher.offload to false"
         )
     return problems
+
+
+def _compile_problems(config: RunConfig, mode: str | None) -> list[str]:
+    if not (config.train.compile and _wants_deepspeed(config, mode) and zero_block.zero_stage(config.deepspeed) == 3):
+        return []
+    return [
+        "train.compile is true, but ZeRO-3 gathers weights inside of each layer, which breaks its graph at each: "
+        "set train.parallel to fsdp, deepspeed.zero_optimization.stage to 2 or less, or train.compile to false"
+    ]
 
 
 def _wants_deepspeed(config: RunConfig, mode: str | None) -> bool:

@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from kd_plugin.data.documents import check_all_ids, load_datasets
 from kd_plugin.engines.process_group import Placement, start_process_group
 from kd_plugin.engines.protocol import DTYPES
@@ -226,7 +228,8 @@ def _samples(session: Session, material: Material) -> dict[str, str]:
         return {}
     engine.student.eval()
     models = {"teacher": engine.teacher, "student": engine.student}
-    samples = continuations(models, material.tokenizer, log.sample_prompt, log.sample_tokens)
+    with torch.compiler.set_stance("force_eager"):  # for a few tokens, with a cache of keys in every layer
+        samples = continuations(models, material.tokenizer, log.sample_prompt, log.sample_tokens)
     for name, text in samples.items():
         session.writer.text(sample_tag(name), text)
     return {"prompt": log.sample_prompt, **samples}

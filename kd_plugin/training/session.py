@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kd_plugin.data.documents import Batch, PackedDataset, TrainBatches, eval_batches
+from kd_plugin.engines import zero_block
+from kd_plugin.engines.compiled_layers import compile_layers
 from kd_plugin.engines.process_group import Placement, share_timeout
 from kd_plugin.engines.protocol import Engine
 from kd_plugin.plugin.attach import Plugin, attach
@@ -97,6 +99,8 @@ def make_session(
     plugin = attach(material.student, material.teacher, config.distill)
     if config.train.activation_checkpointing:
         _checkpoint_activations(material.student)
+    if config.train.compile:
+        _compile_layers(config, place, mode, material)
     engine = _engine(config, place, mode, accumulation, material)
     if place.owns_group:
         share_timeout(config.train.process_group_timeout_s)
@@ -130,6 +134,14 @@ def _checkpoint_activations(student: PreTrainedModel) -> None:
     old_name, new_name = "gradient_checkpointing_enable", "activation_checkpointing_enable"
     name = new_name if hasattr(student, new_name) else old_name
     getattr(student, name)({"use_reentrant": False})
+
+
+def _compile_layers(config: RunConfig, place: Placement, mode: str, material: Material) -> None:
+    models = {"student": material.student, "teacher": material.teacher}
+    if mode == "deepspeed" and zero_block.shards_teacher(config, place.world_size):
+        del models["teacher"]
+        logger.info("train.compile: the teacher runs eager under ZeRO-3, which gathers weights inside of its layers")
+    compile_layers(models)
 
 
 def _train_batches(config: RunConfig, place: Placement, accumulation: int, dataset: PackedDataset) -> TrainBatches:

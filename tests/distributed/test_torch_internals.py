@@ -231,7 +231,8 @@ def test_torch_compile_is_asked_for_a_cache_of_its_own(monkeypatch: pytest.Monke
         return body
 
     monkeypatch.setattr(torch, "compile", compile_)
-    assert torch_internals.compiled_alone(count, max_graphs=5) is count
+    assert torch_internals.compiled_alone(count, max_graphs=5, dynamic=True) is count
+    assert given["dynamic"] is True
     assert given["isolate_recompiles"] is True
     assert given["recompile_limit"] == 5
 
@@ -242,7 +243,7 @@ def test_a_torch_without_it_has_a_cache_for_each_code_and_the_limit_around_the_c
     """Twelve sizes of each of two kernels with the same body are compiled; torch's own limit allows eight together."""
     original, graphs = torch.compile, []
 
-    def compile_(body: Callable[..., Tensor], *, fullgraph: bool, options: object) -> Callable[..., Tensor]:
+    def compile_(body: Callable[..., Tensor], *, fullgraph: bool) -> Callable[..., Tensor]:
         def backend(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., object]:
             graphs.append(graph)
             return graph.forward
@@ -251,13 +252,39 @@ def test_a_torch_without_it_has_a_cache_for_each_code_and_the_limit_around_the_c
 
     monkeypatch.setattr(torch, "compile", compile_)
     with torch._dynamo.config.patch(recompile_limit=8):
-        kernels = [torch_internals.compiled_alone(partial(torch.mul, factor), max_graphs=12) for factor in (2, 3)]
+        kernels = [
+            torch_internals.compiled_alone(partial(torch.mul, factor), max_graphs=12, fullgraph=True)
+            for factor in (2, 3)
+        ]
         for size in range(2, 14):
             for kernel, factor in zip(kernels, (2, 3), strict=True):
                 assert torch.equal(kernel(torch.ones(size)), torch.full((size,), float(factor)))
         assert len(graphs) == 24
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             kernels[0](torch.ones(14))
+
+
+def test_sizes_that_were_equal_by_chance_have_no_graph_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def num_graphs() -> int:
+        graphs: list[torch.fx.GraphModule] = []
+
+        def backend(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., object]:
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        run = torch_internals.compiled_alone(count, max_graphs=4, backend=backend, dynamic=True)
+        for size in (5, 6):
+            assert torch.equal(run(torch.zeros(5, size)), torch.ones(5, size))
+        return len(graphs)
+
+    with torch_internals.equal_sizes_may_differ():
+        assert num_graphs() == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.fx.experimental, "_config", SimpleNamespace())
+        untold = torch_internals.equal_sizes_may_differ()  # of a torch that cannot be told so
+    with untold:
+        assert num_graphs() == 2
 
 
 def test_the_tested_releases_begin_with_the_oldest_allowed_and_have_the_one_installed_for_tests() -> None:

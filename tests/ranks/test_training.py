@@ -14,23 +14,10 @@ import kd_plugin as kd
 from kd_plugin.training.run import TrainResult
 from tests.ranks import train_worker
 from tests.ranks.launch import Launch, Launched
+from tests.ranks.train_entries import run
 from tests.tiny_runs import curve, make_folder, run_config
 
 LAYOUTS = ("fsdp", "fsdp1", "ddp", "zero0", "zero1", "zero2", "zero3")
-
-
-def layout(name: str) -> dict[str, Any]:
-    if name.startswith("zero"):
-        return {"train": {"parallel": "deepspeed"}, "deepspeed": {"zero_optimization": {"stage": int(name[-1])}}}
-    return {"train": {"parallel": name}}
-
-
-def run(name: str, of: str, *, train: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """One entry of the worker's list: `of` is a layout, `train` goes over its train section."""
-    rest = {key: more.pop(key) for key in ("output", "keep") if key in more}
-    sections = layout(of) | more
-    sections["train"] = {**sections["train"], **(train or {})}
-    return {"name": name, "sections": sections, **rest}
 
 
 HALF = [(name, dtype) for name in ("fsdp", "fsdp1") for dtype in ("bfloat16", "float16")]

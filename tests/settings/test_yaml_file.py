@@ -175,6 +175,7 @@ def test_a_mistake_is_named_with_its_line_and_the_cure(config_file: Path, line: 
             "train.max_step=3",
             "train.max_step: unknown key; did you mean 'max_steps'? (got 3)",
         ),
+        ("train.torch_compile=true", "train.torch_compile: unknown key; did you mean 'compile'? (got true)"),
         ("distill.temperature=0", "distill.temperature: wants a number > 0 (got 0)"),
         ("train=3", "train: wants a mapping (got 3)"),
         ("train.seed.x=3", 'train.seed: wants a whole number >= 0 (got {"x": 3})'),

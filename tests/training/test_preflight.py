@@ -106,6 +106,22 @@ def test_what_fsdp_does_is_not_asked_of_deepspeed(tmp_path: Path) -> None:
     assert len(early_problems(config(tmp_path, **both), mode="deepspeed", world_size=4, accumulation=1)) == 1
 
 
+@pytest.mark.parametrize("block", [None, {"zero_optimization": {"stage": 3}}])
+def test_layers_are_not_compiled_under_zero3(tmp_path: Path, block: dict[str, Any] | None) -> None:
+    more = {} if block is None else {"deepspeed": block}
+    compiled = config(tmp_path, train={"compile": True, "parallel": "deepspeed"}, **more)
+    (line,) = early_problems(compiled)
+    assert line.startswith("train.compile is true, but ZeRO-3") and "train.compile to false" in line
+    assert early_problems(compiled, mode="deepspeed", world_size=2, accumulation=1) == [line]
+    assert early_problems(config(tmp_path, train={"compile": True}, **more), mode="fsdp", world_size=2) == []
+    lower = config(
+        tmp_path,
+        train={"compile": True, "parallel": "deepspeed"},
+        deepspeed={"zero_optimization": {"stage": 2}},
+    )
+    assert early_problems(lower) == []
+
+
 def test_deepspeed_that_is_not_installed_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
