@@ -19,7 +19,15 @@ from typing import Any
 
 from kd_plugin.settings.run import RunConfig
 
-__all__ = ["KNOWN_KEYS", "DeepSpeedConfigError", "conflicts", "student_config", "teacher_config", "zero_stage"]
+__all__ = [
+    "KNOWN_KEYS",
+    "DeepSpeedConfigError",
+    "conflicts",
+    "student_config",
+    "teacher_config",
+    "uses_autocast",
+    "zero_stage",
+]
 
 AUTO = "auto"
 DEFAULT_STAGE = 3
@@ -56,6 +64,11 @@ def zero_stage(block: Mapping[str, Any] | None) -> int:
     """The student's ZeRO stage; 3 when the block does not say."""
     stage = ((block or {}).get("zero_optimization") or {}).get("stage", AUTO)
     return DEFAULT_STAGE if stage == AUTO else stage
+
+
+def uses_autocast(block: Mapping[str, Any] | None) -> bool:
+    """Whether the engine of `block` runs forwards under `torch.autocast`."""
+    return bool(_get(block or {}, "torch_autocast.enabled"))
 
 
 def student_config(

@@ -22,6 +22,7 @@ from kd_plugin.loss.autograd import Context, once_differentiable
 from kd_plugin.loss.chunk_size import chunk_rows
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.low_rank import LowRank, low_rank_product
+from kd_plugin.loss.matmul import Rounding, autocast_dtype
 from kd_plugin.loss.output import DistillOutput, LossSums, normalised, packed, scaled
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.row_kernels import dispatch
@@ -80,7 +81,9 @@ def make_problem(
     transform: LogitTransform | None = None,
     teacher_size: int | None = None,
 ) -> chunk_loop.Problem:
-    """What is to be computed for `call`. Finds the valid rows unless they are given, which reads the device back.
+    """What is to be computed for `call`, under autocast if that is on now.
+
+    Finds the valid rows unless they are given, which reads the device back.
 
     Args:
         call: teacher, targets, and how each row counts.
@@ -111,7 +114,7 @@ def make_problem(
         chunk_size=chunk_rows(config, vocab_size, None if teacher is None else teacher_size),
         row_kernel=dispatch.choose(config.row_kernel, hidden.device.type),
         student_transform=transform or LogitTransform(),
-        rounded_logits=config.logits_dtype == "input",
+        rounding=Rounding(autocast_dtype(hidden.device.type), result=config.logits_dtype == "input"),
         with_gradient=torch.is_grad_enabled(),
     )
 
@@ -168,7 +171,7 @@ def distill_loss(
     """Distillation loss of aligned rows, without ever holding `[tokens, vocab]` logits.
 
     Args:
-        student_hidden: `[..., D]`, any float dtype; gets a gradient if it requires one.
+        student_hidden: `[..., D]`, any float dtype; gets a gradient if it requires one. Autocast rounds it, no logits.
         student_weight: `[V, D]`; likewise.
         teacher_hidden: `[..., E]`, the same leading shape; never gets a gradient. None if `soft_weight` is 0.
         teacher_weight: `[V', E]`. The soft loss is over the first min(V, V') token ids of both, each softmax of its
