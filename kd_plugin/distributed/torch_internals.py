@@ -9,10 +9,13 @@ Notable decisions:
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
+from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any, cast
 
@@ -55,6 +58,27 @@ def graph_is_kept() -> bool:
     """
     query = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
     return True if query is None else query()
+
+
+_LIBRARY = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+HALF_KERNEL = _LIBRARY, "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
+"""Library and symbol of `at::native::cpublas::brgemm` for bf16; with other arguments it would have another symbol."""
+
+
+@functools.cache
+def half_kernel() -> Callable[..., None] | None:
+    """The kernel `C[M, N] = A[M, K] @ B[K, N]`, C in fp32, A and B in bf16, as a function of plain numbers.
+
+    Its arguments are M, N, K, the rows' lengths in A, B and C, whether to add to C, three addresses, and whether pairs
+    along K stand side by side in B (`[K / 2, N, 2]`). None where torch has no such symbol.
+    """
+    try:
+        kernel = ctypes.CDLL(HALF_KERNEL[0])[HALF_KERNEL[1]]
+    except (OSError, AttributeError):
+        return None
+    kernel.restype = None
+    kernel.argtypes = [ctypes.c_int64] * 6 + [ctypes.c_bool] + [ctypes.c_void_p] * 3 + [ctypes.c_bool]
+    return kernel
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:

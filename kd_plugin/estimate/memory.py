@@ -108,7 +108,7 @@ def _copied_heads(setup: Setup, is_cut: bool) -> list[Line]:
 def _copied_head(setup: Setup, side: str, model: ModelSizes, item: int, columns: int) -> Line | None:
     """`columns` token ids of a head in another dtype; None where it is multiplied as it is.
 
-    A CPU has no product of halves with an fp32 result, so it multiplies in fp32 what autocast has rounded, too.
+    A CPU multiplies in fp32, also what autocast has rounded; some processors hold half as much (`loss.half_products`).
     """
     narrowed = setup.is_zero and uses_autocast(setup.config.deepspeed) and item == _FLOAT
     in_fp32 = setup.device == "cpu" and setup.distill.logits_dtype == "float32" and (narrowed or item < _FLOAT)

@@ -8,8 +8,9 @@ A student with more token ids V than its teacher: the hard loss takes all of the
 
 Memory above the inputs: `8 * C * V` bytes of chunk buffers (fp32; the teacher's is reused for the gradient in
 the precision of the model; `4 * C * (V + V')` where the teacher has fewer token ids V'), the gradient of the hidden
-states, and the fp32 gradient of the weight. On a CPU with half-precision models, the fp32 copies of both heads come on
-top, and under autocast copies of fp32 heads: in fp32 on a CPU, in its dtype elsewhere (see `matmul`).
+states, and the fp32 gradient of the weight. On a CPU with half-precision models, copies of both heads
+come on top, in fp32 or packed, and under autocast copies of fp32 heads: in fp32 on a CPU, in its dtype elsewhere (see
+`matmul`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Matrix products whose result is not rounded to the precision of the operands.
 
-CUDA multiplies bf16 and fp16 with an fp32 result (`out_dtype`, once that has proven exact). The CPU has no such
-product (torch 2.13), so the operands are upcast there: the head's weight once per call, the hidden states chunk by
-chunk. The hidden states' gradient is multiplied in the models' precision, unless the processor, or that of another
-rank, would only emulate it (`processor.multiplies`).
+CUDA multiplies bf16 and fp16 with an fp32 result (`out_dtype`, once that has proven exact). On a CPU torch has no such
+operator (2.13), though on some processors a kernel for bf16 (`half_products`). Elsewhere the operands are upcast: the
+head's weight once per call, the hidden states chunk by chunk. The hidden states' gradient is multiplied in the models'
+precision, unless the processor, or that of another rank, would only emulate it (`processor.multiplies`).
 
 Under autocast the operands of all products are rounded to its dtype, as it would, and no result is: on CUDA by the same
 products, on the CPU by fp32 products of the rounded operands. What is added to the logits (biases, low-rank terms) is
@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from kd_plugin.loss.buffers import buffer, bytes_of
+from kd_plugin.loss.half_products import PackedWeight, is_proven
 from kd_plugin.loss.processor import HALVES, multiplies
 from kd_plugin.loss.proven import half_with_fp32_result, is_exact
 
+_PACKED_NUMEL = 2**20  # below, the threads that multiply blocks cost more than they save
 _BLOCK_NUMEL = 2**18  # 1 MiB in fp32: what is rounded on the way stays in a core's cache
 
 
@@ -104,6 +106,12 @@ def _as_bf16_if_there_is_a_kernel() -> Iterator[None]:
         products.fp32_precision = chosen
 
 
+def _packs(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies a bf16 head with an fp32 result, and it is large enough to be worth a copy."""
+    fits = dtype == torch.float32 and not weight.is_cuda and weight.shape[1] % 2 == 0
+    return fits and weight.numel() >= _PACKED_NUMEL and multiplies(torch.bfloat16) and is_proven()
+
+
 class Operand:
     """A head weight `[V, D]` as the right-hand side of `hidden @ weight.T` with a result in `dtype`.
 
@@ -138,7 +146,10 @@ class Operand:
         as_is = self.native or self.rounded
         self.weight = self._copy(weight, product) if as_is and weight.dtype != product else weight
         self.wide = self.weight
-        if not as_is and (weight.dtype != dtype or self.autocast is not None):
+        self.packed: PackedWeight | None = None
+        if not as_is and dtypes == {torch.bfloat16} and _packs(weight, dtype):
+            self.packed = PackedWeight(name, weight)
+        elif not as_is and (weight.dtype != dtype or self.autocast is not None):
             self.wide = self._copy(weight, dtype)
 
     def _copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -154,7 +165,9 @@ class Operand:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the copy in another dtype; 0 where there is none."""
+        """Bytes of the copy that is multiplied; 0 where there is none."""
+        if self.packed is not None:
+            return bytes_of(self.packed.packed)
         return 0 if self.wide is self._given else bytes_of(self.wide)
 
     @property
@@ -191,6 +204,8 @@ def mm_into(out: Tensor, hidden: Tensor, operand: Operand) -> None:
         rows, columns = out.shape
         narrow = buffer("rounded", rows, columns, weight.dtype, weight.device)
         out.copy_(torch.mm(hidden.to(weight.dtype), weight.t(), out=narrow))
+    elif operand.packed is not None:
+        operand.packed.multiply_into(out, hidden)
     else:
         with fastest_fp32():
             torch.mm(operand.cast(hidden).to(out.dtype), operand.wide.t(), out=out)
