@@ -90,8 +90,9 @@ def promised_bytes(case: Case) -> int:
     """What kd_plugin says that it takes above its inputs (`loss/chunk_loop.py`).
 
     The head's gradient in fp32 and the hidden states' stay throughout; the two logits buffers of a chunk are gone when
-    backward hands both gradients out in the dtype of the inputs.
+    backward hands both gradients out in the dtype of the inputs. So is the copy of the head that autocast rounds.
     """
     student_bytes = 4 if case.autocast else getattr(torch, case.dtype).itemsize
     head, hidden = case.vocab * case.width, case.rows * case.width
-    return 4 * head + student_bytes * hidden + max(8 * case.chunk * case.vocab, student_bytes * (head + hidden))
+    in_forward = 8 * case.chunk * case.vocab + (2 * head if case.autocast else 0)
+    return 4 * head + student_bytes * hidden + max(in_forward, student_bytes * (head + hidden))

@@ -9,12 +9,14 @@ Notable decisions:
 
 from __future__ import annotations
 
-import inspect
+import ctypes
+import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
-from types import FunctionType, MethodType
-from typing import Any, cast
+from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ class UnsupportedTorch(ValueError):
     """The installed release of torch lacks a name that kd_plugin cannot do without."""
 
 
-def _required(owner: object, name: str, path: str) -> Any:
+def required(owner: object, name: str, path: str) -> Any:
     """`owner.name`, which a user knows as `path`.
 
     Raises:
@@ -58,13 +60,34 @@ def graph_is_kept() -> bool:
     return True if query is None else query()
 
 
+_LIBRARY = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+HALF_KERNEL = _LIBRARY, "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
+"""Library and symbol of `at::native::cpublas::brgemm` for bf16; with other arguments it would have another symbol."""
+
+
+@functools.cache
+def half_kernel() -> Callable[..., None] | None:
+    """The kernel `C[M, N] = A[M, K] @ B[K, N]`, C in fp32, A and B in bf16, as a function of plain numbers.
+
+    Its arguments are M, N, K, the rows' lengths in A, B and C, whether to add to C, three addresses, and whether pairs
+    along K stand side by side in B (`[K / 2, N, 2]`). None where torch has no such symbol.
+    """
+    try:
+        kernel = ctypes.CDLL(HALF_KERNEL[0])[HALF_KERNEL[1]]
+    except (OSError, AttributeError):
+        return None
+    kernel.restype = None
+    kernel.argtypes = [ctypes.c_int64] * 6 + [ctypes.c_bool] + [ctypes.c_void_p] * 3 + [ctypes.c_bool]
+    return kernel
+
+
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Let the device, for which the host does not wait, end the process with `message` unless `condition` (0-d) holds.
 
     Raises:
         UnsupportedTorch: torch has no such assertion.
     """
-    _required(torch, "_assert_async", "torch._assert_async")(condition, message)
+    required(torch, "_assert_async", "torch._assert_async")(condition, message)
 
 
 def is_awaited_collective(tensor: Tensor) -> bool:
@@ -85,7 +108,7 @@ def is_wrapper_subclass(tensor: Tensor) -> bool:
     from torch.utils import _python_dispatch
 
     path = "torch.utils._python_dispatch.is_traceable_wrapper_subclass"
-    return _required(_python_dispatch, "is_traceable_wrapper_subclass", path)(tensor)
+    return required(_python_dispatch, "is_traceable_wrapper_subclass", path)(tensor)
 
 
 def storage_id(tensor: Tensor) -> int:
@@ -94,7 +117,7 @@ def storage_id(tensor: Tensor) -> int:
     Raises:
         UnsupportedTorch: torch does not number storages.
     """
-    return _required(tensor.untyped_storage(), "_cdata", "torch.UntypedStorage._cdata")
+    return required(tensor.untyped_storage(), "_cdata", "torch.UntypedStorage._cdata")
 
 
 def times_written(tensor: Tensor) -> int:
@@ -103,7 +126,7 @@ def times_written(tensor: Tensor) -> int:
     Raises:
         UnsupportedTorch: torch does not count it.
     """
-    return 0 if tensor.is_inference() else _required(tensor, "_version", "torch.Tensor._version")
+    return 0 if tensor.is_inference() else required(tensor, "_version", "torch.Tensor._version")
 
 
 def cut_of_gradient(tensor: Tensor) -> tuple[Any, Any] | None:
@@ -118,7 +141,7 @@ def cut_of_gradient(tensor: Tensor) -> tuple[Any, Any] | None:
     node = tensor.grad_fn
     if node is None or node.name() != "_ToTorchTensorBackward":
         return None
-    spec = _required(node, "dtensor_spec", "dtensor_spec on the gradient of DTensor.full_tensor()")
+    spec = required(node, "dtensor_spec", "dtensor_spec on the gradient of DTensor.full_tensor()")
     return spec, getattr(node, "grad_placements", None)
 
 
@@ -148,14 +171,14 @@ def restore_whole_call(module: nn.Module, call: Callable[..., Any]) -> None:
 
 def gather_into() -> Callable[..., Any]:
     """`torch.distributed.all_gather_single`, called `all_gather_into_tensor` before torch 2.13."""
-    return getattr(dist, "all_gather_single", None) or _required(
+    return getattr(dist, "all_gather_single", None) or required(
         dist, "all_gather_into_tensor", "torch.distributed.all_gather_single"
     )
 
 
 def reduce_scatter_into() -> Callable[..., Any]:
     """`torch.distributed.reduce_scatter_single`, called `reduce_scatter_tensor` before torch 2.13."""
-    return getattr(dist, "reduce_scatter_single", None) or _required(
+    return getattr(dist, "reduce_scatter_single", None) or required(
         dist, "reduce_scatter_tensor", "torch.distributed.reduce_scatter_single"
     )
 
@@ -183,7 +206,7 @@ def set_timeout(timeout: timedelta, group: dist.ProcessGroup | None) -> None:
         UnsupportedTorch: torch can set no timeout after a group was made.
     """
     public = getattr(dist, "set_timeout", None)
-    change = public or _required(distributed_c10d, "_set_pg_timeout", "torch.distributed.set_timeout")
+    change = public or required(distributed_c10d, "_set_pg_timeout", "torch.distributed.set_timeout")
     with suppress(ValueError, RuntimeError):
         change(timeout, group)
 
@@ -207,91 +230,6 @@ def fsdp2_compute_dtype(unit: fsdp.FSDPModule) -> torch.dtype | None:
     Raises:
         UnsupportedTorch: the unit does not tell its policy of mixed precision.
     """
-    state = _required(unit, "_get_fsdp_state", "FSDPModule._get_fsdp_state")()
-    policy = _required(state, "_mp_policy", "FSDPState._mp_policy")
+    state = required(unit, "_get_fsdp_state", "FSDPModule._get_fsdp_state")()
+    policy = required(state, "_mp_policy", "FSDPState._mp_policy")
     return policy.param_dtype
-
-
-def original_of_compiled(module: object) -> nn.Module | None:
-    """The module inside `torch.compile(module)`; None for one that is not compiled so."""
-    return cast("nn.Module | None", getattr(module, "_modules", {}).get("_orig_mod"))
-
-
-def compiled_alone(body: Callable[..., Any], *, max_graphs: int, **options: Any) -> Callable[..., Any]:
-    """`body` by `torch.compile(**options)`: at most `max_graphs`, apart from those of other calls with its code."""
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        return torch.compile(body, **options, **{"isolate_recompiles": True, "recompile_limit": max_graphs})
-    alone = torch.compile(_with_code_of_its_own(body), **options)
-
-    def limited(*args: Any, **kwargs: Any) -> Any:
-        with _dynamo("config.patch")(recompile_limit=max_graphs):
-            return alone(*args, **kwargs)
-
-    return limited
-
-
-def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """`graph` by torch.compile's own backend, with its backward, where torch can be told not to put that one off.
-
-    Raises:
-        Exception: of any kind, where the backend fails.
-        UnsupportedTorch: torch has no such backend.
-    """
-    config: Any = getattr(getattr(torch, "_functorch", None), "config", None)
-    name = "force_non_lazy_backward_lowering"
-    with config.patch({name: True}) if hasattr(config, name) else nullcontext():
-        return _dynamo("lookup_backend")("inductor")(graph, inputs)
-
-
-def equal_sizes_may_differ() -> AbstractContextManager[None]:
-    """What is compiled in the body takes no two sizes for one that were equal by chance, where torch can be told so."""
-    config: Any = getattr(torch.fx.experimental, "_config", None)
-    return config.patch(use_duck_shape=False) if hasattr(config, "use_duck_shape") else nullcontext()
-
-
-def compile_error() -> type[Exception]:
-    """What torch.compile raises, by its frontend or its backend, before anything that is compiled has run.
-
-    Raises:
-        UnsupportedTorch: torch has no such class.
-    """
-    return _dynamo("exc.TorchDynamoException")
-
-
-def restart_of_compile() -> type[Exception]:
-    """What torch.compile raises, through its backend too, to begin with a graph anew."""
-    return _dynamo("exc.RestartAnalysis")
-
-
-def _with_code_of_its_own(body: Callable[..., Any]) -> Callable[..., Any]:
-    """A call of `body` by a function whose code is no other's: by its code torch before 2.13 finds what it compiled."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return body(*args, **kwargs)
-
-    return FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
-
-
-def floats_as_constants() -> AbstractContextManager[None]:
-    """What is compiled in the body takes Python's floats for constants of the graph, not for inputs that could vary.
-
-    Raises:
-        UnsupportedTorch: torch.compile cannot be told so.
-    """
-    return _dynamo("config.patch")(specialize_float=True)
-
-
-def mark_dim_dynamic(tensor: Tensor, dim: int) -> None:
-    """Tell torch.compile that this size varies, unless it finds that the graph needs it constant.
-
-    Raises:
-        UnsupportedTorch: torch.compile cannot be told so.
-    """
-    _dynamo("maybe_mark_dynamic")(tensor, dim)
-
-
-def _dynamo(path: str) -> Any:
-    owner: Any = _required(torch, "_dynamo", "torch._dynamo")
-    for name in path.split("."):
-        owner = _required(owner, name, f"torch._dynamo.{path}")
-    return owner

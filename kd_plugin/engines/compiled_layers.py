@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kd_plugin.distributed import torch_internals
+from kd_plugin.distributed import compiler_internals
 from kd_plugin.distributed.uncompiled import say_eager
 from kd_plugin.engines.fsdp_units import decoder_layers
 
@@ -71,8 +71,8 @@ class _Fallible:
 
     def _made(self, graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         try:
-            return torch_internals.inductor(graph, inputs)
-        except torch_internals.restart_of_compile():  # no failure: it is called again
+            return compiler_internals.inductor(graph, inputs)
+        except compiler_internals.restart_of_compile():  # no failure: it is called again
             raise
         except Exception as error:  # of any kind: a compiler that is not there, or a fault of this release of torch
             self.give_up(error)
@@ -90,7 +90,9 @@ class _CompiledForward:
     def __init__(self, role: str, backend: _Fallible, *, max_graphs: int) -> None:
         self._role, self._backend = role, backend
         self._compiled: Callable[..., Any]
-        self._compiled = torch_internals.compiled_alone(_forward, max_graphs=max_graphs, backend=backend, dynamic=True)
+        self._compiled = compiler_internals.compiled_alone(
+            _forward, max_graphs=max_graphs, backend=backend, dynamic=True
+        )
         self._seen: set[tuple[str, bool]] = set()
 
     def run(self, layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -100,14 +102,14 @@ class _CompiledForward:
         elif not self._backend.started:
             return _forward(layer, *args, **kwargs)
         kind = type(layer).__name__, torch.is_grad_enabled()
-        with torch_internals.floats_as_constants(), torch_internals.equal_sizes_may_differ():
+        with compiler_internals.floats_as_constants(), compiler_internals.equal_sizes_may_differ():
             run = partial(self._compiled, layer, *args, **kwargs)
             if kind in self._seen:
                 return run()
             before, start = self._backend.num_graphs, time.perf_counter()
             try:
                 result = self._first(run)
-            except torch_internals.compile_error() as error:
+            except compiler_internals.compile_error() as error:
                 if self._backend.num_graphs > before:  # a part of the layer may have run
                     raise
                 self._give_up(error)

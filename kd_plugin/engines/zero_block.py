@@ -26,6 +26,7 @@ __all__ = [
     "shards_teacher",
     "student_config",
     "teacher_config",
+    "uses_autocast",
     "zero_stage",
 ]
 
@@ -64,6 +65,11 @@ def zero_stage(block: Mapping[str, Any] | None) -> int:
     """The student's ZeRO stage; 3 when the block does not say."""
     stage = ((block or {}).get("zero_optimization") or {}).get("stage", AUTO)
     return DEFAULT_STAGE if stage == AUTO else stage
+
+
+def uses_autocast(block: Mapping[str, Any] | None) -> bool:
+    """Whether the engine of `block` runs forwards under `torch.autocast`."""
+    return bool(_get(block or {}, "torch_autocast.enabled"))
 
 
 def student_config(

@@ -42,15 +42,12 @@ def make_setup(
             unknown GPU.
         EngineError: `train` does not fit `world_size`.
     """
-    student, teacher = sizes
-    if world_size < 1:
-        raise EstimateError(f"--world-size is {world_size}: give the number of ranks, 1 or more")
     rows = _rows(config, rows)
     mode, shard_ranks = _layout(config, world_size)
     accumulation = accumulation_steps(config.train, seq_len=config.data.seq_len, world_size=world_size)
     setup = Setup(
-        student=student,
-        teacher=teacher if config.distill.soft_weight else None,
+        student=sizes[0],
+        teacher=sizes[1] if config.distill.soft_weight else None,
         config=config,
         mode=mode,
         teacher_sharded=config.teacher.sharding == "shard" and shard_ranks > 1,
@@ -81,6 +78,8 @@ def _rows(config: RunConfig, rows: int | None) -> int:
 
 def _layout(config: RunConfig, world_size: int) -> tuple[str, int]:
     """`Setup.mode` and `Setup.shard_ranks` of the run."""
+    if world_size < 1:
+        raise EstimateError(f"--world-size is {world_size}: give the number of ranks, 1 or more")
     mode = parallel_mode(config, world_size)
     if problems := layout_problems(config, mode, world_size):
         raise EstimateError("\n".join(problems))

@@ -11,12 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kd_plugin.distributed.layout import chunk_length
+from kd_plugin.engines.zero_block import uses_autocast
 from kd_plugin.estimate.setup import Line, Setup, keeps_student_head, runs_ahead
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.estimate.states import host_states, student_states, teacher_states
 from kd_plugin.row_kernels.blocks import block_rows
 
-_FLOAT = 4
+_FLOAT, _HALF = 4, 2
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def heads(setup: Setup) -> tuple[Line, ...]:
     copied = runs_ahead(setup) and setup.teacher_sharded
     if teacher is not None and setup.teacher_gathered and setup.exchange == "weight" and not copied:
         lines.append(_whole_head(setup, "teacher", teacher, setup.teacher_item, "V'", gathered=True))
-    return (*lines, *_upcast_heads(setup, is_cut))
+    return (*lines, *_copied_heads(setup, is_cut))
 
 
 def _whole_head(setup: Setup, side: str, model: ModelSizes, item: int, vocab: str, *, gathered: bool) -> Line:
@@ -92,20 +93,29 @@ def _whole_head(setup: Setup, side: str, model: ModelSizes, item: int, vocab: st
     return Line(f"{side} head, whole", copies * model.head_numel * item, how)
 
 
-def _upcast_heads(setup: Setup, is_cut: bool) -> list[Line]:
-    """Copies of the heads in fp32: a CPU has no product of halves with an fp32 result."""
-    if setup.device == "cuda" or setup.distill.logits_dtype == "input":
-        return []
-    lines, cut = [], setup.exchange != "weight" and setup.world_size > 1
-    if setup.student_item < _FLOAT:
-        columns = setup.slice_size if is_cut or setup.exchange == "stats" else setup.student.vocab_size
-        how = f"{columns} x {setup.student.width} x 4 B, CPU only"
-        lines.append(Line("student head in fp32", columns * setup.student.width * _FLOAT, how))
-    if setup.teacher is not None and setup.teacher_item < _FLOAT:
+def _copied_heads(setup: Setup, is_cut: bool) -> list[Line]:
+    """Copies of the heads that the loss multiplies by: in fp32 on a CPU, rounded under autocast."""
+    cut = setup.exchange != "weight" and setup.world_size > 1
+    columns = setup.slice_size if is_cut or setup.exchange == "stats" else setup.student.vocab_size
+    lines = [_copied_head(setup, "student", setup.student, setup.student_item, columns)]
+    if setup.teacher is not None:
         columns = setup.teacher_slice_size if cut else setup.teacher_columns
-        how = f"{columns} x {setup.teacher.width} x 4 B, CPU only"
-        lines.append(Line("teacher head in fp32", columns * setup.teacher.width * _FLOAT, how))
-    return lines
+        lines.append(_copied_head(setup, "teacher", setup.teacher, setup.teacher_item, columns))
+    return [line for line in lines if line is not None]
+
+
+def _copied_head(setup: Setup, side: str, model: ModelSizes, item: int, columns: int) -> Line | None:
+    """`columns` token ids of a head in another dtype; None where it is multiplied as it is.
+
+    A CPU multiplies in fp32, also what autocast has rounded; some processors hold half as much (`loss.half_products`).
+    """
+    narrowed = setup.is_zero and uses_autocast(setup.config.deepspeed) and item == _FLOAT
+    in_fp32 = setup.device == "cpu" and setup.distill.logits_dtype == "float32" and (narrowed or item < _FLOAT)
+    if not (narrowed or in_fp32):
+        return None
+    copied, kind, why = (_FLOAT, "in fp32", "CPU only") if in_fp32 else (_HALF, "as autocast rounds it", "a copy")
+    how = f"{columns} x {model.width} x {copied} B, {why}"
+    return Line(f"{side} head {kind}", columns * model.width * copied, how)
 
 
 def loss(setup: Setup) -> tuple[Line, ...]:

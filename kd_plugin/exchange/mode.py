@@ -21,6 +21,7 @@ from kd_plugin.exchange.cost import Head
 from kd_plugin.exchange.teacher_slice import SliceConsumer, TeacherHead, TeacherSlice
 from kd_plugin.loss import processor
 from kd_plugin.loss.head_call import HeadCall
+from kd_plugin.loss.matmul import autocast_dtype
 from kd_plugin.settings.distill import DistillConfig, ExchangeMode
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Exchange:
             return
         settings = self.config.model_dump(exclude={"row_kernel"})  # of which any gives the same numbers
         compared: dict[str, object] = {f"distill.{name}": value for name, value in settings.items()}
+        compared["torch.autocast"] = {kind: dtype for kind in ("cpu", "cuda") if (dtype := autocast_dtype(kind))}
         for side, module in (("student", head), ("teacher", self.teacher and self.teacher.linear)):
             compared[f"the {side}'s vocabulary"] = module and module.out_features
             compared[f"the {side}'s width"] = module and module.in_features

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kd_plugin.distributed.collectives import Pending, all_gather, all_gather_object, all_to_all
 from kd_plugin.loss.chunk_plan import ChunkPlan
+from kd_plugin.loss.matmul import EXACT, Rounding
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.row_kernels.row_pass import LogitTransform
 
@@ -38,14 +39,14 @@ class ShardedHeadTeacher:
         self.transform = head.transform
         self._rank = dist.get_rank(group)
 
-    def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
+    def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, rounding: Rounding = EXACT) -> None:
         """Get ready for the chunks of `plan`, `vocab_size` columns of `dtype` each; the first is then under way."""
         self._plan, self._dtype = plan, dtype
         self._columns = [
             min(stop, vocab_size) - min(start, vocab_size)
             for start, stop in zip(self.bounds, self.bounds[1:], strict=False)
         ]
-        self.head.prepare(None, self._columns[self._rank], dtype, rounded=rounded)
+        self.head.prepare(None, self._columns[self._rank], dtype, rounding)
         self._arriving: tuple[list[Tensor], Tensor, Pending] | None = None
         self._gathering: tuple[Tensor, Pending] | None = None
         self._gather(0)
@@ -135,8 +136,11 @@ class ShardedLogits:
         self.vocab_size = sum(self._widths)
         self.transform = transform or LogitTransform()
 
-    def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
-        """Get ready for the chunks of `plan`, `vocab_size` columns of `dtype` each; the first is then under way."""
+    def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, rounding: Rounding = EXACT) -> None:
+        """Get ready for the chunks of `plan`, `vocab_size` columns of `dtype` each; the first is then under way.
+
+        The logits are there already, so nothing is rounded.
+        """
         if plan.rows is None and plan.num_rows != self.local.shape[0]:
             raise ValueError(f"ShardedLogits has {self.local.shape[0]} rows, the student {plan.num_rows}")
         self._plan, self._vocab_size = plan, vocab_size

@@ -56,16 +56,15 @@ class _SlicedLoop:
         assert teacher is None or isinstance(teacher, HeadTeacher)
         self.problem, self.vocab_slice = problem, vocab_slice
         self.bias, self.teacher, self.low_rank = bias, teacher, low_rank
-        self.weight = weight.to(hidden.dtype)
+        self.weight = weight if problem.rounding.operands else weight.to(hidden.dtype)
         self.dtype = wide_dtype(hidden.dtype)
         self.spec = problem.row_spec(with_gradient=grads)
         self.plan = agreed_plan(problem.rows, problem.num_rows, problem.chunk_size, vocab_slice.group, hidden.device)
         problem.group_rows = self.plan.group_rows
         self.gather = RowGather(self.plan, vocab_slice.group, self._rows_to_send(hidden), "the hidden states")
-        rounded = problem.rounded_logits
-        self.operand = Operand("student", self.weight, self.dtype, rounded=rounded, hidden_dtype=hidden.dtype)
+        self.operand = Operand("student", self.weight, self.dtype, problem.rounding, hidden_dtype=hidden.dtype)
         if teacher is not None:
-            teacher.prepare(None, vocab_slice.teacher_columns, self.dtype, rounded=rounded)
+            teacher.prepare(None, vocab_slice.teacher_columns, self.dtype, problem.rounding)
         count = len(STATISTICS)
         self.own = hidden.new_zeros(count, dtype=self.dtype)
         """Sums over this rank's rows of the statistics that every rank has of them whole."""
@@ -245,20 +244,22 @@ def _run(
     for index in range(loop.plan.num_chunks):
         with loop.plan.at(index):
             given, gradient = loop.run(index)
-        gathered = given["student"]
-        arriving = narrow = None
-        if grad_hidden is not None:  # first, so that it travels while the weight's is computed
-            factor = loop.operand.for_gradient
-            narrow = gradient.to(factor.dtype)
-            partial = hidden_gradient(narrow, factor).to(loop.dtype)
-            with loop.plan.at(index):
-                arriving = reduce_scatter(partial, loop.vocab_slice.group, "the hidden states' gradient", wait=False)
-        if grad_weight is not None:
-            accumulate_outer(grad_weight, gradient, narrow, gathered, first=index == 0)
+        operand, gathered = loop.operand, loop.operand.cast(given["student"])
         if grad_bias is not None:
             grad_bias += gradient.sum(0)
         if loop.low_rank is not None:
             loop.take_low_rank_gradient(index, gradient, given["factor"])
+        if operand.rounds_gradient and loop.spec.with_gradient:
+            gradient.copy_(gradient.to(gathered.dtype))
+        arriving = narrow = None
+        if grad_hidden is not None:  # first, so that it travels while the weight's is computed
+            factor = operand.for_gradient
+            narrow = gradient.to(factor.dtype)
+            partial = hidden_gradient(narrow, factor, operand.hidden_gradient_dtype).to(loop.dtype)
+            with loop.plan.at(index):
+                arriving = reduce_scatter(partial, loop.vocab_slice.group, "the hidden states' gradient", wait=False)
+        if grad_weight is not None:
+            accumulate_outer(grad_weight, gradient, narrow, gathered, first=index == 0)
         if grad_hidden is not None and arriving is not None:
             own_rows, pending = arriving
             with loop.plan.at(index):

@@ -8,8 +8,9 @@ A student with more token ids V than its teacher: the hard loss takes all of the
 
 Memory above the inputs: `8 * C * V` bytes of chunk buffers (fp32; the teacher's is reused for the gradient in
 the precision of the model; `4 * C * (V + V')` where the teacher has fewer token ids V'), the gradient of the hidden
-states, and the fp32 gradient of the weight. On a CPU with half-precision models, the fp32 copies of both heads come on
-top (see `matmul`).
+states, and the fp32 gradient of the weight. On a CPU with half-precision models, copies of both heads
+come on top, in fp32 or packed, and under autocast copies of fp32 heads: in fp32 on a CPU, in its dtype elsewhere (see
+`matmul`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kd_plugin.loss.buffers import buffer, bytes_of
 from kd_plugin.loss.chunk_plan import ChunkPlan, agreed_plan, local_plan
 from kd_plugin.loss.chunk_size import dense_bytes, teacher_columns
 from kd_plugin.loss.low_rank import LowRankProduct
-from kd_plugin.loss.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
+from kd_plugin.loss.matmul import EXACT, Operand, Rounding, accumulate_outer, add_bias, hidden_gradient, mm_into
 from kd_plugin.loss.teacher import TeacherSource
 from kd_plugin.row_kernels import dispatch
 from kd_plugin.row_kernels.row_pass import IDENTITY, LogitTransform, RowSpec, subtract_labels
@@ -45,8 +46,8 @@ class Problem:
     chunk_size: int
     row_kernel: str
     student_transform: LogitTransform = IDENTITY
-    rounded_logits: bool = False
-    """Round logits to the models' precision."""
+    rounding: Rounding = EXACT
+    """What the heads' products round."""
     with_gradient: bool = True
     """False under no_grad: autograd's own `needs_input_grad` does not know of it."""
     workspace_bytes: int = 0
@@ -129,7 +130,7 @@ class _ChunkLoop:
     ) -> None:
         self.problem, self.hidden, self.bias, self.low_rank = problem, hidden, bias, low_rank
         self.dtype, vocab_size = wide_dtype(hidden.dtype), weight.shape[0]
-        self.operand = Operand("student", weight, self.dtype, rounded=problem.rounded_logits, hidden_dtype=hidden.dtype)
+        self.operand = Operand("student", weight, self.dtype, problem.rounding, hidden_dtype=hidden.dtype)
         self.plan = _plan(problem, hidden.device)
         problem.group_rows = self.plan.group_rows
         capacity = max(self.plan.chunk, 2)  # row_kernels.run never compiles for a single row
@@ -138,7 +139,7 @@ class _ChunkLoop:
         columns = 0
         if problem.teacher is not None:
             columns = teacher_columns(problem.objective, vocab_size, problem.teacher.vocab_size)
-            problem.teacher.prepare(self.plan, columns, self.dtype, rounded=problem.rounded_logits)
+            problem.teacher.prepare(self.plan, columns, self.dtype, problem.rounding)
             self.teacher = buffer("teacher", capacity, columns, self.dtype, hidden.device)
         problem.dense_bytes = dense_bytes(problem.num_rows, vocab_size, columns)
 
@@ -201,7 +202,7 @@ def run(
 ) -> Result:
     """All chunks of one call.
 
-    Autocast is off inside: which product may be narrow is decided here, not by the kind of operation.
+    Autocast is off inside: the problem says what the products round (`Problem.rounding`), and nothing else does.
 
     Args:
         problem: what to compute; its "Out" fields are filled in.
@@ -231,7 +232,7 @@ def _run_chunks(loop: _ChunkLoop, gradients: _Gradients, *, keep_rows: bool) -> 
         if count == 0:  # other ranks still have rows, and need this one for their teacher's
             loop.teacher_only(index)
             continue
-        chunk_hidden = hidden[rows]
+        chunk_hidden = loop.operand.cast(hidden[rows])
         statistics = loop.run_rows(spec, index, chunk_hidden)
         sums += statistics.sum(0)
         if per_row is not None:
@@ -260,16 +261,18 @@ class _Gradients:
 
     def add(self, gradient: Tensor, rows: slice | Tensor, chunk_hidden: Tensor, *, first: bool) -> None:
         """Add those of one chunk's logits, `[n, V]`, of `rows`."""
-        loop, dtype = self._loop, chunk_hidden.dtype
+        loop, dtype, operand = self._loop, chunk_hidden.dtype, self._loop.operand
         if self.bias is not None:
             self.bias += gradient.sum(0)
         if loop.low_rank is not None:
             loop.low_rank.take_gradient(gradient, rows)
+        if operand.rounds_gradient:
+            gradient.copy_(loop.narrow(gradient, dtype))
         narrow = None
         if self.hidden is not None:
-            factor = loop.operand.for_gradient
+            factor = operand.for_gradient
             narrow = loop.narrow(gradient, factor.dtype)
-            self.hidden[rows] = hidden_gradient(narrow, factor).to(dtype)
+            self.hidden[rows] = hidden_gradient(narrow, factor, operand.hidden_gradient_dtype).to(self.hidden.dtype)
         if self.weight is not None:
             if chunk_hidden.is_cuda and (narrow is None or narrow.dtype != dtype):
                 narrow = loop.narrow(gradient, dtype)

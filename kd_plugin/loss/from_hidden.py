@@ -22,6 +22,7 @@ from kd_plugin.loss.autograd import Context, once_differentiable
 from kd_plugin.loss.chunk_size import chunk_size_on
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.low_rank import LowRank, low_rank_product
+from kd_plugin.loss.matmul import Rounding, autocast_dtype
 from kd_plugin.loss.output import DistillOutput, LossSums, normalised, packed, scaled
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.row_kernels import dispatch
@@ -80,7 +81,9 @@ def make_problem(
     transform: LogitTransform | None = None,
     teacher_size: int | None = None,
 ) -> chunk_loop.Problem:
-    """What is to be computed for `call`. Finds the valid rows unless they are given, which reads the device back.
+    """What is to be computed for `call`, under autocast if that is on now.
+
+    Finds the valid rows unless they are given, which reads the device back.
 
     Args:
         call: teacher, targets, and how each row counts.
@@ -91,12 +94,7 @@ def make_problem(
         teacher_size: V', where the call's teacher holds only some columns of it; default: the teacher's own.
     """
     objective, num_rows = make_objective(config), hidden.shape[0]
-    targets, rows = call.targets, call.rows
-    if rows is not None:
-        checks.loss_rows(rows, num_rows)
-    elif targets is not None:
-        rows = (targets != config.ignore_index).nonzero().squeeze(1)
-        checks.targets_in_vocabulary(targets, rows, vocab_size)
+    rows = _valid_rows(call, config, num_rows, vocab_size)
     num_valid = num_rows if rows is None else rows.shape[0]
     teacher = call.teacher if objective.needs_teacher else None
     teacher_size = None if teacher is None else teacher_size or teacher.vocab_size
@@ -105,16 +103,28 @@ def make_problem(
     return chunk_loop.Problem(
         objective=objective,
         teacher=teacher,
-        targets=targets,
+        targets=call.targets,
         rows=None if num_valid == num_rows else rows,
         num_rows=num_valid,
         token_weights=call.token_weights,
         chunk_size=chunk_size,
         row_kernel=dispatch.choose(config.row_kernel, hidden.device.type),
         student_transform=transform or LogitTransform(),
-        rounded_logits=config.logits_dtype == "input",
+        rounding=Rounding(autocast_dtype(hidden.device.type), result=config.logits_dtype == "input"),
         with_gradient=torch.is_grad_enabled(),
     )
+
+
+def _valid_rows(call: HeadCall, config: DistillConfig, num_rows: int, vocab_size: int) -> Tensor | None:
+    """Flat indices of the rows that count, checked; None: all of them."""
+    if call.rows is not None:
+        checks.loss_rows(call.rows, num_rows)
+        return call.rows
+    if call.targets is None:
+        return None
+    rows = (call.targets != config.ignore_index).nonzero().squeeze(1)
+    checks.targets_in_vocabulary(call.targets, rows, vocab_size)
+    return rows
 
 
 def loss_sums(
@@ -169,7 +179,7 @@ def distill_loss(
     """Distillation loss of aligned rows, without ever holding `[tokens, vocab]` logits.
 
     Args:
-        student_hidden: `[..., D]`, any float dtype; gets a gradient if it requires one.
+        student_hidden: `[..., D]`, any float dtype; gets a gradient if it requires one. Autocast rounds it, no logits.
         student_weight: `[V, D]`; likewise.
         teacher_hidden: `[..., E]`, the same leading shape; never gets a gradient. None if `soft_weight` is 0.
         teacher_weight: `[V', E]`. The soft loss is over the first min(V, V') token ids of both, each softmax of its

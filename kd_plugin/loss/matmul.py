@@ -1,9 +1,13 @@
 """Matrix products whose result is not rounded to the precision of the operands.
 
-CUDA multiplies bf16 and fp16 with an fp32 result (`out_dtype`, once that has proven exact). The CPU has no such
-product (torch 2.13), so the operands are upcast there: the head's weight once per call, the hidden states chunk by
-chunk. The hidden states' gradient is multiplied in the models' precision, unless the processor, or that of another
-rank, would only emulate it (`processor.multiplies`).
+CUDA multiplies bf16 and fp16 with an fp32 result (`out_dtype`, once that has proven exact). On a CPU torch has no such
+operator (2.13), though on some processors a kernel for bf16 (`half_products`). Elsewhere the operands are upcast: the
+head's weight once per call, the hidden states chunk by chunk. The hidden states' gradient is multiplied in the models'
+precision, unless the processor, or that of another rank, would only emulate it (`processor.multiplies`).
+
+Under autocast the operands of all products are rounded to its dtype, as it would, and no result is: on CUDA by the same
+products, on the CPU by fp32 products of the rounded operands. What is added to the logits (biases, low-rank terms) is
+not rounded.
 
 Where it is the faster library, oneDNN multiplies in fp32 instead of MKL (see `fastest_fp32`).
 """
@@ -13,14 +17,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from kd_plugin.loss.buffers import buffer, bytes_of
-from kd_plugin.loss.processor import multiplies
+from kd_plugin.loss.half_products import PackedWeight, is_proven
+from kd_plugin.loss.processor import HALVES, multiplies
 from kd_plugin.loss.proven import half_with_fp32_result, is_exact
+
+_PACKED_NUMEL = 2**20  # below, the threads that multiply blocks cost more than they save
+_BLOCK_NUMEL = 2**18  # 1 MiB in fp32: what is rounded on the way stays in a core's cache
 
 
 @functools.cache
@@ -39,6 +47,26 @@ def _onednn_is_exact_and_faster() -> bool:
             return torch.mm(left, right)
 
     return is_exact("oneDNN's fp32 product", product, torch.float32, torch.device("cpu"), "MKL multiplies")
+
+
+class Rounding(NamedTuple):
+    """What the products of hidden states and heads may round."""
+
+    operands: torch.dtype | None = None
+    """The half precision that both operands are rounded to, because autocast would; fp64 is left alone, as it does."""
+    result: bool = False
+    """Round logits to the precision of the operands: the faster, less exact way."""
+
+
+EXACT = Rounding()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The half precision that autocast now gives the operands of products on such a device; None without it."""
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    dtype = torch.get_autocast_dtype(device_type)
+    return dtype if dtype in HALVES.values() else None
 
 
 class _Precision(Protocol):
@@ -78,6 +106,12 @@ def _as_bf16_if_there_is_a_kernel() -> Iterator[None]:
         products.fp32_precision = chosen
 
 
+def _packs(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies a bf16 head with an fp32 result, and it is large enough to be worth a copy."""
+    fits = dtype == torch.float32 and not weight.is_cuda and weight.shape[1] % 2 == 0
+    return fits and weight.numel() >= _PACKED_NUMEL and multiplies(torch.bfloat16) and is_proven()
+
+
 class Operand:
     """A head weight `[V, D]` as the right-hand side of `hidden @ weight.T` with a result in `dtype`.
 
@@ -85,7 +119,7 @@ class Operand:
         name: of the buffer for its upcast copy, one per head.
         weight: `[V, D]`.
         dtype: of the result.
-        rounded: multiply in the weight's own precision and round there; the faster, less exact way.
+        rounding: what may be rounded; nothing by default.
         hidden_dtype: of the hidden states, if it is another than the weight's; wider ones are not rounded to it.
     """
 
@@ -94,33 +128,71 @@ class Operand:
         name: str,
         weight: Tensor,
         dtype: torch.dtype,
+        rounding: Rounding = EXACT,
         *,
-        rounded: bool = False,
         hidden_dtype: torch.dtype | None = None,
     ) -> None:
-        self.name, self.weight = name, weight
-        half = weight.dtype in (torch.bfloat16, torch.float16)
-        self.rounded = rounded and half
-        alike = hidden_dtype in (None, weight.dtype)
+        self.name, self._given = name, weight
+        dtypes = {weight.dtype, hidden_dtype or weight.dtype}
+        self.autocast = None if torch.float64 in dtypes or dtypes == {rounding.operands} else rounding.operands
+        """What both operands are rounded to; None where that changes neither."""
+        product = self.autocast or weight.dtype
+        half = product in HALVES.values()
+        self.rounded = rounding.result and half
+        alike = self.autocast is not None or len(dtypes) == 1
         self.native = (
             weight.is_cuda and half and alike and dtype == torch.float32 and not self.rounded
-        ) and half_with_fp32_result(weight.dtype, weight.device)
-        self.wide = weight
-        if weight.dtype != dtype and not (self.native or self.rounded):
-            rows, width = weight.shape
-            self.wide = buffer(f"{name} weight", rows, width, dtype, weight.device).copy_(weight)
+        ) and half_with_fp32_result(product, weight.device)
+        as_is = self.native or self.rounded
+        self.weight = self._copy(weight, product) if as_is and weight.dtype != product else weight
+        self.wide = self.weight
+        self.packed: PackedWeight | None = None
+        if not as_is and dtypes == {torch.bfloat16} and _packs(weight, dtype):
+            self.packed = PackedWeight(name, weight)
+        elif not as_is and (weight.dtype != dtype or self.autocast is not None):
+            self.wide = self._copy(weight, dtype)
+
+    def _copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`weight` in `dtype`, rounded as autocast rounds it."""
+        rows, width = weight.shape
+        copy = buffer(f"{self.name} weight", rows, width, dtype, weight.device)
+        if self.autocast in (None, dtype, weight.dtype):
+            return copy.copy_(weight)
+        block = max(1, _BLOCK_NUMEL // width)  # so that no third copy exists
+        for part, given in zip(copy.split(block), weight.split(block), strict=True):
+            part.copy_(given.to(self.autocast))
+        return copy
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the wide copy; 0 where there is none."""
-        return 0 if self.wide is self.weight else bytes_of(self.wide)
+        """Bytes of the copy that is multiplied; 0 where there is none."""
+        if self.packed is not None:
+            return bytes_of(self.packed.packed)
+        return 0 if self.wide is self._given else bytes_of(self.wide)
 
     @property
     def for_gradient(self) -> Tensor:
-        """The weight that the logits' gradient is multiplied by: as it is, or wide where half precision is emulated."""
-        if self.wide is self.weight or self.weight.is_cuda or multiplies(self.weight.dtype):
-            return self.weight
-        return self.wide
+        """The weight that the logits' gradient is multiplied by: as it is, or wide where half precision is emulated.
+
+        Under autocast it is the one that made the logits.
+        """
+        if self.wide is self.weight or self.autocast is not None:
+            return self.wide
+        return self.weight if self.weight.is_cuda or multiplies(self.weight.dtype) else self.wide
+
+    @property
+    def hidden_gradient_dtype(self) -> torch.dtype | None:
+        """Of the product with `for_gradient`; None: that of its operands, as they are halves outside of autocast."""
+        return torch.float32 if self.native and self.autocast is not None else None
+
+    def cast(self, hidden: Tensor) -> Tensor:
+        """`hidden` as autocast rounds it; as it is without."""
+        return hidden if self.autocast is None else hidden.to(self.autocast)
+
+    @property
+    def rounds_gradient(self) -> bool:
+        """Whether autocast's rounding of the logits' gradient is left to do, because a wide weight multiplies it."""
+        return self.autocast is not None and self.for_gradient.dtype != self.autocast
 
 
 def mm_into(out: Tensor, hidden: Tensor, operand: Operand) -> None:
@@ -132,13 +204,17 @@ def mm_into(out: Tensor, hidden: Tensor, operand: Operand) -> None:
         rows, columns = out.shape
         narrow = buffer("rounded", rows, columns, weight.dtype, weight.device)
         out.copy_(torch.mm(hidden.to(weight.dtype), weight.t(), out=narrow))
+    elif operand.packed is not None:
+        operand.packed.multiply_into(out, hidden)
     else:
         with fastest_fp32():
-            torch.mm(hidden.to(out.dtype), operand.wide.t(), out=out)
+            torch.mm(operand.cast(hidden).to(out.dtype), operand.wide.t(), out=out)
 
 
-def hidden_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """`gradient[n, V] @ weight[V, D]` in their dtype."""
+def hidden_gradient(gradient: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`gradient[n, V] @ weight[V, D]` in their dtype, or in `dtype` where that has proven exact."""
+    if dtype is not None:
+        return torch.mm(gradient, weight, out_dtype=dtype)
     with fastest_fp32():
         return torch.mm(gradient, weight)
 

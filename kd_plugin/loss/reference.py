@@ -154,6 +154,16 @@ def _metrics(student_logits: Tensor, teacher_logits: Tensor, sorts: bool) -> dic
     return {name: values.sum() / max(values.shape[0], 1) for name, values in per_row.items()}
 
 
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product in the dtype of `hidden`, of operands that are rounded where autocast would round them."""
+    wide, device_type, operands = hidden.dtype, hidden.device.type, [hidden, weight.to(hidden.dtype)]
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in (wide, weight.dtype):
+        dtype = torch.get_autocast_dtype(device_type)
+        operands = [x + (x.to(dtype).to(wide) - x).detach() for x in operands]
+    with torch.autocast(device_type, enabled=False):
+        return F.linear(operands[0], operands[1], bias)
+
+
 def distill_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -167,7 +177,7 @@ def distill_loss(
     token_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
 ) -> DistillOutput:
-    """As `kd_plugin.distill_loss`, dense. Half-precision inputs are multiplied in fp32."""
+    """As `kd_plugin.distill_loss`, dense. Half-precision inputs, or what autocast rounds, are multiplied in fp32."""
     checks.loss_inputs(
         student_hidden,
         student_weight,
@@ -185,7 +195,7 @@ def distill_loss(
         wide = torch.promote_types(hidden.dtype, torch.float32)
         flat = hidden.reshape(-1, hidden.shape[-1])[rows].to(wide)
         bias = None if bias is None else bias[:columns].to(wide)
-        return F.linear(flat, weight[:columns].to(wide), bias)
+        return _linear(flat, weight[:columns], bias)
 
     teacher_logits = None
     if config.soft_weight:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kd_plugin.loss.chunk_plan import ChunkPlan
-from kd_plugin.loss.matmul import Operand, add_bias, mm_into
+from kd_plugin.loss.matmul import EXACT, Operand, Rounding, add_bias, mm_into
 from kd_plugin.row_kernels.row_pass import LogitTransform
 
 
@@ -25,10 +25,10 @@ class TeacherSource(Protocol):
     group: dist.ProcessGroup | None
     """Ranks that must ask for the same chunks, because a chunk takes collectives; None: no others."""
 
-    def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
+    def prepare(self, plan: ChunkPlan, vocab_size: int, dtype: torch.dtype, rounding: Rounding = EXACT) -> None:
         """Make ready for the chunks, once before them: only the first `vocab_size` columns are asked for, in `dtype`.
 
-        `rounded` allows logits in the precision of the model.
+        `rounding` is what their products may round.
         """
         ...
 
@@ -66,11 +66,11 @@ class HeadTeacher:
         self.group: dist.ProcessGroup | None = None
         self._operand: Operand | None = None
 
-    def prepare(self, plan: ChunkPlan | None, vocab_size: int, dtype: torch.dtype, *, rounded: bool = False) -> None:
-        """Upcast the head once, where its products need that (`loss.matmul`)."""
+    def prepare(self, plan: ChunkPlan | None, vocab_size: int, dtype: torch.dtype, rounding: Rounding = EXACT) -> None:
+        """Copy the head once, where its products need that (`loss.matmul`)."""
         self._plan = plan
         weight, hidden_dtype = self.weight[:vocab_size], self.hidden.dtype
-        self._operand = Operand("teacher", weight, dtype, rounded=rounded, hidden_dtype=hidden_dtype)
+        self._operand = Operand("teacher", weight, dtype, rounding, hidden_dtype=hidden_dtype)
         self._bias = None if self.bias is None else self.bias.detach()[:vocab_size]
 
     def logits_into(self, out: Tensor, index: int) -> None:
@@ -80,7 +80,7 @@ class HeadTeacher:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the upcast head, 0 where there is none."""
+        """Bytes of the head's copy in another dtype, 0 where there is none."""
         return 0 if self._operand is None else self._operand.held_bytes
 
     def multiply_into(self, out: Tensor, hidden: Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from kd_plugin.distributed.torch_internals import original_of_compiled
+from kd_plugin.distributed.compiler_internals import original_of_compiled
 from kd_plugin.loss.teacher import AfterHead
 from kd_plugin.plugin.logit_probe import NUM_ROWS, LogitsChanged, after_head, changed_by_place, known_rows, other_size
 from kd_plugin.plugin.token_ids import input_embeddings

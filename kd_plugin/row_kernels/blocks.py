@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kd_plugin.distributed import torch_internals
+from kd_plugin.distributed import compiler_internals
 from kd_plugin.distributed.uncompiled import say_eager
 
 # A chunk is passed to the compiled kernel in blocks of rows, given in bytes of both models' logits. On a CPU they
@@ -36,12 +36,12 @@ class _Compiled:
 
     def __init__(self, body: Callable[..., Tensor]) -> None:
         self._plain = body
-        self._run = torch_internals.compiled_alone(body, max_graphs=_MAX_GRAPHS, **_OPTIONS)
+        self._run = compiler_internals.compiled_alone(body, max_graphs=_MAX_GRAPHS, **_OPTIONS)
 
     def __call__(self, *tensors: Tensor | None) -> Tensor:
         try:
             return self._run(*tensors)
-        except torch_internals.compile_error() as error:  # before anything has run
+        except compiler_internals.compile_error() as error:  # before anything has run
             self._run = self._plain
             say_eager("row_kernel", error, "set distill.row_kernel to eager")
             return self._plain(*tensors)
@@ -69,7 +69,7 @@ def in_blocks(
     results = []
     start = 0
     # The objective's weights and temperatures are constants of the graph, not inputs that could vary.
-    with torch_internals.floats_as_constants():
+    with compiler_internals.floats_as_constants():
         while start < num_rows:
             stop = num_rows if num_rows - start <= block + 1 else start + block  # never leaves a single row over
             length = stop - start
@@ -84,5 +84,5 @@ def _piece(tensor: Tensor | None, start: int, length: int) -> Tensor | None:
     piece = tensor[start : start + length]
     if piece.shape[0] < length:  # one row of [num_rows, 1]: repeat it
         piece = piece.expand(length, -1).contiguous()
-    torch_internals.mark_dim_dynamic(piece, 0)
+    compiler_internals.mark_dim_dynamic(piece, 0)
     return piece

@@ -203,8 +203,8 @@ class DistillConfig(Section):
 
     logits_dtype: Literal["float32", "input"] = "float32"
     """`float32`: logits of half-precision models are never rounded. `input` rounds them to the models'
-    precision: faster where the hardware has no fp32 result, but gradients are off by several per cent, and by all of
-    their size once the models are close."""
+    precision, under autocast to its: faster where the hardware has no fp32 result, but gradients are off by several per
+    cent, and by all of their size once the models are close."""
 
     exchange: Literal["auto", ExchangeMode] = "auto"
     """What crosses the wire for sharded heads. `weight`: each head, once per micro-batch; where the teacher runs ahead,

@@ -8,13 +8,12 @@ Notable decisions:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from kd_plugin.distributed.layout import values_here
 from kd_plugin.engines.process_group import reduce_numbers
+from kd_plugin.engines.zero_block import uses_autocast
 from kd_plugin.settings.run import RunConfig
 
 __all__ = [
@@ -85,8 +84,7 @@ class FiniteWatch:
 
 def scales_loss(config: RunConfig) -> bool:
     """Whether steps with a gradient that is not finite are left out and tried again with a smaller loss scale."""
-    autocast: Any = (config.deepspeed or {}).get("torch_autocast") or {}
-    return config.student.dtype == "float16" or bool(autocast.get("enabled"))
+    return config.student.dtype == "float16" or uses_autocast(config.deepspeed)
 
 
 def has_finite_parameters(student: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> bool:

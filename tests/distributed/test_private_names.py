@@ -1,4 +1,4 @@
-"""Private names of torch stand in one module."""
+"""Private names of torch stand in two modules."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Dictionaries of every nn.Module, on which the libraries around torch rely, too.
 OF_MODULES = {"_buffers", "_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters"}
+ROOMS = ("torch_internals.py", "compiler_internals.py")
 OF_OTHERS = {"_attn_implementation", "_exit", "_from_config", "_getframe", "_replace"}  # not torch's
 
 
 def sources() -> dict[Path, ast.Module]:
     files = sorted((ROOT / "kd_plugin").rglob("*.py"))
-    return {file: ast.parse(file.read_text()) for file in files if file.name != "torch_internals.py"}
+    return {file: ast.parse(file.read_text()) for file in files if file.name not in ROOMS}
 
 
 def is_private(name: str) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.utils import _python_dispatch
 
-from kd_plugin.distributed import torch_internals
+from kd_plugin.distributed import compiler_internals, torch_internals
 from kd_plugin.distributed.collectives import end_process_groups, host_device
 from kd_plugin.distributed.torch_internals import TESTED_TORCH, UnsupportedTorch
 
@@ -91,11 +91,11 @@ NEEDED: dict[str, tuple[list[tuple[object, str]], Callable[[], object]]] = {
     "FSDPState._mp_policy": ([], lambda: torch_internals.fsdp2_compute_dtype(Unit())),
     "torch._dynamo.config.patch": (
         [(torch._dynamo, "config")],
-        torch_internals.floats_as_constants,
+        compiler_internals.floats_as_constants,
     ),
     "torch._dynamo.maybe_mark_dynamic": (
         [(torch._dynamo, "maybe_mark_dynamic")],
-        lambda: torch_internals.mark_dim_dynamic(torch.zeros(2), 0),
+        lambda: compiler_internals.mark_dim_dynamic(torch.zeros(2), 0),
     ),
 }
 
@@ -218,9 +218,9 @@ def test_nobody_is_warned_where_ddp_does_not_say_that_it_runs(group: None, monke
 
 def test_a_compiled_module_has_its_original() -> None:
     module = nn.Linear(1, 1)
-    assert torch_internals.original_of_compiled(torch.compile(module)) is module
-    assert torch_internals.original_of_compiled(module) is None
-    assert torch_internals.original_of_compiled(object()) is None
+    assert compiler_internals.original_of_compiled(torch.compile(module)) is module
+    assert compiler_internals.original_of_compiled(module) is None
+    assert compiler_internals.original_of_compiled(object()) is None
 
 
 def test_torch_compile_is_asked_for_a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_torch_compile_is_asked_for_a_cache_of_its_own(monkeypatch: pytest.Monke
         return body
 
     monkeypatch.setattr(torch, "compile", compile_)
-    assert torch_internals.compiled_alone(count, max_graphs=5, dynamic=True) is count
+    assert compiler_internals.compiled_alone(count, max_graphs=5, dynamic=True) is count
     assert given["dynamic"] is True
     assert given["isolate_recompiles"] is True
     assert given["recompile_limit"] == 5
@@ -253,7 +253,7 @@ def test_a_torch_without_it_has_a_cache_for_each_code_and_the_limit_around_the_c
     monkeypatch.setattr(torch, "compile", compile_)
     with torch._dynamo.config.patch(recompile_limit=8):
         kernels = [
-            torch_internals.compiled_alone(partial(torch.mul, factor), max_graphs=12, fullgraph=True)
+            compiler_internals.compiled_alone(partial(torch.mul, factor), max_graphs=12, fullgraph=True)
             for factor in (2, 3)
         ]
         for size in range(2, 14):
@@ -273,16 +273,16 @@ def test_sizes_that_were_equal_by_chance_have_no_graph_of_their_own(monkeypatch:
             return graph.forward
 
         torch._dynamo.reset()
-        run = torch_internals.compiled_alone(count, max_graphs=4, backend=backend, dynamic=True)
+        run = compiler_internals.compiled_alone(count, max_graphs=4, backend=backend, dynamic=True)
         for size in (5, 6):
             assert torch.equal(run(torch.zeros(5, size)), torch.ones(5, size))
         return len(graphs)
 
-    with torch_internals.equal_sizes_may_differ():
+    with compiler_internals.equal_sizes_may_differ():
         assert num_graphs() == 1
     with monkeypatch.context() as patched:
         patched.setattr(torch.fx.experimental, "_config", SimpleNamespace())
-        untold = torch_internals.equal_sizes_may_differ()  # of a torch that cannot be told so
+        untold = compiler_internals.equal_sizes_may_differ()  # of a torch that cannot be told so
     with untold:
         assert num_graphs() == 2
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 import kd_plugin as kd
-from kd_plugin.distributed import torch_internals
+from kd_plugin.distributed import compiler_internals
 from kd_plugin.engines.compiled_layers import compile_layers
 from tests import experts
 from tests.tiny_models import VOCAB, assert_same_gradients, gradients_of, make_model
@@ -42,7 +42,7 @@ def ragged(index: int, rows: int, length: int, vocab_size: int = VOCAB) -> dict[
 def captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """No graph of an earlier test may be found; what is captured runs as it is, which takes no compiler's time."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch_internals, "inductor", lambda graph, inputs: graph.forward)
+    monkeypatch.setattr(compiler_internals, "inductor", lambda graph, inputs: graph.forward)
 
 
 def attached(make: Callable[[int], nn.Module], *, compiled: bool, recomputed: bool = False) -> nn.Module:
@@ -149,7 +149,7 @@ def broken(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
 def test_what_cannot_be_compiled_runs_eager_and_is_said_once(
     captured: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch_internals, "inductor", broken)
+    monkeypatch.setattr(compiler_internals, "inductor", broken)
     with caplog.at_level(logging.INFO, "kd_plugin"):
         found, wanted = (attached(lambda seed: make_model("llama", seed=seed), compiled=flag) for flag in (True, False))
         for index, size in enumerate(SIZES[:3]):
@@ -170,7 +170,7 @@ def test_what_cannot_be_captured_runs_eager_and_is_said_once(
 
         return raises
 
-    monkeypatch.setattr(torch_internals, "compiled_alone", no_frontend)
+    monkeypatch.setattr(compiler_internals, "compiled_alone", no_frontend)
     with caplog.at_level(logging.INFO, "kd_plugin"):
         found, wanted = (attached(lambda seed: make_model("llama", seed=seed), compiled=flag) for flag in (True, False))
         for index, size in enumerate(SIZES[:2]):

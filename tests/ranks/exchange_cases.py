@@ -43,6 +43,8 @@ class Case:
     """plain, bias (the head has one, as Phi's), or softcap (Gemma 2, always tied)"""
     seed: int = 0
     """Of the batches."""
+    autocast: bool = False
+    """fp32 models whose forwards run under bf16 autocast"""
 
     num_items = "given"
 
@@ -51,6 +53,7 @@ class Case:
         parts = [self.wrapper, "tied" if self.tied else "untied", self.exchange, self.divergence]
         parts += [f"{self.ranks}ranks", self.dtype, f"v{self.vocab_size}.{self.teacher_vocab_size}", self.batch]
         parts += [f"x{self.accumulation}", f"c{self.chunk_size}", self.loss, self.teacher, f"s{self.seed}"]
+        parts += ["autocast"] if self.autocast else []
         parts += [self.head] if self.head != "plain" else []
         parts += [] if self.teacher_tied is None else [f"teacher_{'tied' if self.teacher_tied else 'untied'}"]
         return "-".join(parts)

@@ -45,6 +45,12 @@ def splits(wrapper: str, ranks: int) -> list[Case]:
     return [case for count in counts for case in modes(wrapper, ranks=ranks, batch="split", accumulation=count)]
 
 
+def autocast_cases(wrapper: str, *, tied: bool = False) -> Cases:
+    """fp32 under bf16 autocast: each mode, and the same wrapper without the plugin."""
+    cases = {mode: Case(wrapper, tied, mode, autocast=True) for mode in MODES}
+    return {name: [case] for name, case in (cases | {"dense": replace(cases["weight"], loss="dense")}).items()}
+
+
 def bf16_cases(wrapper: str, *, tied: bool, ranks: int) -> Cases:
     """bf16 on three batches: each mode, and the same wrapper without the plugin."""
     cases = {mode: Case(wrapper, tied, mode, dtype="bfloat16", ranks=ranks) for mode in MODES}
@@ -97,6 +103,7 @@ TWO_RANKS: Cases = {
         case for wrapper in ("ddp", "fsdp1", "alone") for case in modes(wrapper, batch="early")
     ],
     "bf16": bf16_trainings(*QUICK_BF16[:2]),
+    "autocast": flat(autocast_cases("alone")),
 }
 
 TWO_RANKS_OF_ZERO: Cases = {

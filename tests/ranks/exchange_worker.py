@@ -155,10 +155,11 @@ def train(case: Case, rank: int) -> dict[str, Any]:
         items = count_valid(case, step)
         for micro in range(case.accumulation):
             input_ids, labels = make_batch(case, step, micro, rank)
-            if plugin is None:
-                loss = dense_loss(case, run.model, run.teacher, (input_ids, labels), items)
-            else:
-                loss = run.model(input_ids, labels=labels, num_items_in_batch=items).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
+                if plugin is None:
+                    loss = dense_loss(case, run.model, run.teacher, (input_ids, labels), items)
+                else:
+                    loss = run.model(input_ids, labels=labels, num_items_in_batch=items).loss
             run.backward(loss)
         run.step()
     whole = [name for name, p in teacher.named_parameters() if _is_whole(p)]

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from tests.ranks import exchange_worker
 from tests.ranks.exchange_cases import RAGGED, Case, count_valid, make_batch, make_models, train_densely
-from tests.ranks.exchange_launches import BF16, MODES, QUICK, QUICK_BF16, RAGGED_RANKS, SLOW, bf16_cases
+from tests.ranks.exchange_launches import (
+    BF16,
+    MODES,
+    QUICK,
+    QUICK_BF16,
+    RAGGED_RANKS,
+    SLOW,
+    autocast_cases,
+    bf16_cases,
+)
 from tests.ranks.launch import Launch
 
 LAUNCHES = {
@@ -49,7 +58,14 @@ def truth(case: Case) -> dict[str, Tensor]:
 def dense(case: Case) -> dict[str, Tensor]:
     if case.batch == "split":  # the same sequences, whoever has them
         case = replace(case, ranks=1, accumulation=1)
-    common = {"wrapper": "", "exchange": "weight", "dtype": "float32", "chunk_size": 5, "teacher": "shard"}
+    common = {
+        "wrapper": "",
+        "exchange": "weight",
+        "dtype": "float32",
+        "chunk_size": 5,
+        "teacher": "shard",
+        "autocast": False,
+    }
     return truth(replace(case, **common, loss="dense"))
 
 
@@ -59,7 +75,14 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[name].double() - value.double()).abs().max()) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("case", params(lambda case: case.dtype == "float32"), ids=lambda case: case.name)
+def root_of_squares(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Their distance over all parameters."""
+    return sum(float((found[name].double() - value).square().sum()) for name, value in expected.items()) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "case", params(lambda case: case.dtype == "float32" and not case.autocast), ids=lambda case: case.name
+)
 def test_every_wrapper_and_exchange_trains_like_one_dense_process(result_of: Callable[..., Any], case: Case) -> None:
     found, expected = result_of(case), dense(case)
     tolerance = 1e-6 if case.batch == "split" else 1e-5
@@ -76,13 +99,24 @@ def test_bf16_errs_as_much_as_the_wrapper_with_a_dense_loss(
     result_of: Callable[..., Any], wrapper: str, tied: bool, ranks: int
 ) -> None:
     def error(case: Case) -> float:
-        found, expected = result_of(case)["parameters"], dense(case)
-        return sum(float((found[name].double() - value).square().sum()) for name, value in expected.items()) ** 0.5
+        return root_of_squares(result_of(case)["parameters"], dense(case))
 
     errors = {name: sum(map(error, cases)) for name, cases in bf16_cases(wrapper, tied=tied, ranks=ranks).items()}
     assert errors["dense"] > 1e-3, "bf16 that changes nothing would test nothing"
     for mode in MODES:
         assert errors[mode] <= 1.2 * errors["dense"], errors
+
+
+def test_each_exchange_follows_autocast(result_of: Callable[..., Any]) -> None:
+    """The modes round the same operands, and so agree with each other better than with the models in fp32."""
+    cases = {name: case for name, (case,) in autocast_cases("alone").items()}
+    found = {name: result_of(case)["parameters"] for name, case in cases.items()}
+    exact = dense(cases["weight"])
+    errors = {name: root_of_squares(parameters, exact) for name, parameters in found.items()}
+    assert errors["dense"] > 1e-4, "autocast that changes nothing would test nothing"
+    for mode in MODES:
+        assert errors[mode] <= 1.2 * errors["dense"], errors
+        assert root_of_squares(found[mode], found["weight"]) < 0.1 * errors["weight"], errors
 
 
 def cuts_the_teacher(case: Case) -> bool:
