@@ -1,0 +1,2 @@
+from .trainer import DistillTrainer as DistillTrainer
+from .trainer import DistillTrainerMixin as DistillTrainerMixin
