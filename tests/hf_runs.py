@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ def make_rows(count: int, seed: int = 0) -> list[Row]:
         masked = LENGTH if index % 5 == 4 else int(torch.randint(1, LENGTH - 1, (1,), generator=generator))
         row[:masked] = -100
     return [{"input_ids": i.tolist(), "labels": j.tolist()} for i, j in zip(ids, labels, strict=True)]
+
+
+def with_labels(rows: Sequence[Row]) -> list[Row]:
+    """TRL drops rows without any."""
+    return [row for row in rows if any(label != -100 for label in row["labels"][1:])]
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -110,8 +115,20 @@ def dense(models: tuple[nn.Module, nn.Module], rows: Sequence[Row], config: kd.D
     return oracle.distill_logits(student, teacher, batch["labels"][:, 1:].flatten(), config)
 
 
+ADAM: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.02, "adam_epsilon": 1e-2}
+"""Of TrainingArguments. Without the large epsilon, the sign of a gradient that is nothing but rounding would count."""
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=ADAM["learning_rate"], eps=ADAM["adam_epsilon"], weight_decay=0.0)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=RATE)
+
+
 class Reference:
-    """The same steps by plain SGD on dense fp64 losses: `losses`, `soft`, `hard` by step, the `student` afterwards."""
+    """The same steps by a plain optimizer on dense fp64 losses; `losses`, `soft`, `hard` are by step."""
 
     def __init__(
         self,
@@ -120,19 +137,19 @@ class Reference:
         *,
         steps: int = 3,
         per_step: int = MICRO * ACCUMULATION,
-        pair: tuple[nn.Module, nn.Module] | None = None,
+        optimizer: Callable[[Any], torch.optim.Optimizer] = sgd,
     ) -> None:
-        student, self.teacher = pair or make_pair()
+        student, self.teacher = make_pair()
         self.student, self.teacher = copy.deepcopy(student).double().eval(), self.teacher.double()
         self.losses: list[float] = []
         self.soft: list[float] = []
         self.hard: list[float] = []
-        optimizer = torch.optim.SGD(self.student.parameters(), lr=RATE)
+        stepping = optimizer(self.student.parameters())
         for step in range(steps):
             found = dense((self.student, self.teacher), rows[step * per_step : (step + 1) * per_step], config)
-            optimizer.zero_grad()
+            stepping.zero_grad()
             found.loss.backward()
-            optimizer.step()
+            stepping.step()
             self.losses.append(float(found.loss.detach()))
             self.soft.append(found.soft)
             self.hard.append(found.hard)

@@ -19,10 +19,9 @@ LABELS = ("labels", "shift_labels")
 
 def counted_as_read(batch: dict[str, Any], convention: Convention | None) -> dict[str, Any]:
     """`batch` with labels that the Trainer counts as the student reads them: without those that a mask hides."""
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if convention is None or not convention.masked or labels is None or mask is None:
+    if convention is None or not convention.masked or not {"labels", "attention_mask"} <= batch.keys():
         return batch
-    return {**batch, "labels": labels.masked_fill(mask == 0, OWN_IGNORE_INDEX)}
+    return {**batch, "labels": batch["labels"].masked_fill(batch["attention_mask"] == 0, OWN_IGNORE_INDEX)}
 
 
 def without_repeats(batch: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:

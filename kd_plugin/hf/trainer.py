@@ -12,7 +12,7 @@ Notable decisions:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,8 +77,11 @@ class DistillTrainerMixin(_Trainer):
         self._tokenizers, self._together = tokenizers, teacher_micro_batches
         self._teacher = teachers.load(teacher)
         self._attach(self.model)
+        self._place_teacher(teacher_sharding)
+
+    def _place_teacher(self, sharding: teachers.Sharding) -> None:
         if self._teacher is not None:
-            self.plugin.teacher = teachers.place(self._teacher, self.accelerator, teacher_sharding)
+            self.plugin.teacher = teachers.place(self._teacher, self.accelerator, sharding)
 
     def _attach(self, student: nn.Module | None) -> None:
         assert student is not None
@@ -110,6 +113,10 @@ class DistillTrainerMixin(_Trainer):
                 self.plugin.teacher_ahead(found, self._together)
         return found, num_items
 
+    def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a batch are keyword arguments of the student's forward: all of it."""
+        return dict(inputs)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -118,20 +125,27 @@ class DistillTrainerMixin(_Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The distillation loss (0-d), which the student returns for its labels; with its output if asked."""
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        return Trainer.compute_loss(self, model, self._student_inputs(inputs), return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and with the loss of the training all that the distillation has measured since it was last logged."""
         if logged.is_training_log(logs):
-            logs.update(logged.of_training(self.plugin.metrics(), self.distill, self.accelerator))
+            logs.update(logged.of_training(self._measured(), self.distill, self.accelerator))
         super().log(logs, start_time)
+
+    def _measured(self) -> dict[str, float]:
+        """The plugin's numbers since they were last asked for, also by TRL's names for TRL's trainers. Collective."""
+        measured = self.plugin.metrics()
+        if hasattr(self, "_metrics") and "student_entropy" in measured:
+            measured["entropy"] = measured["student_entropy"]
+        return measured
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate or predict; the metrics have the losses of this alone, over the tokens of all ranks."""
         self._labelled = False
         with self.plugin.unmeasured(), self.plugin.objective(logged.evaluation_objective(self.distill)):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            measured = self.plugin.metrics() if self._labelled else None
+            measured = self._measured() if self._labelled else None
         if measured is not None and output.metrics is not None:
             output.metrics.update(logged.of_evaluation(measured, self.distill, metric_key_prefix))
         return output
@@ -144,6 +158,9 @@ class DistillTrainerMixin(_Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
         """The loss of one batch; its logits, which the loss does without, by a forward of their own where asked for."""
+        if not isinstance(inputs, Mapping):  # prompts, of which a trainer of TRL's makes the batch first
+            self._labelled = True
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         labelled = any(inputs.get(name) is not None for name in batches.LABELS)
         self._labelled |= labelled
         inputs = batches.without_repeats(inputs, self.accelerator)
@@ -153,7 +170,8 @@ class DistillTrainerMixin(_Trainer):
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         prepared = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            asked = batches.without_labels(prepared, self.plugin.student, self.plugin.labels.convention)
+            given = self._student_inputs(prepared)
+            asked = batches.without_labels(given, self.plugin.student, self.plugin.labels.convention)
             logits = model(**asked).logits
         return loss, logits.detach(), prepared["labels"]
 

@@ -25,6 +25,7 @@ from tests.hf_runs import (
     make_rows,
     make_tokenizer,
     options,
+    with_labels,
 )
 from tests.tiny_models import make_model
 
@@ -34,11 +35,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is depr
 
 # A row ends with its last word's token, not with the space after it, by which transformers would miss the end.
 CHAT = MARKED_CHAT.replace("' <eos> ' }}{% endgeneration %}", "' <eos>' }}{% endgeneration %}{{ ' ' }}")
-
-
-def with_labels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """TRL drops rows without any."""
-    return [row for row in rows if any(label != -100 for label in row["labels"][1:])]
 
 
 ROWS = with_labels(make_rows(50))
