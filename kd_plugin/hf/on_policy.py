@@ -63,7 +63,7 @@ class DistillOnPolicyMixin(DistillTrainerMixin):
             raise UnsupportedError(
                 "teacher_micro_batches: what is generated in a step is not there before it; leave it at 1"
             )
-        loaded = teachers.load(teacher)
+        loaded = teachers.load_by_name(teacher)
         if hasattr(type(self), "generalized_jsd_loss"):  # GKD's constructor looks at its configuration
             keywords["teacher_model"] = loaded
         super().__init__(*positional, teacher=loaded, **keywords)

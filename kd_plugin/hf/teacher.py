@@ -22,7 +22,7 @@ from kd_plugin.settings.run import TeacherConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Sharding", "TeacherError", "load", "place"]
+__all__ = ["Sharding", "TeacherError", "load_by_name", "place_teacher"]
 
 Sharding: TypeAlias = Literal["shard", "replicate"]
 
@@ -31,7 +31,7 @@ class TeacherError(ValueError):
     """A teacher that is neither a model nor the name of one, or a wish that it cannot be placed by."""
 
 
-def load(teacher: object) -> nn.Module | None:
+def load_by_name(teacher: object) -> nn.Module | None:
     """The teacher as a module; a hub id or folder is loaded frozen, in the dtype in which it was saved.
 
     Raises:
@@ -46,10 +46,15 @@ def load(teacher: object) -> nn.Module | None:
     return load_teacher(TeacherConfig.model_validate({"model": teacher, "dtype": name}))
 
 
-def place(teacher: nn.Module, accelerator: Accelerator, sharding: Sharding) -> nn.Module:
-    """Put the teacher where it will run; returns what is called for it.
+def place_teacher(teacher: nn.Module, accelerator: Accelerator, sharding: Sharding = "shard") -> nn.Module:
+    """Put the teacher where it will run, after `attach`; returns what is called for it: set `plugin.teacher` to it.
 
     A teacher that has been sharded, dispatched (`device_map`) or quantised stays as it is.
+
+    Args:
+        teacher: a frozen model.
+        accelerator: of the student, which it wraps or is about to wrap.
+        sharding: on several ranks "shard" (FSDP2, or a ZeRO-3 engine under DeepSpeed) or "replicate".
 
     Raises:
         TeacherError: `sharding` is no such wish.

@@ -75,13 +75,13 @@ class DistillTrainerMixin(_Trainer):
         super().__init__(*positional, **keywords)
         refuse_parallelism(self)
         self._tokenizers, self._together = tokenizers, teacher_micro_batches
-        self._teacher = teachers.load(teacher)
+        self._teacher = teachers.load_by_name(teacher)
         self._attach(self.model)
         self._place_teacher(teacher_sharding)
 
     def _place_teacher(self, sharding: teachers.Sharding) -> None:
         if self._teacher is not None:
-            self.plugin.teacher = teachers.place(self._teacher, self.accelerator, sharding)
+            self.plugin.teacher = teachers.place_teacher(self._teacher, self.accelerator, sharding)
 
     def _attach(self, student: nn.Module | None) -> None:
         assert student is not None
