@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[1] / "launch" / "examples"
 OWN_LOOPS = ["plain_loop", "accelerate_loop"]
@@ -21,7 +22,8 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        with torch.compiler.set_stance("force_eager"):  # compiling takes longer than all the rest
+            return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -40,8 +42,10 @@ def test_a_loop_of_your_own(name: str, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert len(losses) >= 3 and all(2 < loss < 5 for loss in losses)
 
 
+@pytest.mark.slow
 # TRL 1.16 sets and calls it by the names that transformers 5.23 deprecates
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_trainer(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trainer = run(name, monkeypatch, str(tmp_path))["trainer"]

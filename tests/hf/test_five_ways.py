@@ -47,6 +47,7 @@ class Given(NamedTuple):
 
 
 Trained = tuple[Given, Steps]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,6 @@ WAYS: dict[str, Callable[[Given, Path], Steps]] = {
 }
 
 
-@pytest.mark.slow
 # TRL 1.16 sets it by the name that transformers 5.23 deprecates
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("way", WAYS)

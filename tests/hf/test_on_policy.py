@@ -21,6 +21,7 @@ from tests.tiny_models import make_model
 trl = pytest.importorskip("trl")
 gkd = pytest.importorskip("trl.experimental.gkd")
 pytestmark = [
+    pytest.mark.slow,
     # TRL 1.16 sets and calls it by the names that transformers 5.23 deprecates
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing.* is deprecated:FutureWarning"),
 ]

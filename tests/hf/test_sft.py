@@ -31,7 +31,8 @@ from tests.tiny_models import make_model
 
 trl = pytest.importorskip("trl")
 # TRL 1.16 sets it by the name that transformers 5.23 deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+OLD_NAME = pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = [OLD_NAME, pytest.mark.slow]
 
 # A row ends with its last word's token, not with the space after it, by which transformers would miss the end.
 CHAT = MARKED_CHAT.replace("' <eos> ' }}{% endgeneration %}", "' <eos>' }}{% endgeneration %}{{ ' ' }}")
