@@ -74,6 +74,11 @@ def run_case(kind: str, wrapper: str, folder: Path, **changed: Any) -> dict[str,
     """Train with a checkpoint a step and the best at the end, then resume the first in a new trainer."""
     saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     saving |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    if changed.get("teacher") == "by name":
+        if dist.get_rank() == 0:
+            make_pair()[1].save_pretrained(folder / "teacher")
+        dist.barrier()
+        changed["teacher"] = str(folder / "teacher")
     whole = make_trainer(kind, wrapper, folder / "whole", args={**saving, "load_best_model_at_end": True}, **changed)
     whole.train()
     whole.save_model(str(folder / "best"))

@@ -17,6 +17,7 @@ AHEAD = {"teacher_micro_batches": 4}
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "replicated": ("trainer", "ddp", {"teacher_sharding": "replicate"}),
     "ahead fsdp": ("trainer", "fsdp", AHEAD),
+    "by name zero3": ("trainer", "zero3", {"teacher": "by name"}),
     "ahead zero3": ("trainer", "zero3", AHEAD),
 }
 ALL = {**{name: (*case, {}) for name, case in CASES.items()}, **OTHERS}
