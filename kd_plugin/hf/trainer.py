@@ -22,6 +22,7 @@ from transformers import Trainer
 from kd_plugin.hf import batches, logged
 from kd_plugin.hf import teacher as teachers
 from kd_plugin.hf.refusals import UnsupportedError, refuse_arguments, refuse_parallelism
+from kd_plugin.loss import checks
 from kd_plugin.plugin.attach import Plugin, attach
 from kd_plugin.plugin.tokenizers import TokenizerPair
 from kd_plugin.settings.run import DistillConfig
@@ -69,7 +70,7 @@ class DistillTrainerMixin(_Trainer):
     ) -> None:
         if teacher_micro_batches < 1:
             raise UnsupportedError(f"teacher_micro_batches is {teacher_micro_batches}; wanted 1 or more")
-        self.distill = DistillConfig() if distill is None else distill
+        self.distill = checks.distill_config(DistillConfig() if distill is None else distill)
         given = inspect.signature(super().__init__).bind_partial(*positional, **keywords).arguments
         refuse_arguments(given.get("args"), given.get("compute_loss_func"), self.distill)
         super().__init__(*positional, **keywords)

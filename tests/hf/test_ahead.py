@@ -15,7 +15,10 @@ from kd_plugin.plugin.labels import Convention
 from tests.hf_runs import Reference, approximately, assert_same_parameters, history, make_rows, trainer_of
 
 
-@pytest.mark.parametrize(("together", "calls"), [(1, 12), (2, 4 + 2 + 2), (4, 4 + 1 + 1)])
+@pytest.mark.parametrize(
+    ("together", "calls"),
+    [pytest.param(1, 12, marks=pytest.mark.slow), (2, 4 + 2 + 2), pytest.param(4, 4 + 1 + 1, marks=pytest.mark.slow)],
+)
 def test_the_teacher_reads_several_micro_batches_at_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, together: int, calls: int
 ) -> None:

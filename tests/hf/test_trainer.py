@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, EvalPrediction, Trainer, TrainerCallback
 
+import kd_plugin.hf
 from kd_plugin.hf import DistillTrainer
 from tests.hf_runs import (
     ACCUMULATION,
@@ -68,6 +70,7 @@ def test_losses_and_parameters_are_those_of_the_dense_loss(tmp_path: Path, refer
     assert not any("teacher" in name for name in trainer.model.state_dict())
 
 
+@pytest.mark.slow
 def test_the_step_does_not_depend_on_how_it_is_cut(tmp_path: Path, reference: Reference) -> None:
     cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": PER_STEP}
     trainer = trainer_of(DistillTrainer, tmp_path, args=cut)
@@ -76,7 +79,7 @@ def test_the_step_does_not_depend_on_how_it_is_cut(tmp_path: Path, reference: Re
     assert_same_parameters(trainer.model.state_dict(), reference.student)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_models_whose_forward_takes_no_count_are_counted_for_too(tmp_path: Path, name: str) -> None:
     """Their labels are counted as they read them: shifted or not."""
     config = config_of(chunk_size=5)
@@ -158,8 +161,10 @@ def test_logits_are_there_for_compute_metrics_and_predict(tmp_path: Path) -> Non
     output = trainer.predict(HELD_OUT)
     assert np.allclose(output.predictions, wanted, atol=1e-5)
     assert output.metrics["test_loss"] == pytest.approx(found["eval_loss"])
-    unlabelled = trainer.predict([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in HELD_OUT])
-    assert unlabelled.predictions.shape == wanted.shape
+    trainer.data_collator = lambda rows: {"input_ids": collate(rows)["input_ids"]}
+    unlabelled = trainer.predict(HELD_OUT)
+    assert np.allclose(unlabelled.predictions, wanted, atol=1e-5)
+    assert "test_loss" not in unlabelled.metrics
 
 
 def test_an_encoder_decoder_s_logits_are_those_of_its_labels(tmp_path: Path) -> None:
@@ -206,6 +211,7 @@ def test_a_teacher_may_be_a_folder(tmp_path: Path, reference: Reference) -> None
     assert not any(p.requires_grad for p in trainer.plugin.teacher.parameters())
 
 
+@pytest.mark.slow
 def test_the_student_of_model_init_is_distilled_in_every_run(tmp_path: Path, reference: Reference) -> None:
     made: list[nn.Module] = []
 
@@ -221,6 +227,7 @@ def test_the_student_of_model_init_is_distilled_in_every_run(tmp_path: Path, ref
     assert len(made) == 3 and "forward" not in made[0].__dict__, "the first student is as it was"
 
 
+@pytest.mark.slow
 def test_without_a_soft_loss_no_teacher_is_needed(tmp_path: Path) -> None:
     trainer = trainer_of(
         DistillTrainer, tmp_path, teacher=None, distill=config_of(soft_weight=0.0, hard_weight=1.0), eval_dataset=ROWS
@@ -237,6 +244,7 @@ def test_without_a_soft_loss_no_teacher_is_needed(tmp_path: Path) -> None:
     [
         ({"teacher": 3}, ["teacher is a int", "its name or folder"]),
         ({"teacher": None}, ["soft_weight is 0.7 but teacher is None"]),
+        ({"distill": {"temperature": 2.0}}, ["config is a dict", "DistillConfig(...)"]),
         ({"teacher_sharding": "whole"}, ["'whole'", "'shard' or 'replicate'"]),
         ({"teacher_micro_batches": 0}, ["teacher_micro_batches is 0"]),
         ({"teacher": "/nowhere/at/all"}, ["/nowhere/at/all"]),
@@ -259,3 +267,9 @@ def test_the_package_and_its_folder_are_imported_without_the_libraries() -> None
     code = "import sys, kd_plugin.hf; print([m for m in sys.modules if m.startswith(('torch', 'transformers'))])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_missing_library_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"kd_plugin.hf.DistillTrainer needs it: pip install 'kd-plugin\[train\]'"):
+        kd_plugin.hf.__getattr__("DistillTrainer")

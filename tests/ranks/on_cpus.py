@@ -16,6 +16,8 @@ import accelerate.state
 import torch
 from accelerate.utils import DistributedType
 
+from kd_plugin.distributed.collectives import end_process_groups
+
 plain = accelerate.state.PartialState.__init__
 
 
@@ -31,3 +33,4 @@ if __name__ == "__main__":
     torch.compiler.set_stance("force_eager")  # compiling takes longer than all the rest
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
+    end_process_groups()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,9 @@ WRAPPERS = {
 }
 COMMON = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 COMMON += ["--main_process_port", "0"]
+
+Losses = Callable[[str], list[float]]
+EXAMPLES = ("accelerate_loop.py", "hf_trainer.py", "trl_on_policy.py")
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -43,13 +48,14 @@ def losses(example: str, wrapper: str, folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def under_ddp(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    folder = tmp_path_factory.mktemp("ddp")
-    return {example: losses(example, "ddp", folder) for example in ("accelerate_loop.py", "hf_trainer.py")}
+def under_ddp(tmp_path_factory: pytest.TempPathFactory) -> Losses:
+    return functools.cache(lambda example: losses(example, "ddp", tmp_path_factory.mktemp("ddp")))
 
 
-@pytest.mark.parametrize("example", ["accelerate_loop.py", "hf_trainer.py"])
+@pytest.mark.parametrize("example", EXAMPLES)
 @pytest.mark.parametrize("wrapper", ["fsdp2", "zero2", "zero3"])
-def test_the_wrappers_agree(under_ddp: dict[str, list[float]], tmp_path: Path, example: str, wrapper: str) -> None:
+def test_the_wrappers_agree(
+    under_ddp: Callable[[str], list[float]], tmp_path: Path, example: str, wrapper: str
+) -> None:
     found = losses(example, wrapper, tmp_path)
-    assert len(found) >= 3 and found == pytest.approx(under_ddp[example], abs=2e-3)  # as many digits are printed
+    assert len(found) >= 3 and found == pytest.approx(under_ddp(example), abs=2e-3)  # as many digits are printed
