@@ -1,4 +1,4 @@
-"""kd.train, Trainer, SFTTrainer, an accelerate loop and a plain loop take the same five steps."""
+"""kd.train, Trainer, SFTTrainer, loops of accelerate's, of Lightning's and of one's own take the same five steps."""
 
 from __future__ import annotations
 
@@ -177,6 +177,40 @@ def by_accelerate_loop(given: Given, folder: Path) -> Steps:
     return Steps(losses, dict(student.named_parameters()))
 
 
+def by_lightning(given: Given, folder: Path) -> Steps:
+    """Its automatic optimisation, which divides by the accumulated batches, as accelerate does."""
+    lightning: Any = pytest.importorskip("lightning")
+    student, teacher = with_pair(given)
+    plugin = kd.attach(student, teacher, kd.DistillConfig(**DISTILL))
+    losses: list[float] = []
+
+    class Distilled(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student = student
+
+        def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
+            return self.student(**batch).loss * ACCUMULATION
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+            if (index + 1) % ACCUMULATION == 0:
+                losses.append(plugin.metrics()["loss"])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return adam(self.student)
+
+    counted: list[dict[str, Any]] = []
+    for batches in steps_of(given):
+        items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        counted += [{**batch, "num_items_in_batch": items} for batch in batches]
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=1, accumulate_grad_batches=ACCUMULATION, default_root_dir=folder, **silent
+    )
+    trainer.fit(Distilled(), torch.utils.data.DataLoader(counted, batch_size=None))  # type: ignore[arg-type]
+    return Steps(losses, dict(student.named_parameters()))
+
+
 ADAM = {
     **{"optim": "adamw_torch", "learning_rate": RATE, "adam_epsilon": EPSILON, "weight_decay": 0.0},
     **{"max_steps": STEPS, "gradient_accumulation_steps": ACCUMULATION, "per_device_train_batch_size": 2},
@@ -225,6 +259,7 @@ WAYS: dict[str, Callable[[Given, Path], Steps]] = {
     "dense loss": by_dense_loss,
     "plain loop": by_plain_loop,
     "accelerate": by_accelerate_loop,
+    "Lightning": by_lightning,
     "Trainer": by_trainer,
     "SFTTrainer": by_sft_trainer,
 }
