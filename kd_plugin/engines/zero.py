@@ -30,7 +30,7 @@ from kd_plugin.settings.run import RunConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["DeepSpeedEngine", "deepspeed_settings"]
+__all__ = ["DeepSpeedEngine", "deepspeed_settings", "shard_teacher"]
 
 _TAG = "state"
 
@@ -57,7 +57,7 @@ class DeepSpeedEngine:
         )
         self.student = _initialize(deepspeed, student, config=self.config, **self._optimizer(student, config))
         _forget_warm_up_step(self.student.basic_optimizer)
-        self.teacher = self._place_teacher(deepspeed, teacher, config)
+        self.teacher = self._place_teacher(teacher, config)
 
     def _optimizer(self, student: nn.Module, config: RunConfig) -> dict[str, Any]:
         """What DeepSpeed is given: an optimizer, or parameters for the one that the `deepspeed:` block names."""
@@ -68,14 +68,11 @@ class DeepSpeedEngine:
         # lr 0 until the first step: some of DeepSpeed's wrappers make states by a step on zero gradients.
         return {"optimizer": torch.optim.AdamW(groups, lr=0.0, betas=train.adam_betas, eps=train.adam_eps)}
 
-    def _place_teacher(self, deepspeed: Any, teacher: nn.Module, config: RunConfig) -> nn.Module:
+    def _place_teacher(self, teacher: nn.Module, config: RunConfig) -> nn.Module:
         teacher.requires_grad_(False).eval()
         if not zero_block.shards_teacher(config, self.place.world_size):
             return teacher.to(self.place.device)
-        block = zero_block.teacher_config(self.config, precision=config.teacher.dtype, offload=config.teacher.offload)
-        engine = _initialize(deepspeed, teacher, config=block)
-        engine.eval()
-        return engine
+        return shard_teacher(teacher, self.config, precision=config.teacher.dtype, offload=config.teacher.offload)
 
     def forward_backward(self, inputs: Mapping[str, Tensor], *, num_items: int, is_last: bool) -> Tensor:
         """Run one micro-batch; its gradients are scaled by world_size, because DeepSpeed averages them over ranks."""
@@ -142,6 +139,21 @@ class DeepSpeedEngine:
         loaded, _ = self.student.load_checkpoint(str(folder), tag=_TAG)
         if loaded is None:
             raise EngineError(f"{folder} holds no DeepSpeed checkpoint: was it written by another train.parallel?")
+
+
+def shard_teacher(teacher: nn.Module, student: Mapping[str, Any], *, precision: str, offload: bool = False) -> Any:
+    """Put a frozen model into a ZeRO-3 engine of its own, without optimizer; returns the engine, to be called for it.
+
+    Args:
+        teacher: the model.
+        student: the DeepSpeed configuration of the student, whose gathering it shares.
+        precision: "float32", "bfloat16" or "float16", in which it computes.
+        offload: keep its parameters in host memory.
+    """
+    block = zero_block.teacher_config(student, precision=precision, offload=offload)
+    engine = _initialize(_import_deepspeed(), teacher.requires_grad_(False).eval(), config=block)
+    engine.eval()
+    return engine
 
 
 @contextmanager

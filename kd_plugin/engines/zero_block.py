@@ -178,10 +178,11 @@ def shards_teacher(config: RunConfig, world_size: int) -> bool:
 def teacher_config(student: Mapping[str, Any], *, precision: str, offload: bool = False) -> dict[str, Any]:
     """A DeepSpeed configuration for the frozen teacher: ZeRO-3 without optimizer, gathering as the student's says.
 
-    `offload` keeps the teacher's parameters in host memory, by the student's `offload_param` where that says how.
+    What is "auto" there stays DeepSpeed's own default. `offload` keeps the teacher's parameters in host memory, by the
+    student's `offload_param` where that says how.
     """
     source = student.get("zero_optimization", {})
-    zero = {key: copy.deepcopy(source[key]) for key in _GATHERING_OPTIONS if key in source}
+    zero = {key: copy.deepcopy(source[key]) for key in _GATHERING_OPTIONS if source.get(key, AUTO) != AUTO}
     if offload and (zero.get("offload_param") or {}).get("device", "none") == "none":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {

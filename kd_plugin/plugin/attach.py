@@ -36,6 +36,7 @@ from kd_plugin.loss import checks
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.plugin import arguments, causal_lm
 from kd_plugin.plugin.both_heads import BothHeads
+from kd_plugin.plugin.label_reader import LabelReader
 from kd_plugin.plugin.labels import check_same_rows
 from kd_plugin.plugin.metrics import Measures
 from kd_plugin.plugin.model_output import check_readable, model_output, per_item
@@ -64,6 +65,8 @@ class Plugin:
         """The teacher as it is to be called; set it to the wrapper made after `attach`."""
         self.exchange = Exchange(config, group)
         self.agreed_chunk = AgreedChunk(group)
+        self.labels: LabelReader
+        """How the student's labels are read."""
         self._undo: list[Callable[[], None]] = []
         self._measures = Measures()
 
@@ -113,7 +116,7 @@ class Plugin:
             self._set_config(before)
 
     def unmeasured(self) -> AbstractContextManager[None]:
-        """What is computed in the body does not enter `metrics()`."""
+        """Measure the body apart: `metrics()` in it is about the body alone, and after it about everything else."""
         return self._measures.aside()
 
     def _set_config(self, config: DistillConfig) -> None:
@@ -132,6 +135,7 @@ class Plugin:
 
     def _attach(self) -> None:
         self._student = student = StudentSide(self.student, self._distill_forward, self.config)
+        self.labels = student.labels
         self._undo.append(student.restore)
         if num_ranks(self.group) > 1:
             self._undo.append(NamedCall(student.model).restore)

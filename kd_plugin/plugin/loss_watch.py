@@ -33,8 +33,9 @@ logger = logging.getLogger(__name__)
 _LABELS = ("labels", "shift_labels")
 _CURE = (
     "attach() after whatever replaces the forward (TRL's SFTTrainer does so when it is made, use_liger_kernel when "
-    "training starts), and let the trainer take the loss that the model returns: with TRL, `class DistillSFTTrainer("
-    "SFTTrainer): compute_loss = transformers.Trainer.compute_loss`; or plugin.detach()"
+    "training starts), and let the trainer take the loss that the model returns: with TRL, by "
+    "kd_plugin.hf.DistillTrainerMixin, or `class DistillSFTTrainer(SFTTrainer): compute_loss = "
+    "transformers.Trainer.compute_loss`; or plugin.detach()"
 )
 
 

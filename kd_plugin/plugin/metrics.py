@@ -37,8 +37,8 @@ class MetricSums:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What is added in the body is forgotten afterwards."""
-        before = self._total
+        """Begin at zero in the body; what it adds is forgotten afterwards."""
+        before, self._total = self._total, None
         try:
             yield
         finally:
@@ -97,6 +97,16 @@ class Stopwatch:
             yield
             self._add(name, (time.perf_counter() - begin) * 1e3)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Begin at zero in the body; its times are forgotten afterwards."""
+        before = self._elapsed, self._events
+        self._elapsed, self._events = {}, []
+        try:
+            yield
+        finally:
+            self._elapsed, self._events = before
+
     def _fold_finished(self) -> None:
         """Turn the oldest events into milliseconds, as far as the GPU is done with them."""
         while self._events and self._events[0][2].query():
@@ -139,10 +149,11 @@ class Measures:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What the body computes is not measured, but for its wall times."""
+        """Begin at zero in the body, whose measurements are its own and are forgotten afterwards."""
         peaks = self._peak_loss_bytes, self._dense_bytes
+        self._peak_loss_bytes = self._dense_bytes = 0
         try:
-            with self._sums.aside():
+            with self._sums.aside(), self.watch.aside():
                 yield
         finally:
             self._peak_loss_bytes, self._dense_bytes = peaks

@@ -53,12 +53,16 @@ def refuse_predictions(frame: FrameType | None) -> None:
     for method, trainer in _trainer_frames(frame):
         if getattr(getattr(trainer, "args", None), "predict_with_generate", False):  # what it predicts is generated
             return
-        if method.f_code.co_name == "prediction_step" and method.f_locals.get("prediction_loss_only") is False:
-            raise LogitsWanted(
-                f"{type(trainer).__name__} wants the student's logits (predict, or evaluate with compute_metrics), "
-                "which do not exist while a teacher is attached: plugin.detach() first, or set "
-                "TrainingArguments(prediction_loss_only=True) and read the loss and plugin.metrics()"
-            )
+        if method.f_code.co_name != "prediction_step":
+            continue
+        if method.f_locals.get("prediction_loss_only") is not False:  # whoever asks it for more takes that elsewhere
+            return
+        raise LogitsWanted(
+            f"{type(trainer).__name__} wants the student's logits (predict, or evaluate with compute_metrics), "
+            "which do not exist while a teacher is attached: plugin.detach() first, or set "
+            "TrainingArguments(prediction_loss_only=True) and read the loss and plugin.metrics(), or use "
+            "kd_plugin.hf.DistillTrainer"
+        )
 
 
 def _taken_by(trainer: Any) -> str:
