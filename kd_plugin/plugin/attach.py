@@ -112,6 +112,12 @@ class Plugin:
         finally:
             self._set_config(before)
 
+    @property
+    def sides(self) -> dict[str, StudentSide | TeacherSide]:
+        """What has taken over each model, by "student" and "teacher"; the latter only where there is a soft loss."""
+        teacher = self._heads.teacher
+        return {"student": self._student} if teacher is None else {"student": self._student, "teacher": teacher}
+
     def unmeasured(self) -> AbstractContextManager[None]:
         """What is computed in the body does not enter `metrics()`."""
         return self._measures.aside()
