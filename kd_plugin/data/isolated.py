@@ -109,8 +109,8 @@ class IsolatedDataset(Sequences):
         )
         if self.padding > _MUCH_PADDING and len(self) > 1:
             logger.warning(
-                "data.packing isolated: %.1f %% of what the models read is padding, as few documents fit together into "
-                "data.seq_len %d: a larger one wastes less",
+                "data.packing isolated: %.1f %% of what the models read is padding, as the documents do not fill "
+                "data.seq_len %d better without being cut: another length may waste less",
                 *(100 * self.padding, self.seq_len),
             )
 

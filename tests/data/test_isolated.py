@@ -70,7 +70,7 @@ def test_much_padding_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     with caplog.at_level(logging.INFO):
         IsolatedDataset(make_documents(*[5] * 20), 10)
-    assert "0.00 % padding" in caplog.text and "is padding, as" not in caplog.text
+    assert "0.00 % padding" in caplog.text and "is padding, as the documents" not in caplog.text
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -172,6 +172,16 @@ def test_short_sequences_and_one_kind_of_token_can_be_asked_about() -> None:
     assert (first != second).all() and {*first.tolist(), *second.tolist()} == {4, 5}
 
 
+def test_a_run_that_goes_on_with_other_packing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = run_of(tmp_path, "run", "llama")
+    train = config.train.model_copy(update={"save_every": 1, "max_steps": 1})
+    kd.train(config.model_copy(update={"train": train}))
+    train = config.train.model_copy(update={"resume": True})
+    data = config.data.model_copy(update={"packing": "joined"})
+    kd.train(config.model_copy(update={"train": train, "data": data}))
+    assert "resume: section data differs from the one that wrote" in caplog.text and "(packing)" in caplog.text
+
+
 def test_evaluation_measures_each_held_out_document_by_itself(tmp_path: Path) -> None:
     config = run_of(tmp_path, "run", "bloom")
     found = kd.train(config.model_copy(update={"train": config.train.model_copy(update={"eval_sequences": None})}))
