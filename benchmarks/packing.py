@@ -109,7 +109,7 @@ def rates(student: nn.Module, sources: dict[str, Iterator[Micro]], run: Options,
     begin = time.perf_counter()
     while not found["padded"] or (not run.quick and time.perf_counter() - begin < seconds):
         for name, source in sources.items():
-            several = [next(source) for _ in range(1 if run.quick else 4)]
+            several = [next(source) for _ in range(1 if run.quick else 2)]
             samples = [timed(step_of(student, one, run.device), run.device) for one in several]
             tokens = 1e3 * sum(one.tokens for one in several)
             found[name].append((tokens / sum(s.wall_ms for s in samples), tokens / sum(s.cpu_ms for s in samples)))
