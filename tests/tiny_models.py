@@ -54,6 +54,20 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bart": ("BartForConditionalGeneration", {}),
     "t5": ("T5ForConditionalGeneration", {"d_kv": 8, "decoder_start_token_id": 0}),
 }
+# Those that keep positions from their masks
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {"head_dim": 8, "sliding_window": 8, "layer_types": LAYER_TYPES, "num_local_experts": 4}
+        | {"num_experts_per_tok": 2, "attn_implementation": "eager"},
+    ),
+    "falcon": ("FalconForCausalLM", {"alibi": False}),
+    "bloom": ("BloomForCausalLM", {"n_layer": 2, "n_head": 4, "attn_implementation": "eager"}),
+    "mpt": (
+        "MptForCausalLM",
+        {"n_layers": 2, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2, "attn_implementation": "eager"},
+    ),
+}
 TIED = ("llama_tied", "qwen3_tied", "cohere", "gpt2", "gemma2", "gemma3", "opt", "bart", "t5")
 ENCODER_DECODERS = ("bart", "t5")
 
@@ -78,12 +92,12 @@ def make_model(
     """A random model in eval mode, with logits large enough that soft-caps bend them and temperatures matter.
 
     Args:
-        name: of `ARCHITECTURES`, or a class of transformers.
+        name: of `ARCHITECTURES` or `OTHERS`, or a class of transformers.
         width: of the hidden states; the feed-forward layers have twice that.
         dropout: of every kind that the architecture has.
-        settings: of its configuration, over those of `ARCHITECTURES`.
+        settings: of its configuration, over those of the table.
     """
-    model_class, defaults = ARCHITECTURES.get(name, (name, {}))
+    model_class, defaults = (ARCHITECTURES | OTHERS).get(name, (name, {}))
     sizes = {**SIZES, **INITIAL, **dict.fromkeys(HIDDEN, width), **dict.fromkeys(FEED_FORWARD, 2 * width)}
     sizes |= {**dict.fromkeys(DROPOUTS, dropout), "vocab_size": vocab_size}
     sizes = known_settings(model_class, sizes)

@@ -8,7 +8,7 @@ Notable decisions:
 - each document ends with the tokenizer's end token, once, so that a model learns to stop;
 - held-out documents are chosen by their content, so that copies of one document are never on both sides and
   neither seed nor order matters. A single document is cut in two instead.
-Packing and batches are in `data.packing`, whose names are offered here too.
+Packing and batches are in `data.packing` and `data.isolated`, whose names are offered here too.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kd_plugin.data.conversations import Spans, render
+from kd_plugin.data.isolated import pack
 from kd_plugin.data.known_ids import check_ids
-from kd_plugin.data.packing import Batch, Document, PackedDataset, TrainBatches, collate, eval_batches, indices_for_step
+from kd_plugin.data.packing import Batch, Document, PackedDataset, Sequences, TrainBatches, collate, eval_batches
 from kd_plugin.data.record import DataError, Record
 from kd_plugin.data.records import read_records, refuse_unused
 
@@ -42,7 +43,6 @@ __all__ = [
     "collate",
     "encode",
     "eval_batches",
-    "indices_for_step",
     "load_datasets",
     "load_documents",
     "prompt_ids",
@@ -74,24 +74,25 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def load_datasets(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, ignore_index: int
-) -> tuple[PackedDataset, PackedDataset]:
-    """Load training and held-out sequences of `config.seq_len` tokens.
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, ignore_index: int, *, seed: int
+) -> tuple[Sequences, Sequences]:
+    """Load training and held-out sequences of `config.seq_len` tokens, packed as `config.packing` says.
+
+    `seed` shuffles the training documents before they are packed, where that is by fit.
 
     Raises:
         DataError: the documents cannot be loaded, or fill no sequence.
     """
     train, held_out = load_documents(config, tokenizer)
-    return (
-        PackedDataset(train, config.seq_len, ignore_index),
-        PackedDataset(held_out, config.seq_len, ignore_index, keep_tail=True),
-    )
+    pair = ((train, False), (held_out, True))
+    one, other = (pack(documents, config, ignore_index, seed=seed, keep_tail=tail) for documents, tail in pair)
+    return one, other
 
 
 def check_all_ids(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
-    datasets: tuple[PackedDataset, PackedDataset],
+    datasets: tuple[Sequences, Sequences],
     embedded: Mapping[str, int],
 ) -> None:
     """Refuse ids that a model will be given and cannot embed; without a soft loss the teacher reads the prompt only.

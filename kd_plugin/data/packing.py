@@ -1,8 +1,9 @@
 """Fixed-length sequences out of documents, and which of them each rank sees in each step.
 
 Notable decisions:
-- documents are laid end to end and cut every `seq_len` tokens: no padding, and no token twice. The tail that
-  fills no sequence is left out of training (and kept, padded, in evaluation);
+- joined, documents are laid end to end and cut every `seq_len` tokens: no padding, no token twice, and a document
+  reads whatever stands before it. The tail that fills no sequence is left out of training (and kept, padded, in
+  evaluation). Packing that keeps documents apart is in `data.isolated`;
 - nothing is predicted across the start of a document: its first token is no target;
 - the sequences of a step follow from (seed, step) and their number alone: to resume is to ask for step k,
   and any split over ranks, micro-batches and accumulation sees the same step.
@@ -11,6 +12,7 @@ Notable decisions:
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,7 +23,16 @@ from torch import Tensor
 
 from kd_plugin.data.records import DataError
 
-__all__ = ["Batch", "PackedDataset", "TrainBatches", "collate", "eval_batches", "indices_for_step"]
+__all__ = [
+    "Batch",
+    "Document",
+    "PackedDataset",
+    "Sequences",
+    "TrainBatches",
+    "collate",
+    "eval_batches",
+    "indices_for_step",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +52,49 @@ class Document(NamedTuple):
     """Its place in the data, for errors."""
 
 
-class PackedDataset:
-    """Sequences of exactly `seq_len` tokens; item i is {input_ids, labels}, both int64 [seq_len].
+class Sequences(ABC):
+    """Sequences of exactly `seq_len` tokens out of documents.
 
-    `labels` are unshifted, as in Hugging Face: labels[s] is input_ids[s], or `ignore_index` where that token
-    is not trained on. With `keep_tail` the last sequence may be short, and is filled up with ignored tokens.
+    Item i is {input_ids, labels}, both int64 [seq_len], and position_ids (int64 [seq_len]) where documents are to be
+    kept apart. `labels` are unshifted, as in Hugging Face: labels[s] is input_ids[s], or `ignore_index` where that
+    token is not trained on.
+
+    Attributes:
+        input_ids: int32 [T], the tokens of all documents.
+        targets: bool [T], whether each is trained on; the first of a document never is.
+        starts: int64 [documents], the index at which each document begins.
+    """
+
+    def __init__(self, documents: Sequence[Document], seq_len: int, ignore_index: int) -> None:
+        self.seq_len, self.ignore_index = seq_len, ignore_index
+        self.input_ids = np.concatenate([document.input_ids for document in documents])
+        self.targets = np.concatenate([document.trained for document in documents])
+        self.starts = np.cumsum([0, *(len(document.input_ids) for document in documents[:-1])])
+        self.places = [document.where for document in documents]
+        self.targets[self.starts] = False
+
+    def place(self, index: int) -> str:
+        """The document that token `index` of all tokens comes from, and its position there, both counted from 1."""
+        document = int(np.searchsorted(self.starts, index, side="right")) - 1
+        name = f"document {document + 1}" + (f" ({self.places[document]})" if self.places[document] else "")
+        return f"{name}, token {index - self.starts[document] + 1}"
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Item: ...
+
+    def too_few(self) -> DataError:
+        """The error about documents that do not fill one sequence."""
+        return DataError(
+            f"{len(self.starts)} document(s) with {len(self.input_ids)} tokens fill no sequence of data.seq_len "
+            f"{self.seq_len}; lower data.seq_len or give more text"
+        )
+
+
+class PackedDataset(Sequences):
+    """Documents end to end. With `keep_tail` the last sequence may be short, and is filled up with ignored tokens.
 
     Raises:
         DataError: not enough tokens for one sequence.
@@ -59,31 +108,17 @@ class PackedDataset:
         *,
         keep_tail: bool = False,
     ) -> None:
-        self.seq_len, self.ignore_index = seq_len, ignore_index
-        self.input_ids = np.concatenate([document.input_ids for document in documents])  # int32 [T]
-        self.targets = np.concatenate([document.trained for document in documents])  # bool [T]
-        self.starts = np.cumsum([0, *(len(document.input_ids) for document in documents[:-1])])  # int64 [documents]
-        self.places = [document.where for document in documents]
-        self.targets[self.starts] = False
+        super().__init__(documents, seq_len, ignore_index)
         num_tokens = len(self.input_ids)
         self.num_sequences, self.num_left_out = divmod(num_tokens, seq_len)
         if keep_tail and self.num_left_out:
             self.num_sequences, self.num_left_out = self.num_sequences + 1, 0
         if not self.num_sequences:
-            raise DataError(
-                f"{len(documents)} document(s) with {num_tokens} tokens fill no sequence of data.seq_len "
-                f"{seq_len}; lower data.seq_len or give more text"
-            )
+            raise self.too_few()
         logger.info(
             "packed %d tokens into %d sequences of %d; %d tokens at the end are left out",
             *(num_tokens, self.num_sequences, seq_len, self.num_left_out),
         )
-
-    def place(self, index: int) -> str:
-        """The document that token `index` of all tokens comes from, and its position there, both counted from 1."""
-        document = int(np.searchsorted(self.starts, index, side="right")) - 1
-        name = f"document {document + 1}" + (f" ({self.places[document]})" if self.places[document] else "")
-        return f"{name}, token {index - self.starts[document] + 1}"
 
     def __len__(self) -> int:
         return self.num_sequences
@@ -110,11 +145,20 @@ class Batch:
         labels: int64 [B, S], unshifted.
         shift_labels: int64 [B, S], for each position the label of the next token.
         loss_rows: int64 [N], the rows b * S + s of the flattened hidden states whose next token is a target.
+        position_ids: int64 [B, S], from 0 in each document; None where documents are joined.
         num_valid: N as a number of the host, so that nobody has to ask the device for it.
     """
 
-    def __init__(self, input_ids: Tensor, labels: Tensor, shift_labels: Tensor, loss_rows: Tensor) -> None:
+    def __init__(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        shift_labels: Tensor,
+        loss_rows: Tensor,
+        position_ids: Tensor | None = None,
+    ) -> None:
         self.input_ids, self.labels, self.shift_labels, self.loss_rows = input_ids, labels, shift_labels, loss_rows
+        self.position_ids = position_ids
         self.num_valid = loss_rows.numel()
 
     @property
@@ -124,15 +168,16 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
-        tensors = (self.input_ids, self.labels, self.shift_labels, self.loss_rows)
-        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
+        tensors = (self.input_ids, self.labels, self.shift_labels, self.loss_rows, self.position_ids)
+        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors if tensor is not None))
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of an attached student's forward.
 
         Labels by row: next tokens are what is trained on here, whether or not the student's class shifts its labels.
         """
-        return {"input_ids": self.input_ids, "shift_labels": self.shift_labels, "loss_rows": self.loss_rows}
+        inputs = {"input_ids": self.input_ids, "shift_labels": self.shift_labels, "loss_rows": self.loss_rows}
+        return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
 
 
 def collate(items: Sequence[Item], ignore_index: int = -100) -> Batch:
@@ -142,7 +187,10 @@ def collate(items: Sequence[Item], ignore_index: int = -100) -> Batch:
     shifted = np.full_like(labels, ignore_index)
     shifted[:, :-1] = labels[:, 1:]  # the last row of a sequence has no next token
     rows = np.flatnonzero(shifted != ignore_index)
-    return Batch(*(torch.from_numpy(array) for array in (input_ids, labels, shifted, rows)))
+    arrays = [input_ids, labels, shifted, rows]
+    if "position_ids" in items[0]:
+        arrays.append(np.stack([item["position_ids"] for item in items]))
+    return Batch(*(torch.from_numpy(array) for array in arrays))
 
 
 def indices_for_step(num_items: int, step: int, sequences_per_step: int, seed: int) -> np.ndarray:
@@ -165,7 +213,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        dataset: PackedDataset,
+        dataset: Sequences,
         *,
         micro_batch_size: int,
         gradient_accumulation_steps: int,
@@ -194,7 +242,7 @@ class TrainBatches:
 
 
 def eval_batches(
-    dataset: PackedDataset, *, num_sequences: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
+    dataset: Sequences, *, num_sequences: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """This rank's share of `num_sequences` held-out sequences, evenly spaced over the dataset.
 
@@ -210,7 +258,7 @@ def eval_batches(
         yield _batch(dataset, share)
 
 
-def _batch(dataset: PackedDataset, indices: np.ndarray) -> Batch:
+def _batch(dataset: Sequences, indices: np.ndarray) -> Batch:
     """The items at `indices`; -1 stands for one without targets."""
     items = []
     for index in indices.tolist():

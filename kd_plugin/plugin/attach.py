@@ -115,6 +115,12 @@ class Plugin:
         finally:
             self._set_config(before)
 
+    @property
+    def sides(self) -> dict[str, StudentSide | TeacherSide]:
+        """What has taken over each model, by "student" and "teacher"; the latter only where there is a soft loss."""
+        teacher = self._heads.teacher
+        return {"student": self._student} if teacher is None else {"student": self._student, "teacher": teacher}
+
     def unmeasured(self) -> AbstractContextManager[None]:
         """Measure the body apart: `metrics()` in it is about the body alone, and after it about everything else."""
         return self._measures.aside()

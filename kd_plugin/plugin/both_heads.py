@@ -40,7 +40,7 @@ class BothHeads:
     """
 
     def __init__(self, student: StudentSide, teacher: TeacherSide | None, exchange: Exchange, watch: Stopwatch) -> None:
-        self._student, self._teacher, self._exchange, self._watch = student, teacher, exchange, watch
+        self._student, self.teacher, self._exchange, self._watch = student, teacher, exchange, watch
         self._ahead = None if teacher is None else TeacherAhead(teacher)
         self._kept_head: tuple[int, tuple[Tensor, Tensor | None]] | None = None
         """A copy of the student's frozen head, for the rest of a step, and how often it had been written to."""
@@ -48,7 +48,7 @@ class BothHeads:
     @property
     def vocab_sizes(self) -> tuple[int, int | None]:
         """Token ids of the student's head, and of the teacher's; None without one."""
-        return self._student.vocab_size, None if self._teacher is None else self._teacher.head.vocab_size
+        return self._student.vocab_size, None if self.teacher is None else self.teacher.head.vocab_size
 
     @uncompiled
     def loss_sum(self, hidden: Tensor, call: HeadCall, inputs: dict[str, Any], teacher: nn.Module | None) -> Tensor:
@@ -63,10 +63,10 @@ class BothHeads:
         if not self._student.config.soft_weight:
             self._slice_consumer(hidden, call)  # cuts the vocabulary without a teacher, too
             return self.student_loss(hidden, call)
-        assert self._teacher is not None and self._ahead is not None and teacher is not None
+        assert self.teacher is not None and self._ahead is not None and teacher is not None
         kept = self._ahead.take(inputs)
         if kept is None:
-            self._teacher.look_again(inputs)
+            self.teacher.look_again(inputs)
         consumer = self._slice_consumer(hidden, call) or _NestedHead(self, hidden, call)
         if kept is not None and not consumer.needs_head:
             consumer.use_hidden(kept.hidden)
@@ -74,7 +74,7 @@ class BothHeads:
             with self._one_gather(call):
                 consumer.use_head(self._ahead.source(kept))
         else:
-            self._teacher.run(teacher, inputs, consumer)
+            self.teacher.run(teacher, inputs, consumer)
         loss_sum = consumer.loss_sum if isinstance(consumer, _NestedHead) else self.student_loss(hidden, call)
         call.teacher = None
         return loss_sum
@@ -106,12 +106,12 @@ class BothHeads:
         """
         if together is not None and together < 1:
             raise ValueError(f"together is {together}; wanted how many micro-batches the teacher reads at once")
-        if self._ahead is None or self._teacher is None or teacher is None:
+        if self._ahead is None or self.teacher is None or teacher is None:
             return False
         self._ahead.forget()
         self._kept_head = None
         self._exchange.served = max(1, len(micro_batches))
-        ready = self._exchange.mode is not None and self._teacher.head.after_head is not None
+        ready = self._exchange.mode is not None and self.teacher.head.after_head is not None
         if not (ready and micro_batches and self._student.config.soft_weight):
             return False
         whole = self._exchange.mode == "weight"

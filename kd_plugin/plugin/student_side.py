@@ -15,6 +15,7 @@ from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.teacher import AfterHead
 from kd_plugin.plugin import causal_lm, student_head
 from kd_plugin.plugin.head import DistillHead
+from kd_plugin.plugin.isolation import Way, isolated
 from kd_plugin.plugin.label_reader import LabelReader
 from kd_plugin.plugin.loss_watch import LossWatch
 from kd_plugin.plugin.probe import observe
@@ -41,6 +42,10 @@ class StudentSide:
         self.model = causal_lm.unwrap_model(student)
         self.config = config
         self.slot = slot = causal_lm.find_head(self.model, "student")
+        self.isolation: Way | None = None
+        """How documents of packed inputs are kept apart; None: as the model itself has it."""
+        self.on_hidden: Callable[[Tensor], None] | None = None
+        """Is given the hidden states of each forward."""
         self._engine_seen = False
         self._undo: list[Callable[[], None]] = []
         try:
@@ -111,9 +116,12 @@ class StudentSide:
         if self._state.changed(inputs):  # a bias or scale of the logits, say, that has been loaded or set since
             self._after_head = None
         measure = None if self._after_head is not None else "student"
-        result, router_loss = self._router.run_backbone(
-            self.slot, self.own_forward, inputs, device=device, measure=measure
-        )
+        with isolated(self.own_forward, self.isolation, inputs) as inputs:
+            result, router_loss = self._router.run_backbone(
+                self.slot, self.own_forward, inputs, device=device, measure=measure
+            )
+        if self.on_hidden is not None:
+            self.on_hidden(result.hidden_states)
         if result.after_head is not None:
             if torch.is_grad_enabled():  # else nobody has seen whether something trainable is in it
                 self._after_head = result.after_head

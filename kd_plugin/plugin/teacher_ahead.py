@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from kd_plugin.distributed.torch_internals import times_written
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.plugin.head import teacher_head_forward
+from kd_plugin.plugin.isolation import attention_of
 from kd_plugin.plugin.logit_probe import configurations
 from kd_plugin.plugin.teacher_side import NOT_FOR_TEACHER, TeacherSide
 
@@ -102,7 +103,7 @@ class TeacherAhead:
         head, copied = None, whole_head and not self._side.head.is_usable_in_place()
         for start in range(0, len(given), together):
             batches = given[start : start + together]
-            inputs, length = _merged(batches, self._side.model)
+            inputs, length = _merged(batches, self._side.model, by_bounds=self._side.isolation == "varlen")
             self._tell_of_padding(batches)
             self._side.look_again(inputs)
             consumer = _Consumer(needs_head=copied and head is None)  # one copy serves the whole step
@@ -177,8 +178,10 @@ def _key(inputs: Mapping[str, Any]) -> Hashable:
     return tuple(sorted((name, told(value)) for name, value in inputs.items() if value is not None))
 
 
-def _merged(batches: Sequence[Mapping[str, Any]], model: nn.Module) -> tuple[dict[str, Any], int]:
+def _merged(batches: Sequence[Mapping[str, Any]], model: nn.Module, *, by_bounds: bool) -> tuple[dict[str, Any], int]:
     """The inputs of one forward over all of `batches`, and its length S.
+
+    `by_bounds` says that flash attention is given the bounds of documents, whatever the positions.
 
     Raises:
         ValueError: inputs that differ by name, or that are not by row.
@@ -193,9 +196,9 @@ def _merged(batches: Sequence[Mapping[str, Any]], model: nn.Module) -> tuple[dic
     (common,) = names
     lengths = {batch["input_ids"].shape[1] for batch in batches}
     length, padded = max(lengths), len(lengths) > 1
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
+    by_positions = "flash" in attention_of(model) and not by_bounds
     for name in common:
-        if name not in _BY_ROW or (name == "position_ids" and "flash" in attention):
+        if name not in _BY_ROW or (name == "position_ids" and by_positions):
             raise ValueError(
                 f"the teacher cannot run ahead over several micro-batches with {name}"
                 + (" under flash attention, which takes it for the places of packed sequences" * (name in _BY_ROW))
@@ -207,6 +210,12 @@ def _merged(batches: Sequence[Mapping[str, Any]], model: nn.Module) -> tuple[dic
             f"the teacher cannot run ahead over micro-batches of {', '.join(map(str, sorted(lengths)))} tokens: its "
             f"attention has a window ({window}), which may hold nothing but padding: give micro-batches of one length, "
             "or run it with each (together=1)"
+        )
+    if padded and "position_ids" in common and "attention_mask" not in common:
+        raise ValueError(
+            f"the teacher cannot run ahead over micro-batches of {', '.join(map(str, sorted(lengths)))} tokens with "
+            "position_ids: the mask of their padding would join the documents of packed sequences: give micro-batches "
+            "of one length, or run it with each (together=1)"
         )
     if padded and "attention_mask" not in common:
         masks = [_padded({"mask": torch.ones_like(batch["input_ids"])}, "mask", length) for batch in batches]

@@ -21,6 +21,7 @@ from kd_plugin.exchange.teacher_slice import Consumer, TeacherHead
 from kd_plugin.loss import checks
 from kd_plugin.plugin import causal_lm
 from kd_plugin.plugin.head import teacher_head_forward
+from kd_plugin.plugin.isolation import Way, isolated
 from kd_plugin.plugin.labels import Convention
 from kd_plugin.plugin.metrics import Stopwatch
 from kd_plugin.plugin.plain_head import check_plain
@@ -54,6 +55,10 @@ class TeacherSide:
                 "this teacher serves another student already: detach that plugin, or load the teacher twice"
             )
         self._exchange, self._watch = exchange, watch
+        self.isolation: Way | None = None
+        """How documents of packed inputs are kept apart; None: as the model itself has it."""
+        self.on_hidden: Callable[[Tensor], None] | None = None
+        """Is given the hidden states of each forward."""
         self._engine_seen = False
         self._undo: list[Callable[[], None]] = []
         try:
@@ -125,8 +130,13 @@ class TeacherSide:
         measure = None if self.head.after_head is not None else (self.head.vocab_size, "teacher")
         # Not the head's device: ZeRO-3 gathers a weight that is looked at in a forward, and from then on in each
         device = next((value.device for value in kwargs.values() if isinstance(value, Tensor)), torch.device("cpu"))
-        with self._watch.region("teacher", device):
-            backbone = causal_lm.run_backbone(self._slot, self._model_forward, kwargs, measure=measure)
+        with (
+            self._watch.region("teacher", device),
+            isolated(self._model_forward, self.isolation, kwargs) as inputs,
+        ):
+            backbone = causal_lm.run_backbone(self._slot, self._model_forward, inputs, measure=measure)
+        if self.on_hidden is not None:
+            self.on_hidden(backbone.hidden_states)
         if backbone.after_head is not None:
             self.head.after_head = backbone.after_head
         return self._give(backbone.hidden_states, kd_consumer)

@@ -140,6 +140,12 @@ class DataConfig(Section):
     seq_len: Annotated[int, Field(ge=2)] = 512
     """Tokens per packed sequence."""
 
+    packing: Literal["isolated", "joined"] = "isolated"
+    """`isolated`: documents share a sequence and do not read each other, neither in the teacher nor in the student:
+    positions start anew and attention stays within each, which is tried out on both models at the start. Documents
+    that fit stay whole. `joined`: documents are laid end to end, each reads what stands before it, and a sequence
+    ends wherever it is full; for models that cannot keep documents apart, such as state-space models."""
+
     max_documents: PositiveInt | None = None
     """Use only the first so many documents (of `train`, and of `eval`)."""
 

@@ -34,6 +34,7 @@ from kd_plugin.training import checkpoint
 from kd_plugin.training.console import run_log
 from kd_plugin.training.export import export_student
 from kd_plugin.training.finite import check_weights
+from kd_plugin.training.isolation import isolate_documents
 from kd_plugin.training.loop import evaluate, run_steps
 from kd_plugin.training.precision import settled_precision
 from kd_plugin.training.preflight import SetupError, early_problems, idle_settings
@@ -114,6 +115,9 @@ def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
     session = make_session(config, place, mode, accumulation, material, start_from)
     session.seconds["load"] = time.perf_counter() - start
     with session.writer:
+        if config.data.packing == "isolated":
+            with session.timed("packing"):
+                isolate_documents(session)
         done = _resume(session, start_from)
         before = evaluate(session, done)
         after = run_steps(session, done + 1, before)
@@ -126,7 +130,7 @@ def _load(config: RunConfig, place: Placement) -> Material:
     if config.student.tokenizer or pretrained:
         teacher_tokenizer, tokenizer = tokenizer, load_tokenizer(config.student)
         check_tokenizers(tokenizer, teacher_tokenizer)
-    datasets = load_datasets(config.data, tokenizer, config.distill.ignore_index)
+    datasets = load_datasets(config.data, tokenizer, config.distill.ignore_index, seed=config.train.seed)
     teacher = load_teacher(config.teacher)
     student = build_student(config.student, teacher, seed=config.train.seed)
     embedded = {}

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from kd_plugin.data.documents import Batch, PackedDataset, TrainBatches, eval_batches
+from kd_plugin.data.packing import Batch, Sequences, TrainBatches, eval_batches
 from kd_plugin.engines import zero_block
 from kd_plugin.engines.compiled_layers import compile_layers
 from kd_plugin.engines.process_group import Placement, share_timeout
@@ -36,7 +36,7 @@ class Material(NamedTuple):
     """What is loaded before anything is sharded."""
 
     tokenizer: PreTrainedTokenizerBase
-    datasets: tuple[PackedDataset, PackedDataset]
+    datasets: tuple[Sequences, Sequences]
     """Training and held-out sequences."""
     teacher: PreTrainedModel
     student: PreTrainedModel
@@ -144,7 +144,7 @@ def _compile_layers(config: RunConfig, place: Placement, mode: str, material: Ma
     compile_layers(models)
 
 
-def _train_batches(config: RunConfig, place: Placement, accumulation: int, dataset: PackedDataset) -> TrainBatches:
+def _train_batches(config: RunConfig, place: Placement, accumulation: int, dataset: Sequences) -> TrainBatches:
     train = config.train
     batches = TrainBatches(
         dataset,
@@ -158,7 +158,7 @@ def _train_batches(config: RunConfig, place: Placement, accumulation: int, datas
     return batches
 
 
-def _held_out(config: RunConfig, place: Placement, dataset: PackedDataset) -> Callable[[], Iterator[Batch]]:
+def _held_out(config: RunConfig, place: Placement, dataset: Sequences) -> Callable[[], Iterator[Batch]]:
     """A function that begins the micro-batches of one evaluation anew."""
     train = config.train
     return partial(

@@ -1,0 +1,166 @@
+"""Sequences in which each document stands for itself.
+
+Notable decisions:
+- a document that fits into a sequence stays whole; a longer one is cut every `seq_len` tokens, and what is left of it
+  is packed like a document. Best fit, the longest first (as in arXiv:2404.10830, "Fewer Truncations Improve Language
+  Modeling"), which on ordinary text leaves a percent or less of padding;
+- the documents are shuffled before, so that which of equal length share a sequence does not follow the data's order;
+- positions start anew in each piece, and padding is a piece of its own. What keeps attention apart is up to each model
+  (`plugin.isolation`);
+- a piece without a target (a prompt that fills one, a last single token) reaches no loss here, and is left out.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kd_plugin.data.packing import Document, Item, PackedDataset, Sequences
+from kd_plugin.data.record import DataError
+
+if TYPE_CHECKING:
+    from kd_plugin.settings.run import DataConfig
+
+__all__ = ["IsolatedDataset", "best_fit", "pack"]
+
+logger = logging.getLogger(__name__)
+
+_MUCH_PADDING = 0.02
+
+
+def pack(
+    documents: Sequence[Document], config: DataConfig, ignore_index: int, *, seed: int, keep_tail: bool
+) -> Sequences:
+    """Sequences of `config.seq_len` tokens, packed as `config.packing` says.
+
+    `seed` shuffles documents that are kept apart; with `keep_tail` less text than one sequence is enough.
+
+    Raises:
+        DataError: the documents fill no sequence.
+    """
+    if config.packing == "joined":
+        return PackedDataset(documents, config.seq_len, ignore_index, keep_tail=keep_tail)
+    return IsolatedDataset(documents, config.seq_len, ignore_index, seed=seed, keep_tail=keep_tail)
+
+
+class IsolatedDataset(Sequences):
+    """Documents that do not read each other; items have position_ids, which start anew with each document.
+
+    Args:
+        documents: what is packed.
+        seq_len: tokens of a sequence.
+        ignore_index: the label of what is not trained on.
+        seed: shuffles the documents.
+        keep_tail: whether less text than one sequence is accepted, as in evaluation.
+
+    Raises:
+        DataError: not enough tokens for one sequence, or none to train on.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        seq_len: int,
+        ignore_index: int = -100,
+        *,
+        seed: int = 0,
+        keep_tail: bool = False,
+    ) -> None:
+        super().__init__(documents, seq_len, ignore_index)
+        if len(self.input_ids) < seq_len and not keep_tail:
+            raise self.too_few()
+        first, lengths = self._pieces()
+        self.targets[first] = False  # what would predict it stands in another piece
+        counted = np.add.reduceat(self.targets, first, dtype=np.int64) > 0
+        if not counted.any():
+            raise DataError(f"no document has a token to train on within data.seq_len {seq_len} tokens: raise it")
+        self.num_left_out = int(lengths[~counted].sum())
+        order = np.random.default_rng(seed).permutation(np.flatnonzero(counted))
+        self._first, self._lengths = first[order], lengths[order]
+        self._bins = best_fit(self._lengths, seq_len)
+        num_tokens = int(self._lengths.sum())
+        self.padding = 1 - num_tokens / (len(self._bins) * seq_len)
+        """Share of all tokens that is padding."""
+        self._tell(num_tokens, num_cut=len(first) - len(documents))
+
+    def _lengths_of_documents(self) -> np.ndarray:
+        return np.diff(self.starts, append=len(self.input_ids))
+
+    def _per_document(self) -> np.ndarray:
+        """Pieces of each document."""
+        return -(-self._lengths_of_documents() // self.seq_len)
+
+    def _pieces(self) -> tuple[np.ndarray, np.ndarray]:
+        """First token and length of each piece, in the order of the documents."""
+        number = self._per_document()
+        within = np.arange(number.sum()) - (np.cumsum(number) - number).repeat(number)
+        left = self._lengths_of_documents().repeat(number) - within * self.seq_len
+        return self.starts.repeat(number) + within * self.seq_len, np.minimum(left, self.seq_len)
+
+    def _tell(self, num_tokens: int, num_cut: int) -> None:
+        logger.info(
+            "packed %d tokens of %d documents or pieces into %d sequences of %d, each document by itself: %.2f %% "
+            "padding; longer documents were cut in %d places; %d tokens in pieces without a target are left out",
+            *(num_tokens, len(self._lengths), len(self), self.seq_len, 100 * self.padding, num_cut, self.num_left_out),
+        )
+        if self.padding > _MUCH_PADDING and len(self) > 1:
+            logger.warning(
+                "data.packing isolated: %.1f %% of what the models read is padding, as the documents do not fill "
+                "data.seq_len %d better without being cut: another length may waste less",
+                *(100 * self.padding, self.seq_len),
+            )
+
+    def __len__(self) -> int:
+        return len(self._bins)
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        pieces = self._bins[index]
+        places = [self._first[piece] + np.arange(self._lengths[piece]) for piece in pieces]
+        missing = self.seq_len - int(self._lengths[pieces].sum())
+        part = np.concatenate(places)
+        ids = self.input_ids[part].astype(np.int64)
+        labels = np.where(self.targets[part], ids, self.ignore_index)
+        positions = [np.arange(length) for length in (*self._lengths[pieces], missing)]
+        return {
+            "input_ids": np.pad(ids, (0, missing)),
+            "labels": np.pad(labels, (0, missing), constant_values=self.ignore_index),
+            "position_ids": np.concatenate(positions).astype(np.int64),
+        }
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Pack pieces into bins: the longest first, each into the fullest bin that has room for it.
+
+    Args:
+        lengths: int [n], 1 to `capacity` each.
+        capacity: of a bin.
+
+    Returns:
+        The indices of the pieces in each bin.
+    """
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # room -> bins
+    rooms: list[int] = []  # sorted, of which there are bins
+    for piece in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[piece])
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            room, chosen = capacity, len(bins)
+            bins.append([])
+        else:
+            room = rooms[at]
+            chosen = with_room[room].pop()
+            if not with_room[room]:
+                del rooms[at]
+        bins[chosen].append(piece)
+        if left := room - length:
+            if not with_room[left]:
+                insort(rooms, left)
+            with_room[left].append(chosen)
+    return bins
