@@ -18,7 +18,7 @@ import typer
 
 from kd_plugin import __version__
 from kd_plugin.cli.launcher import one_line_errors, run_training
-from kd_plugin.settings.run import DistillConfig, RunConfig, StudentConfig
+from kd_plugin.settings.run import DataConfig, DistillConfig, RunConfig, StudentConfig
 from kd_plugin.settings.schema import json_schema, markdown
 from kd_plugin.settings.yaml_file import ConfigError, load_config
 from kd_plugin.training.preflight import SetupError, early_problems, idle_settings
@@ -240,11 +240,17 @@ def _summary(config: RunConfig) -> str:
             f"  teacher  {teacher.model} ({teacher.dtype}, {teacher.sharding})",
             f"  student  {_origin(config.student)} ({config.student.dtype})",
             f"  loss     {_loss(config.distill)}",
-            f"  data     {data.train}, {sequences}",
+            f"  data     {_texts(data)}, {sequences}",
             f"  train    {step.max_steps} steps, lr {step.learning_rate:g}, parallel {step.parallel}",
             f"  output   {config.log.output_dir}",
         )
     )
+
+
+def _texts(data: DataConfig) -> str:
+    if isinstance(data.train, str):
+        return data.train
+    return " + ".join(f"{source.weight:g} {source.source}" for source in data.train)
 
 
 def _origin(student: StudentConfig) -> str | None:
