@@ -95,6 +95,31 @@ def validate(config: _Config, overrides: _Overrides = None, verbose: _Verbose = 
 @app.command(
     context_settings=_OVERRIDES,
     epilog=_examples(
+        "kd-plugin data my.yaml",
+        "kd-plugin data my.yaml data.train=chats.jsonl data.max_documents=1000 --rows 1",
+    ),
+)
+def data(
+    config: _Config,
+    overrides: _Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="Training sequences to show.")] = 3,
+    verbose: _Verbose = False,
+) -> None:
+    """Show the data of a run: how much, what is left out, and sequences with what is trained on marked.
+
+    No model is loaded. What is trained on stands in [[ ]], or in colour on a terminal. Exit code 2 if it cannot be
+    read.
+    """
+    with one_line_errors(verbose, exit_code=2):
+        run_config = load_config(config, overrides or ())
+        from kd_plugin.cli.data_preview import show_data
+
+        show_data(run_config, rows)
+
+
+@app.command(
+    context_settings=_OVERRIDES,
+    epilog=_examples(
         "kd-plugin train configs/smollm2_135m_to_8l_fsdp2.yaml train.max_steps=10",
         "torchrun --nproc-per-node 2 -m kd_plugin.cli train configs/smollm2_135m_to_8l_fsdp2.yaml",
     ),

@@ -47,14 +47,17 @@ def mixed(parts: Sequence[Part]) -> list[Document]:
     sizes = [sum(len(document.input_ids) for document in part.documents) for part in parts]
     per_weight = max(size / part.weight for size, part in zip(sizes, parts, strict=True))
     wanted = [part.weight * per_weight for part in parts]
-    for part, size, tokens in zip(parts, sizes, wanted, strict=True):
-        if tokens > _MOST_REPEATS * size or sum(wanted) > _MOST_TOKENS * sum(sizes):
-            raise DataError(
-                f"{part.name}: for its weight {part.weight:g} of {sum(p.weight for p in parts):g} its {size} tokens "
-                f"would be repeated {tokens / size:.1f} times; lower the weight, or give more text"
-            )
-        share = part.weight / sum(other.weight for other in parts)
-        logger.info("%s: %.1f %% of the tokens, its documents %.2f times", part.name, 100 * share, tokens / size)
+    total = sum(part.weight for part in parts)
+    repeats = [tokens / size for size, tokens in zip(sizes, wanted, strict=True)]
+    if max(repeats) > _MOST_REPEATS or sum(wanted) > _MOST_TOKENS * sum(sizes):
+        worst = repeats.index(max(repeats))
+        name, weight, _ = parts[worst]
+        raise DataError(
+            f"{name}: for its weight, {weight:g} of {total:g}, its {sizes[worst]} tokens would be "
+            f"repeated {repeats[worst]:.1f} times; lower the weight, or give more text"
+        )
+    for part, times in zip(parts, repeats, strict=True):
+        logger.info("%s: %.1f %% of the tokens, its documents %.2f times", part.name, 100 * part.weight / total, times)
     placed = [
         (place, number, document)
         for number, (part, tokens) in enumerate(zip(parts, wanted, strict=True))

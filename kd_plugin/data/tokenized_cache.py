@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -165,7 +166,7 @@ def _write_documents(path: Path, documents: Iterator[Document]) -> int:
     schema = pyarrow.schema({**kinds, "where": pyarrow.string()})
     num_tokens = 0
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
-        while group := [document for document, _ in zip(documents, range(_PER_BATCH), strict=False)]:
+        while group := list(itertools.islice(documents, _PER_BATCH)):
             num_tokens += sum(len(document.input_ids) for document in group)
             columns = {
                 "input_ids": [document.input_ids for document in group],

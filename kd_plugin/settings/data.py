@@ -59,7 +59,9 @@ class DataConfig(Section):
     train: Annotated[str, Field(min_length=1)] | tuple[WeightedSource, ...] = "python_docs"
     """`python_docs` (built in); a .txt, .jsonl, .json, .csv, .tsv or .parquet file (all but Parquet also as .gz), a
     directory or glob of them; a folder of `save_to_disk`; or a dataset name. Several: [{source: a.jsonl, weight: 2},
-    {source: b.jsonl}]. A .txt file is one document; rows have `text`, `prompt` and `completion` (texts or turns),
+    {source: b.jsonl}], where weight (1) over their sum is a source's share of the training tokens, and `subset`,
+    `split`, `text_column` and `columns` may be its own; every document is read, and those of sources with too few
+    tokens are repeated. A .txt file is one document; rows have `text`, `prompt` and `completion` (texts or turns),
     `messages` or ShareGPT's `conversations` (and `tools`, `documents`, `chat_template_kwargs`, if the chat template
     knows them), or Alpaca's `instruction`, `input` and `output`."""
 
