@@ -36,9 +36,9 @@ def main(config_file: str, rank: str) -> None:
     documents.encode = counted
     config = load_config(Path(config_file))
     tokenizer = tokenizer_of(config)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     train, held_out = documents.load_datasets(config.data, tokenizer, -100)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     digest = hashlib.sha256()
     num_tokens = 0
     for dataset in (train, held_out):
@@ -46,14 +46,10 @@ def main(config_file: str, rank: str) -> None:
             item = dataset[index]
             num_tokens += len(item["input_ids"])
             digest.update(item["input_ids"].tobytes() + item["labels"].tobytes())
-    about = {
-        "rank": rank,
-        "seconds": seconds,
-        "tokenised": _COUNTED,
-        "tokens": num_tokens,
-        "digest": digest.hexdigest(),
-    }
-    print(json.dumps(about))
+    times = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+    print(
+        json.dumps({"rank": rank, **times, "tokenised": _COUNTED, "tokens": num_tokens, "digest": digest.hexdigest()})
+    )
 
 
 if __name__ == "__main__":

