@@ -133,13 +133,13 @@ def refuse_unused(config: DataConfig) -> None:
         DataError: `subset`, `split` or `eval_split` is given and no source is a dataset of the hub, or has splits.
     """
     for name, source, read in config.sources():
-        where, key = ("data", name.partition(".")[2]) if isinstance(config.train, str) else (name, "source")
+        where = "data" if isinstance(config.train, str) else name
         given = {"subset": read.subset, "split": read.split if read.split != "train" else None}
         for setting, value in given.items():
             own = isinstance(config.train, str) or getattr(source, setting) is not None
             if value is not None and own and not _heeds(setting, [read.train, config.eval]):
                 raise DataError(
-                    f"{where}.{setting} is {value!r}, but {key} {source.source!r} is no dataset name; "
+                    f"{where}.{setting} is {value!r}, but {source.source!r} is no dataset name; "
                     f"remove {where}.{setting}"
                 )
     sources = [source.source for _, source, _ in config.sources()]
