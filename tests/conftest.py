@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from tests.minimal_config import MINIMAL
 
 # Before anything imports torch: the processes of the distributed tests share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tokenised text of earlier tests, and of the user, is none of theirs.
+_cache = tempfile.TemporaryDirectory(prefix="kd_plugin-cache-")
+os.environ["KD_PLUGIN_CACHE"] = _cache.name
 # Nothing here may wait for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

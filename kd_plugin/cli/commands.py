@@ -18,7 +18,7 @@ import typer
 
 from kd_plugin import __version__
 from kd_plugin.cli.launcher import one_line_errors, run_training
-from kd_plugin.settings.run import DistillConfig, RunConfig, StudentConfig
+from kd_plugin.settings.run import DataConfig, DistillConfig, RunConfig, StudentConfig
 from kd_plugin.settings.schema import json_schema, markdown
 from kd_plugin.settings.yaml_file import ConfigError, load_config
 from kd_plugin.training.preflight import SetupError, early_problems, idle_settings
@@ -90,6 +90,31 @@ def validate(config: _Config, overrides: _Overrides = None, verbose: _Verbose = 
     print(f"{config}: ok\n{_summary(run_config)}")
     for line in idle_settings(run_config):
         print(f"warning: {line}")
+
+
+@app.command(
+    context_settings=_OVERRIDES,
+    epilog=_examples(
+        "kd-plugin data my.yaml",
+        "kd-plugin data my.yaml data.train=chats.jsonl data.max_documents=1000 --rows 1",
+    ),
+)
+def data(
+    config: _Config,
+    overrides: _Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="Training sequences to show.")] = 3,
+    verbose: _Verbose = False,
+) -> None:
+    """Show the data of a run: how much, what is left out, and sequences with what is trained on marked.
+
+    No model is loaded. What is trained on stands in [[ ]], or in colour on a terminal. Exit code 2 if it cannot be
+    read.
+    """
+    with one_line_errors(verbose, exit_code=2):
+        run_config = load_config(config, overrides or ())
+        from kd_plugin.cli.data_preview import show_data
+
+        show_data(run_config, rows)
 
 
 @app.command(
@@ -240,11 +265,17 @@ def _summary(config: RunConfig) -> str:
             f"  teacher  {teacher.model} ({teacher.dtype}, {teacher.sharding})",
             f"  student  {_origin(config.student)} ({config.student.dtype})",
             f"  loss     {_loss(config.distill)}",
-            f"  data     {data.train}, {sequences}",
+            f"  data     {_texts(data)}, {sequences}",
             f"  train    {step.max_steps} steps, lr {step.learning_rate:g}, parallel {step.parallel}",
             f"  output   {config.log.output_dir}",
         )
     )
+
+
+def _texts(data: DataConfig) -> str:
+    if isinstance(data.train, str):
+        return data.train
+    return " + ".join(f"{source.weight:g} {source.source}" for source in data.train)
 
 
 def _origin(student: StudentConfig) -> str | None:

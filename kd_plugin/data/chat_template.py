@@ -38,6 +38,7 @@ class ChatTemplate:
         self.given = {key: record.values[key] for key in ("tools", "documents") if key in record.values} | settings
         with self._one_line():
             self.source = tokenizer.get_chat_template(tools=self.given.get("tools"))
+        self._in_parts = _wants_parts(self.source)
 
     def render(self, messages: list[dict[str, Any]], *, asks: bool = False) -> str:
         """The text of `messages`, with `asks` followed by what asks the assistant for an answer."""
@@ -60,7 +61,7 @@ class ChatTemplate:
 
         with self._one_line():
             texts, marked = render_jinja_template(
-                conversations=[messages],
+                conversations=[self._as_wanted(messages)],
                 chat_template=self.source,
                 return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **self.given},
@@ -83,9 +84,20 @@ class ChatTemplate:
 
     def _text_of(self, messages: list[dict[str, Any]], given: dict[str, Any], *, asks: bool = False) -> str:
         asking: dict[str, Any] = {"add_generation_prompt": True} if asks else {}
+        messages = self._as_wanted(messages)
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, **given, **asking)
         assert isinstance(text, str)  # of one conversation, not tokenized
         return text
+
+    def _as_wanted(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`messages` with each text as a list of one part, if the template reads nothing else."""
+        if not self._in_parts:
+            return messages
+        return [
+            {**turn, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else turn
+            for turn in messages
+            for content in [turn.get("content")]
+        ]
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:
@@ -98,6 +110,24 @@ class ChatTemplate:
             kind = "" if type(error) is TemplateError else f"{type(error).__name__}: "
             reason = " ".join(str(error).split())
             raise DataError(f"{self.where}: the chat template refuses the conversation: {kind}{reason}") from error
+
+
+_PROBE = "kd_plugin probe"
+
+
+@functools.lru_cache(maxsize=64)
+def _wants_parts(template: str) -> bool:
+    """Whether a text reaches what the template renders as a part ({type: text, text: ...}) only, and not as it is."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def reaches(content: Any) -> bool:
+        turns = [{"role": "user", "content": content}]
+        try:
+            return _PROBE in render_jinja_template(conversations=[turns], chat_template=template)[0][0]
+        except Exception:  # whatever a template raises
+            return False
+
+    return not reaches(_PROBE) and reaches([{"type": "text", "text": _PROBE}])
 
 
 @functools.lru_cache(maxsize=64)

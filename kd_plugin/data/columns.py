@@ -3,50 +3,141 @@
 Notable decisions:
 - a column that changes what a model reads, or what is trained on, is rendered or refused by name with its place,
   and never dropped; null and empty values say nothing and are accepted, and so is every other column (`id`, ...);
+- rows of other formats are rewritten into `messages` first (`data.dialects`);
 - beside `messages`, `tools`, `documents` and `chat_template_kwargs` reach the chat template. A text that belongs in
   front of the conversation (`system`, ...) has to stand in a turn already;
 - `prompt` and `completion` are read as they stand, so nothing else can be brought into them: the same columns are
   refused, and likewise `instruction`, `context` and their like unless the prompt holds them;
 - plain text is whole, and only what a template would have had to render into it is refused. Whatever stands beside
   a column that `data.text_column` names is of no account;
-- a turn with `weight: 0` (OpenAI), `train: false` (Axolotl: `training`), `loss: false` or `masked: true` is read and
-  not trained on; weights between are refused;
-- content in parts is joined where all of them are text, as templates do. A turn says something: one without content
-  is refused unless it calls a tool, since templates print None as a word.
+- what the turns of a conversation mean is for `data.turns`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from kd_plugin.data.other_columns import LISTS, REFUSED_ANYWHERE, RENDERED, counts, looked_at, refuse_other_columns
-from kd_plugin.data.record import DataError, Form, Record
+from kd_plugin.data.dialects import rewritten
+from kd_plugin.data.other_columns import RENDERED, looked_at, refuse_other_columns
+from kd_plugin.data.record import DataError, Form, Record, RowForm
+from kd_plugin.data.turns import conversation, text_of
 
-__all__ = ["columns_of", "form_of", "record_of"]
+if TYPE_CHECKING:
+    from kd_plugin.settings.run import DataConfig
 
-
-_WEIGHTS = ("weight", "train", "training", "loss", "loss_weight")
-_MASKS = ("masked", "mask")
-_PARTIAL_TURNS = ("train_detail", "training_detail")
-_FOR_US = (*_WEIGHTS, *_MASKS, *_PARTIAL_TURNS)
-"""Keys of a turn that no template sees."""
-_TEXT_ROLES = ("system", "developer", "user", "assistant")
-_ASSISTANTS = ("model", "gpt", "chatgpt", "bot", "chatbot", "ai", "agent")
-"""What other formats call the assistant."""
-_OTHER_ROLES = ("tool", "function", "ipython", "environment", "observation", "tool_response", "document")
-_SAYS_IT_OTHERWISE = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
+__all__ = ["RowReader"]
 
 
-def form_of(names: Iterable[str], text_column: str, where: str) -> Form:
-    """The form that the columns `names` make up; a text column named by the user goes first.
+_COLUMNS: dict[RowForm, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "prompt + completion": ("prompt", "completion"),
+    "instruction + output": ("instruction", "output"),
+}
+"""Columns that make up a row of a form, in the order in which the forms are looked for; `text` comes last."""
+_OF_TURNS = ("role", "content")
 
-    Raises:
-        DataError: no accepted form.
+
+class RowReader:
+    """Makes records of rows, as `data.text_column`, `data.columns` and `data.train_on` say.
+
+    Attributes:
+        not_found: names in `data.columns` that no row has had so far.
     """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.text_column, self.last_only = config.text_column, config.train_on == "last"
+        names = {theirs: ours for ours, theirs in config.columns.items()}
+        self._of_turns = {theirs: ours for theirs, ours in names.items() if ours in _OF_TURNS}
+        self._of_rows = {theirs: ours for theirs, ours in names.items() if ours not in _OF_TURNS}
+        self.not_found = set(names)
+
+    def record(self, row: Mapping[str, Any], where: str, *, padded: bool = False) -> Record:
+        """The record of one row.
+
+        Args:
+            row: column -> value.
+            where: the row's place, for errors.
+            padded: the source gives all structures the same keys (Arrow), so that a null means that there is none.
+
+        Raises:
+            DataError: columns or values that are no accepted form, or that would change it and cannot be heeded.
+        """
+        row = self._renamed(row, self._of_rows)
+        row_form = _form_of(row, self.text_column, where)
+        if padded:
+            row = {column: _without_nulls(value) for column, value in row.items()}
+        for column in _COLUMNS.get(row_form, ()) if self._of_turns else ():
+            row = {**row, column: self._renamed_turns(row[column])}
+        row = rewritten(row, row_form, where)
+        form = "messages" if "messages" in row and row_form != "text" else row_form
+        assert form == "messages" or form == "prompt + completion" or form == "text"  # what else is rewritten
+        values = self._values(row, form, where)
+        refuse_other_columns(row, form, values, self.text_column, where)
+        return Record(form, values, where, row_form if row_form != form else None)
+
+    def columns_to_read(self, names: Sequence[str], flat: Iterable[str], where: str) -> list[str]:
+        """Those of the columns `names` that `record` looks at; a template may read any of `flat`, which hold no lists.
+
+        Raises:
+            DataError: the columns are no accepted form.
+        """
+        row_form = _form_of(self._renamed(dict.fromkeys(names), self._of_rows), self.text_column, where)
+        if row_form == "text":
+            wanted = _columns_of("text", self.text_column)
+        else:
+            rendered = {"instruction", "input", "output", "prompt", "completion", *_COLUMNS[row_form]}
+            wanted = {*_columns_of("messages", self.text_column), *rendered, *flat}
+            if row_form == "prompt + completion":
+                wanted |= _columns_of(row_form, self.text_column)
+        return [name for name in names if self._of_rows.get(name, name) in wanted]
+
+    def check_all_found(self, name: str) -> None:
+        """Refuse a name of `data.columns` that no row had, once all are read; `name` is the setting with the source.
+
+        Raises:
+            DataError: there is one.
+        """
+        if self.not_found:
+            raise DataError(
+                f"data.columns: {', '.join(sorted(self.not_found))}: in no row of {name}; columns and keys of turns "
+                "are named as the data has them, {ours: theirs}"
+            )
+
+    def _renamed(self, row: Mapping[str, Any], names: dict[str, str]) -> Mapping[str, Any]:
+        """`row` with our names; a column that had one of them already gives way to the one that is named."""
+        here = names.keys() & row.keys()
+        if not here:
+            return row
+        self.not_found -= here
+        ours = {names[theirs]: row[theirs] for theirs in here}
+        return {**{key: value for key, value in row.items() if key not in here}, **ours}
+
+    def _renamed_turns(self, turns: Any) -> Any:
+        if not isinstance(turns, list):
+            return turns
+        return [self._renamed(turn, self._of_turns) if isinstance(turn, Mapping) else turn for turn in turns]
+
+    def _values(self, row: Mapping[str, Any], form: Form, where: str) -> dict[str, Any]:
+        if form != "messages":
+            return {
+                "text" if form == "text" else column: text_of(row[column], column, where)
+                for column in _wanted(form, self.text_column)
+            }
+        values = conversation(row, where)
+        if self.last_only:
+            answers = [index for index, turn in enumerate(values["messages"]) if turn["role"] == "assistant"]
+            values["untrained"] |= set(answers[:-1])
+        read = _columns_of(form, self.text_column)
+        values["unread"] = [column for column, value in row.items() if column not in read and value is not None]
+        return values
+
+
+def _form_of(names: Iterable[str], text_column: str, where: str) -> RowForm:
+    """The form that the columns `names` make up; a text column named by the user goes first."""
     have = set(names)
-    order: list[Form] = ["messages", "prompt + completion", "text"]
+    order: list[RowForm] = [*_COLUMNS, "text"]
     if text_column != "text":
         order.insert(0, "text")
     for form in order:
@@ -54,170 +145,20 @@ def form_of(names: Iterable[str], text_column: str, where: str) -> Form:
             return form
     raise DataError(
         f"{where}: columns found: {', '.join(sorted(have)) or 'none'}; wanted {text_column!r}, 'prompt' and "
-        "'completion', or 'messages'; data.text_column names a text column"
+        "'completion', 'messages', 'conversations', or 'instruction' and 'output'; data.columns names columns that "
+        "are called otherwise, data.text_column one with plain text"
     )
 
 
-def columns_of(form: Form, text_column: str) -> set[str]:
-    """Names of the columns that `record_of` looks at in a row of this form."""
+def _columns_of(form: Form, text_column: str) -> set[str]:
+    """Names of the columns that are looked at in a row of this form."""
     also = looked_at(form, text_column)
     rendered = RENDERED if form == "messages" else ()
     return {*_wanted(form, text_column), *also.refused, *also.texts, *also.flags, *rendered}
 
 
-def record_of(row: Mapping[str, Any], text_column: str, where: str, *, padded: bool = False) -> Record:
-    """The record of one row.
-
-    Args:
-        row: column -> value.
-        text_column: `data.text_column`.
-        where: the row's place, for errors.
-        padded: the source gives all structures the same keys (Arrow), so that a null means that there is none.
-
-    Raises:
-        DataError: columns or values that are no accepted form, or that would change it and cannot be heeded.
-    """
-    form = form_of(row, text_column, where)
-    if padded:
-        row = {column: _without_nulls(value) for column, value in row.items()}
-    if form == "messages":
-        values = _conversation(row, where)
-        read = columns_of(form, text_column)
-        values["unread"] = [column for column, value in row.items() if column not in read and value is not None]
-    else:
-        values: dict[str, Any] = {
-            "text" if form == "text" else column: _text(row[column], column, where)
-            for column in _wanted(form, text_column)
-        }
-    refuse_other_columns(row, form, values, text_column, where)
-    return Record(form, values, where)
-
-
-def _wanted(form: Form, text_column: str) -> tuple[str, ...]:
-    return {
-        "text": (text_column,),
-        "prompt + completion": ("prompt", "completion"),
-        "messages": ("messages",),
-    }[form]
-
-
-def _text(value: Any, column: str, where: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(
-            f"{where}: {column!r} is of type {type(value).__name__}, wanted text; "
-            "conversations go in a column 'messages'"
-        )
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            half = value[error.start].encode("unicode_escape").decode()
-            raise DataError(
-                f"{where}: {column!r} holds {half} at character {error.start}, half of a character: repair the text"
-            ) from None
-    return value
-
-
-def _conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not all(isinstance(turn, Mapping) and "role" in turn for turn in messages):
-        raise DataError(f"{where}: 'messages' has to be a list of {{role, content}}, found {str(messages)[:60]!r}")
-    _check_roles({str(turn["role"]) for turn in messages}, where)
-    places = [f"{where}, turn {number}" for number in range(1, len(messages) + 1)]
-    untrained = {index for index, turn in enumerate(messages) if not _is_trained(turn, places[index])}
-    turns = [_turn(turn, place) for turn, place in zip(messages, places, strict=True)]
-    return {"messages": turns, "untrained": untrained, **_for_template(row, where)}
-
-
-def _check_roles(roles: set[str], where: str) -> None:
-    """Refuse a conversation in which the assistant has another name, and would not be trained on."""
-    if "assistant" not in roles and (strange := sorted(roles - {*_TEXT_ROLES, *_OTHER_ROLES})):
-        raise DataError(
-            f"{where}: no turn is of role 'assistant', whose turns are trained on; found {', '.join(strange)}: "
-            "rename the roles user and assistant"
-        )
-    if foreign := sorted(roles & {*_ASSISTANTS}):
-        raise DataError(
-            f"{where}: turns of role {', '.join(foreign)} would not be trained on, as those of role assistant are: "
-            "give them one name, assistant"
-        )
-
-
-def _for_template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What `row` gives the chat template beside the turns."""
-    values: dict[str, Any] = {}
-    for column in LISTS:
-        if parsed := _parsed(row.get(column), column, where):
-            values[column] = _list_of_objects(parsed, column, where)
-    if settings := _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs", where):
-        if not isinstance(settings, Mapping):
-            raise DataError(f"{where}: 'chat_template_kwargs' has to be an object, found {str(settings)[:60]!r}")
-        values["chat_template_kwargs"] = {key: value for key, value in settings.items() if value is not None}
-    return values
-
-
-def _is_trained(turn: Mapping[str, Any], place: str) -> bool:
-    for key in _PARTIAL_TURNS:
-        if turn.get(key):
-            raise DataError(f"{place}: {key!r} trains on parts of a turn, which is not possible: remove it")
-    given = {key: turn[key] for key in (*_WEIGHTS, *_MASKS) if turn.get(key) is not None}
-    for key, value in given.items():
-        if value not in (0, 1):  # True and False are among these
-            raise DataError(f"{place}: {key!r} is {value!r}, wanted 0 or 1 (not trained on, or trained on)")
-    return all(bool(value) != (key in _MASKS) for key, value in given.items())
-
-
-def _turn(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """What the template sees of a turn: a value that is null is left out."""
-    for key in REFUSED_ANYWHERE:
-        if counts(turn.get(key), "messages", key):
-            raise DataError(f"{place}: {key!r} changes what a turn means and cannot be heeded: {REFUSED_ANYWHERE[key]}")
-    kept = {key: value for key, value in turn.items() if value is not None and key not in _FOR_US}
-    content = _content(turn.get("content"), str(turn["role"]), place)
-    if content is None and not any(turn.get(key) for key in _SAYS_IT_OTHERWISE):
-        raise DataError(f"{place}: has no 'content'; found {', '.join(map(str, kept))}: write '' for nothing")
-    return {**kept, "content": content} if "content" in turn else kept
-
-
-def _content(content: Any, role: str, place: str) -> Any:
-    if content is None:
-        return None
-    if isinstance(content, str):
-        return _text(content, "content", place)
-    parts = content if isinstance(content, list) else []
-    if parts and all(isinstance(part, Mapping) and _is_text(part) for part in parts):
-        return "".join(_text(part["text"], "content", place) for part in parts)
-    if role not in _TEXT_ROLES and not any(isinstance(part, Mapping) and "type" in part for part in parts):
-        return content  # what a tool has returned, which templates print as JSON
-    strange = next((part for part in parts if not (isinstance(part, Mapping) and _is_text(part))), content)
-    kind = strange.get("type") if isinstance(strange, Mapping) else None
-    what = f"a part of type {kind!r}" if kind else f"{type(strange).__name__} {str(strange)[:40]!r}"
-    raise DataError(f"{place}: 'content' holds {what}, wanted text or a list of {{type: text, text: ...}}")
-
-
-def _is_text(part: Mapping[str, Any]) -> bool:
-    return part.get("type", "text") == "text" and isinstance(part.get("text"), str)
-
-
-def _parsed(value: Any, column: str, where: str) -> Any:
-    """`value`, parsed if it is JSON in a string, as tables with one type per column have it; None for nothing."""
-    if not isinstance(value, str):
-        return value or None
-    if not value.strip():
-        return None
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise DataError(f"{where}: {column!r} is text and no JSON ({error})") from None
-
-
-def _list_of_objects(value: Any, column: str, where: str) -> list[dict[str, Any]]:
-    items = [_parsed(item, column, where) for item in value] if isinstance(value, list) else [value]
-    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in items):
-        raise DataError(f"{where}: {column!r} has to be a list of objects, found {str(value)[:60]!r}")
-    return [dict(item) for item in items]
+def _wanted(form: RowForm, text_column: str) -> tuple[str, ...]:
+    return (text_column,) if form == "text" else _COLUMNS[form]
 
 
 def _without_nulls(value: Any) -> Any:

@@ -22,12 +22,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from kd_plugin.data.columns import RowReader
 from kd_plugin.data.conversations import Spans, render
 from kd_plugin.data.isolated import pack
 from kd_plugin.data.known_ids import check_ids
+from kd_plugin.data.mixture import Part, mixed, without
 from kd_plugin.data.packing import Batch, Document, PackedDataset, Sequences, TrainBatches, collate, eval_batches
 from kd_plugin.data.record import DataError, Record
-from kd_plugin.data.records import read_records, refuse_unused
+from kd_plugin.data.records import open_source, refuse_unused
+from kd_plugin.data.tally import Tally
+from kd_plugin.data.tokenized_cache import cached_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,15 +66,23 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
         DataError: nothing found, no accepted columns, nothing to train on, or a setting without effect.
     """
     refuse_unused(config)
-    train = _read(config.train, config, tokenizer, name="data.train", split=config.split)
+    parts = [
+        Part(name, source.weight, _read(source.source, read, tokenizer, name=name, split=read.split))
+        for name, source, read in config.sources()
+    ]
     if config.eval is not None:
         split = config.eval_split or config.split
-        return train, _read(config.eval, config, tokenizer, name="data.eval", split=split)
-    if config.eval_split is not None:
-        return train, _read(config.train, config, tokenizer, name="data.eval_split", split=config.eval_split)
-    train, held_out = split_documents(train, config.eval_fraction)
-    logger.info("data.eval_fraction: %d document(s) held out, %d left to train on", len(held_out), len(train))
-    return train, held_out
+        return mixed(parts), _read(config.eval, config, tokenizer, name="data.eval", split=split)
+    if (split := config.eval_split) is not None:
+        name, sources = "data.eval_split", config.sources()
+        held_out = [d for _, s, read in sources for d in _read(s.source, read, tokenizer, name=name, split=split)]
+        return mixed(parts), held_out
+    split_parts = [split_documents(part.documents, config.eval_fraction) for part in parts]
+    held_out = [document for _, chosen in split_parts for document in chosen]
+    kept = without([Part(*p[:2], rest) for p, (rest, _) in zip(parts, split_parts, strict=True)], held_out)
+    left = sum(len(part.documents) for part in kept)
+    logger.info("data.eval_fraction: %d document(s) held out, %d left to train on", len(held_out), left)
+    return mixed(kept), held_out
 
 
 def load_datasets(
@@ -170,22 +182,16 @@ def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Ite
 def _read(
     source: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, name: str, split: str
 ) -> list[Document]:
-    forms: Counter[str] = Counter()
+    opened = open_source(source, config, name=name, split=split)
 
-    def counted() -> Iterator[Record]:
-        records = read_records(source, config, name=name, split=split)
-        for record in itertools.islice(records, config.max_documents):
-            forms[record.form] += 1
-            yield record
+    def tokenised(tally: Tally) -> Iterator[Document]:
+        rows = RowReader(config)
+        records = itertools.islice(opened.records(rows), config.max_documents)
+        yield from tally.kept(encode(tally.counted(records), tokenizer))
+        rows.check_all_found(name)
 
-    documents = [document for document in encode(counted(), tokenizer) if document is not None]
-    if not documents:
-        raise DataError(f"{name}: {source} has no text to train on ({sum(forms.values())} records read)")
-    by_form = ", ".join(f"{count} x {form}" for form, count in forms.items())
-    num_tokens = sum(len(document.input_ids) for document in documents)
-    logger.info("%s: %s in %s; %d documents, %d tokens", name, by_form, source, len(documents), num_tokens)
-    if skipped := sum(forms.values()) - len(documents):
-        logger.warning("%s: %d record(s) without a token to train on were left out", name, skipped)
+    documents, tally = cached_documents(tokenised, opened, config, tokenizer, name)
+    tally.report(name, source, documents)
     if tokenizer.eos_token_id is None:
         logger.warning("%s: the tokenizer has no end token, so documents end without one", name)
     return documents

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 Form = Literal["text", "prompt + completion", "messages"]
+RowForm = Literal[Form, "conversations", "instruction + output"]
+"""Form of a row in the data; the last two are rewritten into `messages`."""
 
 
 class DataError(ValueError):
@@ -22,3 +24,6 @@ class Record(NamedTuple):
 
     where: str
     """The place that it comes from, for error messages."""
+
+    row_form: RowForm | None = None
+    """The form of its row, where that is another."""

@@ -1,7 +1,7 @@
 """Where text comes from: one stream of records, whatever the source.
 
 Notable decisions:
-- a .txt file is one document; JSONL and Parquet rows, and the topics of `python_docs`, are one each;
+- files are read by `data.files`; the topics of `python_docs` and the rows of a dataset are one document each;
 - what a row means is for `data.columns`, and a row that means nothing is an error with its place, since a row
   skipped in silence is another experiment (empty text is skipped, and counted by the caller);
 - what exists on disk goes before a dataset name of the same spelling.
@@ -9,20 +9,24 @@ Notable decisions:
 
 from __future__ import annotations
 
-import json
+import hashlib
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from kd_plugin.data.columns import columns_of, form_of, record_of
+from kd_plugin.data.columns import RowReader
+from kd_plugin.data.files import ACCEPTED, first_line, is_readable, read_file, read_through
 from kd_plugin.data.record import DataError, Record
 from kd_plugin.settings.extras import require
 
 if TYPE_CHECKING:
-    from kd_plugin.settings.run import DataConfig
+    from kd_plugin.settings.data import DataConfig
 
-__all__ = ["DataError", "Record", "check_source", "is_hub_dataset", "read_records", "refuse_unused"]
+__all__ = ["DataError", "Source", "check_source", "has_splits", "is_hub_dataset", "open_source", "refuse_unused"]
 
 # A name with one of these is a file that is missing, not a dataset of the hub.
 _FILE_ENDINGS = {
@@ -38,26 +42,66 @@ _FILE_ENDINGS = {
     ".zip",
     ".zst",
 }
+_READ_WHOLE = 2**28  # bytes; hashed in a third of a second
+_END = 2**20
+_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""What `save_to_disk` leaves in the folder of a dataset, and in that of several splits."""
 
 
-def read_records(source: str, config: DataConfig, *, name: str, split: str) -> Iterator[Record]:
-    """Read the records of `source`, lazily, in an order that never changes.
+class Source(NamedTuple):
+    """A place that records come from, opened but not read."""
+
+    records: Callable[[RowReader], Iterator[Record]]
+    """Reads them, lazily, in an order that never changes."""
+
+    identity: Callable[[], object]
+    """What JSON can hold, and what is another as soon as the content is; None where that cannot be known."""
+
+
+def open_source(source: str, config: DataConfig, *, name: str, split: str) -> Source:
+    """Find `source` and say how its records are read; their faults show only then.
 
     Args:
-        source: `python_docs`, a .txt/.jsonl/.parquet file, a directory or glob of them, or a dataset name.
-        config: for `text_column`, `subset` and `max_documents`.
+        source: `python_docs`, a file, a directory or glob of them, a folder of `save_to_disk`, or a dataset name.
+        config: for `subset` and `max_documents`.
         name: the setting that named the source, for errors.
-        split: split of a hub dataset.
+        split: split of a hub dataset, or of a folder with several.
 
     Raises:
-        DataError: nothing there, not readable, or columns that are no accepted form.
+        DataError: nothing there, or nothing that can be loaded.
     """
     if source == "python_docs":
-        return _python_docs()
+        return Source(lambda rows: _python_docs(), lambda: [sys.version, _digest(repr(list(_python_docs())).encode())])
     if is_hub_dataset(source):
-        return _hub_dataset(source, config, name, split)
+        dataset = _hub_dataset(source, config, name, split)
+        # No fingerprint of one that is streamed.
+        known = getattr(dataset, "_fingerprint", None)
+        return Source(partial(_of_dataset, dataset, f"{source} ({split})", name), lambda: known)
+    if saved := _saved_kind(source):
+        where = f"{source} ({split})" if saved == _SAVED_SPLITS else source
+        files = sorted(file for file in Path(source).expanduser().rglob("*") if file.is_file())
+        read = partial(_of_dataset, _saved_dataset(source, name, split), where, name)
+        return Source(read, lambda: [split, *map(_identity, files)])
     files = _files(source, name)
-    return (record for file in files for record in _READERS[file.suffix](file, config.text_column))
+    return Source(
+        lambda rows: (record for file in files for record in read_file(file, rows)),
+        lambda: [_identity(file) for file in files],
+    )
+
+
+def _identity(file: Path) -> tuple[str, int, str]:
+    """Name, size and content of a file; of a large one both ends and the time of its last change instead."""
+    about = file.stat()
+    with file.open("rb") as content:
+        if about.st_size <= _READ_WHOLE:
+            return str(file), about.st_size, _digest(content.read())
+        ends = content.read(_END)
+        content.seek(-_END, os.SEEK_END)
+        return str(file), about.st_size, f"{about.st_mtime_ns} {_digest(ends + content.read())}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def is_hub_dataset(source: str) -> bool:
@@ -67,13 +111,18 @@ def is_hub_dataset(source: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source) is not None
 
 
+def has_splits(source: str) -> bool:
+    """Whether `data.split` means something for `source`: a dataset's name, or a folder with several splits."""
+    return is_hub_dataset(source) or _saved_kind(source) == _SAVED_SPLITS
+
+
 def check_source(source: str, name: str) -> None:
     """Find the files of `source` without reading them; nothing is asked about the hub.
 
     Raises:
         DataError: no such file, or none of an accepted kind; `name` is the setting that named it.
     """
-    if source != "python_docs" and not is_hub_dataset(source):
+    if source != "python_docs" and not is_hub_dataset(source) and not _saved_kind(source):
         _files(source, name)
 
 
@@ -81,23 +130,42 @@ def refuse_unused(config: DataConfig) -> None:
     """Refuse settings about datasets of the hub where nothing is read from it.
 
     Raises:
-        DataError: `subset`, `split` or `eval_split` is given and neither source is a dataset of the hub.
+        DataError: `subset`, `split` or `eval_split` is given and no source is a dataset of the hub, or has splits.
     """
-    if is_hub_dataset(config.train) or (config.eval and is_hub_dataset(config.eval)):
+    for name, source, read in config.sources():
+        where = "data" if isinstance(config.train, str) else name
+        given = {"subset": read.subset, "split": read.split if read.split != "train" else None}
+        for setting, value in given.items():
+            own = isinstance(config.train, str) or getattr(source, setting) is not None
+            if value is not None and own and not _heeds(setting, [read.train, config.eval]):
+                raise DataError(
+                    f"{where}.{setting} is {value!r}, but {source.source!r} is no dataset name; "
+                    f"remove {where}.{setting}"
+                )
+    sources = [source.source for _, source, _ in config.sources()]
+    if config.eval_split is None or any(map(has_splits, filter(None, [config.eval]))):
         return
-    given = {"subset": config.subset, "eval_split": config.eval_split}
-    given["split"] = config.split if config.split != "train" else None
-    for key, value in given.items():
-        if value is not None:
-            raise DataError(f"data.{key} is {value!r}, but {config.train!r} is no dataset name; remove data.{key}")
+    if without := [source for source in sources if not has_splits(source)]:
+        raise DataError(
+            f"data.eval_split is {config.eval_split!r}, but {without[0]!r} is no dataset name; remove data.eval_split"
+        )
+
+
+def _heeds(setting: str, sources: Iterable[Any]) -> bool:
+    takes = is_hub_dataset if setting == "subset" else has_splits
+    return any(takes(source) for source in sources if isinstance(source, str))
 
 
 def _files(source: str, name: str) -> list[Path]:
+    """The files of `source`, sorted.
+
+    Raises:
+        DataError: no such file, or none of an accepted kind; `name` is the setting that named it.
+    """
     path = Path(source).expanduser()
-    accepted = ", ".join(_READERS)
     if path.is_file():
-        if path.suffix not in _READERS:
-            raise DataError(f"{name}: {source} ends in {path.suffix!r}; give a file that ends in one of {accepted}")
+        if not is_readable(path):
+            raise DataError(f"{name}: {source} ends in {path.suffix!r}; give a file that ends in one of {ACCEPTED}")
         return [path]
     if path.is_dir():
         candidates = path.rglob("*")
@@ -105,10 +173,12 @@ def _files(source: str, name: str) -> list[Path]:
         root = Path(path.anchor)
         candidates = root.glob(str(path.relative_to(root)))
     else:
-        raise DataError(f"{name}: no such file or directory: {source}")
-    files = sorted(file for file in candidates if file.is_file() and file.suffix in _READERS)
+        foreign = path.suffix in _FILE_ENDINGS and not is_readable(path)
+        also = f" (and {path.suffix!r} is not read: {ACCEPTED} are)" if foreign else ""
+        raise DataError(f"{name}: no such file or directory: {source}{also}")
+    files = sorted(file for file in candidates if file.is_file() and is_readable(file))
     if not files:
-        raise DataError(f"{name}: no file that ends in one of {accepted} in {source}")
+        raise DataError(f"{name}: no file that ends in one of {ACCEPTED} in {source}")
     return files
 
 
@@ -119,51 +189,28 @@ def _python_docs() -> Iterator[Record]:
         yield Record("text", {"text": topics[topic]}, f"python_docs: {topic}")
 
 
-def _text_file(path: Path, text_column: str) -> Iterator[Record]:
-    try:
-        yield Record("text", {"text": path.read_text(encoding="utf-8-sig")}, str(path))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it, e.g. with iconv") from error
+def _saved_kind(source: str) -> str:
+    """The name of the file by which a folder of `save_to_disk` is known; empty for anything else."""
+    folder = Path(source).expanduser()
+    return next((kind for kind in (_SAVED_SPLITS, _SAVED) if (folder / kind).is_file()), "")
 
 
-def _jsonl_file(path: Path, text_column: str) -> Iterator[Record]:
-    # Bytes, so that an undecodable line is found with its number.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-                raise DataError(f"{where}: not a line of JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: a JSON {type(row).__name__}; each line has to be an object with columns")
-            yield record_of(row, text_column, where)
-
-
-def _parquet_file(path: Path, text_column: str) -> Iterator[Record]:
-    require("pyarrow", "Parquet files need it")
-    import pyarrow
-    import pyarrow.parquet
+def _saved_dataset(source: str, name: str, split: str) -> Iterable[Mapping[str, Any]]:
+    require("datasets", "folders of save_to_disk need it")
+    import datasets
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses of these
-        raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
-    with file:
-        names = file.schema_arrow.names
-        form = form_of(names, text_column, str(path))
-        wanted = columns_of(form, text_column)
-        if form == "messages":  # of which a template may read one
-            wanted |= {field.name for field in file.schema_arrow if not pyarrow.types.is_nested(field.type)}
-        batches = file.iter_batches(columns=[name for name in names if name in wanted])
-        rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
-        for number, row in enumerate(_read_through(rows, f"{path}: not a readable Parquet file"), 1):
-            yield record_of(row, text_column, f"{path}: row {number}", padded=True)
+        dataset: Any = datasets.load_from_disk(str(Path(source).expanduser()))
+    except Exception as error:  # files that are missing or damaged, each with an error of its own
+        raise DataError(f"{name}: {source} cannot be loaded: {first_line(error)}") from error
+    if not isinstance(dataset, dict):  # of splits
+        return dataset
+    if split not in dataset:
+        raise DataError(f"{name}: {source} has no split {split!r}, only {', '.join(dataset)}; set data.split")
+    return dataset[split]
 
 
-def _hub_dataset(source: str, config: DataConfig, name: str, split: str) -> Iterator[Record]:
+def _hub_dataset(source: str, config: DataConfig, name: str, split: str) -> Iterable[Mapping[str, Any]]:
     require("datasets", "datasets of the hub need it")
     import datasets
 
@@ -172,27 +219,11 @@ def _hub_dataset(source: str, config: DataConfig, name: str, split: str) -> Iter
         dataset = datasets.load_dataset(source, config.subset, split=split, streaming=config.max_documents is not None)
     except Exception as error:  # not found, no such split or subset, no connection, or whatever a builder raises
         raise DataError(
-            f"{name}: no file {source!r} here, and as a dataset it cannot be loaded: {_first_line(error)}"
+            f"{name}: no file {source!r} here, and as a dataset it cannot be loaded: {first_line(error)}"
         ) from error
-    rows = cast("Iterable[Mapping[str, Any]]", dataset)  # of one split, and one by one
-    for number, row in enumerate(_read_through(rows, f"{name}: {source} ({split}) cannot be read to its end"), 1):
-        yield record_of(row, config.text_column, f"{source} ({split}): row {number}", padded=True)
+    return cast("Iterable[Mapping[str, Any]]", dataset)  # of one split, and one by one
 
 
-def _read_through(rows: Iterable[Mapping[str, Any]], what: str) -> Iterator[Mapping[str, Any]]:
-    """Yield `rows`, and turn whatever their library raises on the way into one line."""
-    try:
-        yield from rows
-    except Exception as error:
-        raise DataError(f"{what} ({_first_line(error)})") from error
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
-    ".txt": _text_file,
-    ".jsonl": _jsonl_file,
-    ".parquet": _parquet_file,
-}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def _of_dataset(dataset: Iterable[Mapping[str, Any]], where: str, name: str, rows: RowReader) -> Iterator[Record]:
+    for number, row in enumerate(read_through(dataset, f"{name}: {where} cannot be read to its end"), 1):
+        yield rows.record(row, f"{where}: row {number}", padded=True)

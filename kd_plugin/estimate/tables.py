@@ -27,7 +27,11 @@ class Table(NamedTuple):
 
 def show(estimate: Estimate) -> None:
     """Print the tables and notes of `estimate`."""
-    tables, notes = tables_of(estimate), notes_of(estimate)
+    show_tables(tables_of(estimate), notes_of(estimate))
+
+
+def show_tables(tables: list[Table], notes: list[str]) -> None:
+    """Print `tables` and the `notes` below them."""
     if sys.stdout.isatty():
         _show_rich(tables, notes)
     else:

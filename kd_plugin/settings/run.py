@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 from pydantic.functional_validators import model_validator
 
+from kd_plugin.settings.data import DataConfig, WeightedSource
 from kd_plugin.settings.distill import DistillConfig, Section, TermConfig
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "TeacherConfig",
     "TermConfig",
     "TrainConfig",
+    "WeightedSource",
 ]
 
 Precision = Literal["float32", "bfloat16", "float16", "auto"]
@@ -109,45 +111,6 @@ class StudentConfig(ModelSource):
                 "student has no origin: set one of student.model, student.from_teacher, student.from_config"
             )
         return self
-
-
-class DataConfig(Section):
-    """Text that both models read."""
-
-    train: str = "python_docs"
-    """`python_docs` (built in), a .txt/.jsonl/.parquet file, directory or glob, or a dataset name. A .txt
-    file is one document; rows have `text`, `prompt` and `completion`, or `messages` (and `tools`, `documents`,
-    `chat_template_kwargs`, if the chat template knows them)."""
-
-    eval: str | None = None
-    """Held-out text in the same forms; null holds out `eval_fraction` of the training documents."""
-
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the training documents that is held out when `eval` is null; a single document is cut."""
-
-    subset: str | None = None
-    """Configuration name of a hub dataset."""
-
-    split: str = "train"
-    """Split of a hub dataset used for training."""
-
-    eval_split: str | None = None
-    """Split of a hub dataset used for evaluation; null falls back to `eval_fraction`."""
-
-    text_column: str = "text"
-    """Column with plain text, where the data has one."""
-
-    seq_len: Annotated[int, Field(ge=2)] = 512
-    """Tokens per packed sequence."""
-
-    packing: Literal["isolated", "joined"] = "isolated"
-    """`isolated`: documents share a sequence and do not read each other, neither in the teacher nor in the student:
-    positions start anew and attention stays within each, which is tried out on both models at the start. Documents
-    that fit stay whole. `joined`: documents are laid end to end, each reads what stands before it, and a sequence
-    ends wherever it is full; for models that cannot keep documents apart, such as state-space models."""
-
-    max_documents: PositiveInt | None = None
-    """Use only the first so many documents (of `train`, and of `eval`)."""
 
 
 class TrainConfig(Section):

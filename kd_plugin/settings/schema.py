@@ -46,12 +46,18 @@ def field_schema(path: tuple[str | int, ...]) -> tuple[tuple[str, ...], dict[str
     """The deepest setting on `path`, and its JSON schema.
 
     pydantic appends list positions and the names of union members to the path of an error; they are
-    dropped: ("train", "adam_betas", 1) gives ("train", "adam_betas").
+    dropped: ("train", "adam_betas", 1) gives ("train", "adam_betas"). An item of a list is a setting of its own where
+    it has settings: ("distill", "terms", 0, "weight").
     """
     root = json_schema()
     reached: tuple[str, ...] = ()
     schema = root
     for name in path:
+        if str(name).isdigit() and (items := _items(schema)):
+            reached, schema = (*reached, str(name)), items
+            continue
+        if str(name).startswith("tuple["):
+            continue
         properties = _section(schema, root).get("properties", {})
         if name not in properties:
             break
@@ -118,6 +124,12 @@ def _section(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
     return next((option for option in schema.get("anyOf", ()) if option.get("type") == "object"), schema) | (
         {"description": schema["description"]} if "description" in schema else {}
     )
+
+
+def _items(schema: dict[str, Any]) -> dict[str, Any] | None:
+    """What a list of sections (or a union with one) holds; None for anything else."""
+    items = (option.get("items", {}) for option in (schema, *schema.get("anyOf", ())))
+    return next((item for item in items if "$ref" in item), None)
 
 
 def _escape(cell: str) -> str:

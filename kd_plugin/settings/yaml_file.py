@@ -194,12 +194,22 @@ def _without_empty_sections(values: Any) -> dict[str, Any]:
 
 def _fault_lines(error: ValidationError, values: Any, where: _Places) -> list[str]:
     lines: dict[str, None] = {}  # in order; the members of a union each report, and one line is enough
-    for detail in error.errors():
+    details = error.errors()
+    in_items = {detail["loc"][:at] for detail in details if (at := _union_member(detail["loc"]))}
+    for detail in details:
+        if detail["loc"][:-1] in in_items:  # a list was given, so the other members of the union say nothing
+            continue
         keys, schema = field_schema(detail["loc"])
         if detail["type"] in ("extra_forbidden", "invalid_key"):
-            keys = tuple(map(str, detail["loc"]))
+            keys = tuple(str(part) for part in detail["loc"] if "[" not in str(part))
         lines[f"{where(keys)}: {'.'.join(keys)}: {_what(detail, keys, schema, values)}"] = None
     return list(lines)
+
+
+def _union_member(path: tuple[str | int, ...]) -> int:
+    """Where on the path of a fault the name of a list stands that is one member of a union; 0 if nowhere."""
+    inner = (at for at, part in enumerate(path[:-1]) if str(part).startswith("tuple["))
+    return next(inner, 0)
 
 
 def _what(detail: ErrorDetails, keys: Keys, schema: dict[str, Any], values: Any) -> str:
@@ -215,6 +225,8 @@ def _what(detail: ErrorDetails, keys: Keys, schema: dict[str, Any], values: Any)
             return detail["msg"].removeprefix("Value error, ") + ("" if isinstance(given, dict) else got)
         case "unknown_divergence":
             return detail["msg"] + got
+        case "literal_error" if detail["loc"][-1] == "[key]":
+            return f"knows no {detail['input']!r}; {detail['msg'].replace('Input should be', 'known are')}{got}"
         case "finite_number":
             return f"wants a finite number{got}"
     hint = "; null is written null" if given == "None" else ""
@@ -233,6 +245,9 @@ def _suggestion(keys: Keys) -> str:
 
 def _look_up(values: Any, keys: Keys) -> Any:
     for key in keys:
+        if isinstance(values, list) and key.isdigit():
+            values = values[int(key)]
+            continue
         if not isinstance(values, dict):
             return None
         values = values[key] if key in values else values.get(int(key) if key.isdigit() else key)

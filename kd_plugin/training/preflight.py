@@ -17,7 +17,7 @@ from typing import TypeVarTuple
 
 from pydantic import BaseModel
 
-from kd_plugin.data.records import check_source, is_hub_dataset, refuse_unused
+from kd_plugin.data.records import check_source, has_splits, refuse_unused
 from kd_plugin.engines import zero_block
 from kd_plugin.models.files import check_weights, is_local, resolve_source, resolve_tokenizer, section_name
 from kd_plugin.settings.distill import BUILT_IN
@@ -95,9 +95,10 @@ def _teacher_ahead_problems(config: RunConfig) -> list[str]:
 
 def _data_problems(data: DataConfig) -> list[str]:
     problems = _faults_of(refuse_unused, data)
-    for name, source in (("data.train", data.train), ("data.eval", data.eval)):
-        if source is not None:
-            problems += _faults_of(check_source, source, name)
+    for name, source, _ in data.sources():
+        problems += _faults_of(check_source, source.source, name if isinstance(data.train, str) else f"{name}.source")
+    if data.eval is not None:
+        problems += _faults_of(check_source, data.eval, "data.eval")
     return problems
 
 
@@ -205,14 +206,16 @@ def _idle_of_built_student(student: StudentConfig) -> Idle:
 
 
 def _idle_data(data: DataConfig) -> Idle:
-    sources = [data.train, *([data.eval] if data.eval else [])]
-    if all(source == "python_docs" or source.endswith(".txt") for source in sources):
-        yield from _each_changed(data, ["text_column"], f"{' and '.join(sources)} have no columns")
+    sources = [*(source.source for _, source, _ in data.sources()), *([data.eval] if data.eval else [])]
+    if all(source == "python_docs" or source.endswith((".txt", ".txt.gz")) for source in sources):
+        yield from _each_changed(
+            data, ["text_column", "columns", "train_on"], f"{' and '.join(sources)} have no columns"
+        )
     for other in ("eval", "eval_split"):
         if getattr(data, other) is not None:
             yield from _each_changed(data, ["eval_fraction"], f"data.{other} names the held-out text")
             break
-    if data.eval and data.eval_split and not is_hub_dataset(data.eval):
+    if data.eval and data.eval_split and not has_splits(data.eval):
         yield "data.eval_split", f"data.eval {data.eval} is a file, which has no splits"
 
 

@@ -27,8 +27,8 @@ import torch
 from kd_plugin.data.documents import check_all_ids, load_datasets
 from kd_plugin.engines.process_group import Placement, start_process_group
 from kd_plugin.engines.protocol import DTYPES
-from kd_plugin.models.loading import build_student, check_positions, load_teacher, load_tokenizer, progress_bars
-from kd_plugin.plugin.tokenizers import check_tokenizers, check_vocabulary
+from kd_plugin.models.loading import build_student, check_positions, load_teacher, progress_bars
+from kd_plugin.plugin.tokenizers import check_vocabulary
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training import checkpoint
 from kd_plugin.training.console import run_log
@@ -42,6 +42,7 @@ from kd_plugin.training.report import continuations, diverged, report
 from kd_plugin.training.schedule import accumulation_steps, parallel_mode, seed_everything
 from kd_plugin.training.session import Material, Session, make_session
 from kd_plugin.training.tensorboard import sample_tag
+from kd_plugin.training.tokenizers import tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,11 +126,7 @@ def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
 
 
 def _load(config: RunConfig, place: Placement) -> Material:
-    tokenizer = load_tokenizer(config.teacher)
-    pretrained = config.student.model and config.student.from_config is None
-    if config.student.tokenizer or pretrained:
-        teacher_tokenizer, tokenizer = tokenizer, load_tokenizer(config.student)
-        check_tokenizers(tokenizer, teacher_tokenizer)
+    tokenizer = tokenizer_of(config)
     datasets = load_datasets(config.data, tokenizer, config.distill.ignore_index, seed=config.train.seed)
     teacher = load_teacher(config.teacher)
     student = build_student(config.student, teacher, seed=config.train.seed)

@@ -211,11 +211,11 @@ def test_whatever_a_template_raises_is_one_line_with_the_row(tmp_path: Path) -> 
 
 
 def test_roles_of_other_formats_are_named(tmp_path: Path) -> None:
-    turns = [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "yes"}]
+    turns = [{"role": "person", "content": "hi"}, {"role": "chatgpt", "content": "yes"}]
     said = refusal(tmp_path, {"messages": turns})
     assert said == (
-        ": no turn is of role 'assistant', whose turns are trained on; found gpt, human: "
-        "rename the roles user and assistant"
+        ": no turn is of role 'assistant', whose turns are trained on; found chatgpt, person: "
+        "rename the roles user and assistant (human and gpt are read as these)"
     )
 
 

@@ -109,7 +109,8 @@ def test_form_found_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 def test_rows_without_text_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", {"text": "a"}, {"text": ""}, {"text": None})
     assert len(read(source)) == 1
-    assert "2 record(s) without a token to train on" in caplog.text
+    said = f"2 record(s) without a token to train on were left out: 2 x no text (first: {source}:2)"
+    assert said in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path: Path, caplog: pyte
     [
         (
             '{"body": "a"}',
-            r"x\.jsonl:1: columns found: body; wanted 'text', 'prompt' and 'completion', or 'messages'",
+            r"x\.jsonl:1: columns found: body; wanted 'text', 'prompt' and 'completion', 'messages', ",
         ),
         ('{"text": "a"}\n\n{"text": 3}', r"x\.jsonl:3: 'text' is of type int, wanted text"),
         ('{"text": "a"}\n{"text"', r"x\.jsonl:2: not a line of JSON"),
@@ -139,13 +140,14 @@ def test_bad_rows_are_errors_of_one_line_with_their_place(tmp_path: Path, lines:
     [
         ("no/such/file.txt", "data.train: no such file or directory: no/such/file.txt"),
         ("missing.json", "data.train: no such file or directory: missing.json"),
-        ("{tmp}/*.txt", r"no file that ends in one of \.txt, \.jsonl, \.parquet in"),
-        ("{tmp}/x.csv", r"ends in '\.csv'; give a file that ends in one of \.txt, \.jsonl, \.parquet"),
+        ("{tmp}/*.txt", r"no file that ends in one of \.txt, \.jsonl, .*\.parquet or .* in"),
+        ("{tmp}/x.md", r"ends in '\.md'; give a file that ends in one of \.txt, \.jsonl, "),
+        ("my_file.zst", r"no such file or directory: my_file\.zst \(and '\.zst' is not read: \.txt, "),
         ("{tmp}/x.parquet", "not a readable Parquet file"),
     ],
 )
 def test_missing_or_foreign_files_are_named(tmp_path: Path, source: str, message: str) -> None:
-    (tmp_path / "x.csv").write_text("a,b")
+    (tmp_path / "x.md").write_text("a,b")
     (tmp_path / "x.parquet").write_text("not parquet")
     with pytest.raises(DataError, match=message) as caught:
         read(source.replace("{tmp}", str(tmp_path)))

@@ -49,7 +49,7 @@ def test_turns_that_a_template_rewrites_are_not_dropped(tmp_path: Path) -> None:
     assert rendered(tmp_path, {"messages": turns}).endswith(ANSWERED)
 
 
-@pytest.mark.parametrize("role", ["model", "gpt", "bot"])
+@pytest.mark.parametrize("role", ["model", "chatgpt", "bot"])
 def test_the_assistant_under_two_names_is_refused(tmp_path: Path, role: str) -> None:
     turns = [*CHAT_OF_ONE, CHAT_OF_ONE[0], {"role": role, "content": "a"}]
     assert refusal(tmp_path, {"messages": turns}).startswith(f": turns of role {role} would not be trained on")

@@ -226,7 +226,7 @@ def test_saving_is_no_part_of_a_step_s_time(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_faults_are_told_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd_plugin.training.run.load_tokenizer", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("kd_plugin.training.run.tokenizer_of", lambda *_: pytest.fail("loaded"))
     data = {"train": "missing.txt", "eval": "absent.txt"}
     with pytest.raises(SetupError, match=r"missing\.txt\n.*absent\.txt"):
         kd.train(run_config(folder, data=data))
