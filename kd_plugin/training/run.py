@@ -40,7 +40,7 @@ from kd_plugin.training.preflight import SetupError, early_problems, idle_settin
 from kd_plugin.training.report import continuations, diverged, report
 from kd_plugin.training.schedule import accumulation_steps, parallel_mode, seed_everything
 from kd_plugin.training.session import Material, Session, make_session
-from kd_plugin.training.tensorboard import sample_tag
+from kd_plugin.training.tensorboard import sample_tag, verbatim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -192,7 +192,7 @@ def _finish(
             fresh = partial(_plain_student, build, material)
             export_student(session.engine, fresh, material.tokenizer, export, dtype=dtype)
     with session.timed("samples"):
-        samples = {} if failure else _samples(session, material)
+        samples = {} if failure else _samples(session, material, step)
     if session.place.rank == 0:
         _report(session, step, {"before": before, "after": after}, samples, export)
     if failure:
@@ -205,7 +205,7 @@ def _report(
 ) -> None:
     """Write summary.json and show the table; `quality` has the evaluations `before` and `after`."""
     folder = Path(session.config.log.output_dir)
-    places = {"config": folder / "config.yaml"}
+    places = {"config": folder / "config.yaml", "metrics": folder / "metrics.jsonl"}
     if session.config.log.tensorboard:
         places["TensorBoard"] = folder
     if export:
@@ -221,7 +221,7 @@ def _plain_student(build: Callable[[], PreTrainedModel], material: Material) -> 
     return model
 
 
-def _samples(session: Session, material: Material) -> dict[str, str]:
+def _samples(session: Session, material: Material, step: int) -> dict[str, str]:
     """Continuations by teacher and student. Sharded models gather in step, so all ranks come here."""
     log, engine = session.config.log, session.engine
     if not log.sample_prompt:
@@ -231,5 +231,5 @@ def _samples(session: Session, material: Material) -> dict[str, str]:
     with torch.compiler.set_stance("force_eager"):  # for a few tokens, with a cache of keys in every layer
         samples = continuations(models, material.tokenizer, log.sample_prompt, log.sample_tokens)
     for name, text in samples.items():
-        session.writer.text(sample_tag(name), text)
+        session.writer.text(sample_tag(name), verbatim(text), step)
     return {"prompt": log.sample_prompt, **samples}

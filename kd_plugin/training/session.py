@@ -22,7 +22,8 @@ from kd_plugin.settings.yaml_file import to_yaml
 from kd_plugin.training import checkpoint
 from kd_plugin.training.ahead import TeacherPace
 from kd_plugin.training.schedule import micro_batches_together
-from kd_plugin.training.tensorboard import Writer, make_writer
+from kd_plugin.training.tensorboard import Writer
+from kd_plugin.training.writers import open_writers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -172,14 +173,14 @@ def _held_out(config: RunConfig, place: Placement, dataset: PackedDataset) -> Ca
 
 
 def _open_writer(config: RunConfig, place: Placement, start_from: Path | None) -> Writer:
-    """Make the run's folder, and write its configuration there and to TensorBoard."""
+    """Make the run's folder, and write its configuration there and to what the run reports to."""
     folder = Path(config.log.output_dir)
     if place.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
-    first_step = checkpoint.step_of(start_from) + 1 if start_from else 0
-    writer = make_writer(folder, enabled=config.log.tensorboard and place.rank == 0, first_step=first_step)
-    writer.text("config", f"```yaml\n{to_yaml(config)}\n```")
+    done = checkpoint.step_of(start_from) if start_from else None
+    writer = open_writers(config, rank=place.rank, done=done)
+    writer.text("config", f"```yaml\n{to_yaml(config)}\n```", done or 0)
     return writer
 
 
