@@ -27,11 +27,12 @@ from kd_plugin.data.known_ids import check_ids
 from kd_plugin.data.packing import Batch, Document, PackedDataset, TrainBatches, collate, eval_batches, indices_for_step
 from kd_plugin.data.record import DataError, Record
 from kd_plugin.data.records import read_records, refuse_unused
+from kd_plugin.distributed.bars import bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kd_plugin.settings.run import DataConfig, RunConfig
+from kd_plugin.settings.run import DataConfig, RunConfig
 
 __all__ = [
     "Batch",
@@ -173,7 +174,8 @@ def _read(
 
     def counted() -> Iterator[Record]:
         records = read_records(source, config, name=name, split=split)
-        for record in itertools.islice(records, config.max_documents):
+        wanted = itertools.islice(records, config.max_documents)
+        for record in bar(wanted, what=f"{name}, tokenising", unit="document", total=config.max_documents):
             forms[record.form] += 1
             yield record
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kd_plugin.distributed.bars import said_if_slow
 from kd_plugin.distributed.layout import is_zero3
 from kd_plugin.engines import zero_block
 from kd_plugin.engines.process_group import Placement
@@ -188,7 +189,8 @@ def _forget_warm_up_step(optimizer: torch.optim.Optimizer) -> None:
 def _initialize(deepspeed: Any, model: nn.Module, **options: Any) -> Any:
     """Call deepspeed.initialize and put the buffers back as they were; returns DeepSpeed's engine."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    engine, *_ = deepspeed.initialize(model=model, **options)
+    with said_if_slow("DeepSpeed is compiling an extension, the first time on a machine: a minute or two"):
+        engine, *_ = deepspeed.initialize(model=model, **options)
     for name, buffer in model.named_buffers():
         buffer.data = buffers[name].to(buffer.device)
     return engine

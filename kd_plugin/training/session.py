@@ -57,6 +57,8 @@ class Session:
     batches: TrainBatches
     held_out: Callable[[], Iterator[Batch]]
     """Begins the micro-batches of one evaluation anew."""
+    num_held_out: int
+    """Of them, on each rank."""
     writer: Writer
     history: list[dict[str, float]] = field(default_factory=list)
     """The numbers of each logged step, with "step"."""
@@ -118,6 +120,7 @@ def make_session(
         pace=TeacherPace(plugin, _together(config, place, start_from)),
         batches=_train_batches(config, place, accumulation, dataset),
         held_out=_held_out(config, place, held_out),
+        num_held_out=_num_held_out(config, place, held_out),
         writer=_open_writer(config, place, start_from),
     )
 
@@ -170,6 +173,13 @@ def _held_out(config: RunConfig, place: Placement, dataset: PackedDataset) -> Ca
         rank=place.rank,
         world_size=place.world_size,
     )
+
+
+def _num_held_out(config: RunConfig, place: Placement, dataset: PackedDataset) -> int:
+    """Micro-batches of one evaluation on each rank."""
+    train = config.train
+    sequences = min(train.eval_sequences or len(dataset), len(dataset))
+    return -(-sequences // ((train.eval_micro_batch_size or train.micro_batch_size) * place.world_size))
 
 
 def _open_writer(config: RunConfig, place: Placement, start_from: Path | None) -> Writer:
