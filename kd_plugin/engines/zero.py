@@ -67,7 +67,8 @@ class DeepSpeedEngine:
         if self.config.get("optimizer"):
             return {"model_parameters": groups}
         # lr 0 until the first step: some of DeepSpeed's wrappers make states by a step on zero gradients.
-        return {"optimizer": torch.optim.AdamW(groups, lr=0.0, betas=train.adam_betas, eps=train.adam_eps)}
+        settings = {"betas": train.adam_betas, "eps": train.adam_eps, "fused": train.optimizer == "adamw_fused"}
+        return {"optimizer": torch.optim.AdamW(groups, lr=0.0, **settings)}
 
     def _place_teacher(self, deepspeed: Any, teacher: nn.Module, config: RunConfig) -> nn.Module:
         teacher.requires_grad_(False).eval()

@@ -14,14 +14,14 @@ from kd_plugin.settings.run import RunConfig
 __all__ = ["CHARTS", "LAYOUT", "METRICS", "describe", "hyperparameters", "lines_of"]
 
 CHARTS: dict[str, dict[str, str]] = {
-    "a_loss/soft_hard_total": {
+    "a_loss/components": {
         "total": "train/loss",
         "soft": "train/soft_loss",
         "hard": "train/hard_loss",
         "router": "train/router_loss",
     },
-    "a_loss/train_against_eval_kl": {"train": "distill/kl_t1", "eval": "eval/kl_t1"},
-    "a_loss/train_against_eval_hard": {"train": "train/hard_loss", "eval": "eval/hard_loss"},
+    "a_loss/kl_vs_eval": {"train": "distill/kl_t1", "eval": "eval/kl_t1"},
+    "a_loss/hard_vs_eval": {"train": "train/hard_loss", "eval": "eval/hard_loss"},
     "b_agreement/top1": {"train": "distill/top1_agreement", "eval": "eval/top1_agreement"},
     "b_agreement/acceptance": {"train": "distill/acceptance_rate", "eval": "eval/acceptance_rate"},
 }
@@ -53,10 +53,10 @@ METRICS = ("eval/kl_t1", "eval/perplexity", "eval/top1_agreement")
 """What the tab "HParams" compares runs by."""
 
 _CHARTED = {
-    "a_loss/soft_hard_total": "The loss that is optimised and its parts before their weights: total = soft_weight * "
+    "a_loss/components": "The loss that is optimised and its parts before their weights: total = soft_weight * "
     "soft + hard_weight * hard (+ router).",
-    "a_loss/train_against_eval_kl": "KL(teacher to student) at temperature 1, in nats: training text against held-out.",
-    "a_loss/train_against_eval_hard": "Cross-entropy in nats: training text (as optimised, label smoothing included) "
+    "a_loss/kl_vs_eval": "KL(teacher to student) at temperature 1, in nats: training text against held-out.",
+    "a_loss/hard_vs_eval": "Cross-entropy in nats: training text (as optimised, label smoothing included) "
     "against held-out text (plain).",
     "b_agreement/top1": "Share of tokens on which student and teacher prefer the same next token.",
     "b_agreement/acceptance": "Sum over the vocabulary of min(p, q): how often speculative decoding would accept.",

@@ -79,8 +79,11 @@ def run_steps(session: Session, first: int, before: dict[str, float]) -> dict[st
         with window.paused():
             if evaluates:
                 result = evaluate(session, step)
+                session.best.look(session.engine, step, result)
             if saves:
                 _save(session, step)
+        if evaluates and session.early_stop.ends(step, result):
+            break
     return result
 
 

@@ -21,6 +21,7 @@ from kd_plugin.settings.run import RunConfig
 from kd_plugin.settings.yaml_file import to_yaml
 from kd_plugin.training import checkpoint
 from kd_plugin.training.ahead import TeacherPace
+from kd_plugin.training.best import Best, EarlyStop
 from kd_plugin.training.schedule import micro_batches_together
 from kd_plugin.training.tensorboard import Writer
 from kd_plugin.training.writers import open_writers
@@ -60,6 +61,8 @@ class Session:
     num_held_out: int
     """Of them, on each rank."""
     writer: Writer
+    best: Best
+    early_stop: EarlyStop
     history: list[dict[str, float]] = field(default_factory=list)
     """The numbers of each logged step, with "step"."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -111,6 +114,7 @@ def make_session(
     for note in engine.applied_notes:
         logger.info("%s", note)
     dataset, held_out = material.datasets
+    done = checkpoint.step_of(start_from) if start_from else None
     return Session(
         config=config,
         place=place,
@@ -121,7 +125,9 @@ def make_session(
         batches=_train_batches(config, place, accumulation, dataset),
         held_out=_held_out(config, place, held_out),
         num_held_out=_num_held_out(config, place, held_out),
-        writer=_open_writer(config, place, start_from),
+        writer=_open_writer(config, place, done),
+        best=Best(config, done=done),
+        early_stop=EarlyStop(config, done=done),
     )
 
 
@@ -182,13 +188,12 @@ def _num_held_out(config: RunConfig, place: Placement, dataset: PackedDataset) -
     return -(-sequences // ((train.eval_micro_batch_size or train.micro_batch_size) * place.world_size))
 
 
-def _open_writer(config: RunConfig, place: Placement, start_from: Path | None) -> Writer:
+def _open_writer(config: RunConfig, place: Placement, done: int | None) -> Writer:
     """Make the run's folder, and write its configuration there and to what the run reports to."""
     folder = Path(config.log.output_dir)
     if place.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
-    done = checkpoint.step_of(start_from) if start_from else None
     writer = open_writers(config, rank=place.rank, done=done)
     writer.text("config", f"```yaml\n{to_yaml(config)}\n```", done or 0)
     return writer

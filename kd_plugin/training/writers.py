@@ -1,4 +1,4 @@
-"""Everything that a run writes its numbers to: metrics.jsonl always, TensorBoard where it is wanted; rank 0 only."""
+"""What a run writes its numbers to: metrics.jsonl always, TensorBoard and trackers where wanted; rank 0 only."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kd_plugin.settings.run import RunConfig
 from kd_plugin.training.charts import hyperparameters
 from kd_plugin.training.metrics_file import MetricsFile
 from kd_plugin.training.tensorboard import TensorBoardWriter, Writer
+from kd_plugin.training.trackers import open_tracker
 
 __all__ = ["Writers", "open_writers"]
 
@@ -55,4 +56,6 @@ def open_writers(config: RunConfig, *, rank: int, done: int | None) -> Writers:
     if config.log.tensorboard:
         first_step = 0 if done is None else done + 1
         writers.append(TensorBoardWriter(folder, first_step=first_step, hparams=hyperparameters(config)))
+    for name in sorted(set(config.log.report_to) - {"tensorboard"}):
+        writers.append(open_tracker(name, folder, hyperparameters(config)))
     return Writers(writers)

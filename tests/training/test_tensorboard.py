@@ -76,7 +76,7 @@ def test_soft_hard_and_total_are_lines_of_one_chart_that_sorts_first(result: kd.
     assert sorted(everywhere)[0].startswith("a_loss/") and sorted({tag.split("/")[0] for tag in everywhere})[-1] == (
         "z_constant"
     )
-    assert set(CHARTS["a_loss/soft_hard_total"]) == {"total", "soft", "hard", "router"}
+    assert set(CHARTS["a_loss/components"]) == {"total", "soft", "hard", "router"}
 
 
 def test_every_tag_says_what_it_means(result: kd.TrainResult) -> None:
@@ -163,7 +163,7 @@ def test_a_resumed_run_shows_each_step_once(folder: Path) -> None:
     scalars, _ = read(first.output_dir)
     assert sorted(scalars["train/loss"]) == [1, 2, 3, 4]
     drawn, _ = read(first.output_dir / "lines" / "soft")
-    assert drawn["a_loss/soft_hard_total"] == scalars["train/soft_loss"]
+    assert drawn["a_loss/components"] == scalars["train/soft_loss"]
     losses = [line["step"] for line in lines_of(first.output_dir) if "train/loss" in line]
     assert losses == [1, 2, 3, 4]
 
