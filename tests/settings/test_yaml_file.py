@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 
 import kd_plugin as kd
-from kd_plugin.settings.aliases import DIVERGENCES, KEYS
-from kd_plugin.settings.distill import BUILT_IN
-from kd_plugin.settings.schema import known_keys
 from kd_plugin.settings.yaml_file import ConfigError, load_config, to_yaml
 from tests.minimal_config import MINIMAL
 
@@ -281,21 +278,3 @@ def test_reading_a_configuration_imports_neither_torch_nor_transformers(config_f
         [sys.executable, "-c", code, config_file], capture_output=True, text=True, check=True, timeout=60
     )
     assert result.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("other", KEYS)
-def test_what_other_trainers_call_a_setting_leads_to_it(config_file: Path, other: str) -> None:
-    section, _, key = KEYS[other].partition(".")
-    assert key in known_keys((section,)) and other not in known_keys((section,))
-    home = next(name for name in ("data", "log") if name != section and other not in known_keys((name,)))
-    (line,) = faults(config_file, f"{home}.{other}=1")
-    assert f"unknown key; did you mean '{KEYS[other]}'?" in line
-    (line,) = faults(config_file, f"{section}.{other}=1")
-    assert f"unknown key; did you mean '{key}'?" in line
-
-
-@pytest.mark.parametrize("other", DIVERGENCES)
-def test_what_other_trainers_call_a_divergence_leads_to_it(config_file: Path, other: str) -> None:
-    assert DIVERGENCES[other] in BUILT_IN and other not in BUILT_IN
-    (line,) = faults(config_file, f"distill.divergence={other}")
-    assert f"did you mean '{DIVERGENCES[other]}'?" in line
