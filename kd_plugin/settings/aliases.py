@@ -7,7 +7,6 @@ __all__ = ["DIVERGENCES", "KEYS"]
 KEYS = {
     "lr": "train.learning_rate",
     "max_lr": "train.learning_rate",
-    "epochs": "train.epochs",
     "num_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
     "steps": "train.max_steps",
