@@ -92,7 +92,7 @@ def test_commands_name_files_that_exist_and_overrides_that_are_accepted(repo_roo
 def test_the_table_of_tags_is_complete() -> None:
     listed = set(re.findall(r"`((?:train|distill)/\w+)`", README))
     written = {tag for tag in TAGS.values() if tag.startswith(("train/", "distill/"))}
-    assert written - listed <= {"distill/temperature", "distill/valid_tokens", "distill/chunk_size"}
+    assert written - listed <= {"distill/valid_tokens"}
     assert listed <= written
 
 

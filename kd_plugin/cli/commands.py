@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +17,12 @@ import typer
 
 from kd_plugin import __version__
 from kd_plugin.cli.launcher import one_line_errors, run_training
+from kd_plugin.cli.recipes import config_path, copy_recipe, recipe, recipes
 from kd_plugin.settings.run import DataConfig, DistillConfig, RunConfig, StudentConfig
 from kd_plugin.settings.schema import json_schema, markdown
 from kd_plugin.settings.yaml_file import ConfigError, load_config
 from kd_plugin.training.preflight import SetupError, early_problems, idle_settings
+from kd_plugin.training.preflight_models import model_warnings
 
 __all__ = ["app", "main", "recipes"]
 
@@ -35,7 +36,7 @@ app = typer.Typer(
 
 # Unknown options are passed on as overrides, whose parser says what is wrong with them.
 _OVERRIDES = {"ignore_unknown_options": True}
-_Config = Annotated[Path, typer.Argument(help="YAML file.", show_default=False)]
+_Config = Annotated[Path, typer.Argument(help="YAML file, or the name of a recipe.", show_default=False)]
 _Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="section.key=value", help="Values that replace the file's.", show_default=False),
@@ -84,11 +85,11 @@ def validate(config: _Config, overrides: _Overrides = None, verbose: _Verbose = 
     Exit code 0 if it is good; else 1, and every fault is printed with its file and line.
     """
     with one_line_errors(verbose, exit_code=1):
-        run_config = load_config(config, overrides or ())
+        run_config = load_config(config_path(config), overrides or ())
         if problems := early_problems(run_config):
             raise SetupError("\n".join(problems))
     print(f"{config}: ok\n{_summary(run_config)}")
-    for line in idle_settings(run_config):
+    for line in [*idle_settings(run_config), *model_warnings(run_config)]:
         print(f"warning: {line}")
 
 
@@ -135,7 +136,7 @@ def train(
     Exit code 2 if the run could not be started, 130 or 143 if Ctrl-C or SIGTERM ended it.
     """
     with one_line_errors(verbose, exit_code=2):
-        run_training(load_config(config, overrides or ()))
+        run_training(load_config(config_path(config), overrides or ()))
 
 
 @app.command(
@@ -167,7 +168,7 @@ def estimate(
     Exit code 2 if the run could not be started as configured.
     """
     with one_line_errors(verbose, exit_code=2):
-        run_config = load_config(config, overrides or ())
+        run_config = load_config(config_path(config), overrides or ())
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else an installed DeepSpeed says that it found no GPU
         from kd_plugin.estimate.account import estimate as account
         from kd_plugin.estimate.tables import show
@@ -192,9 +193,9 @@ def configs(
             width = max(map(len, recipes()))
             print("\n".join(f"{key:{width}}  {about}" for key, about in recipes().items()))
         elif copy is None:
-            print(_recipe(name).read_text(encoding="utf-8"), end="")
+            print(recipe(name).read_text(encoding="utf-8"), end="")
         else:
-            print(_copy_recipe(_recipe(name), copy))
+            print(copy_recipe(recipe(name), copy))
 
 
 @app.command(epilog=_examples("kd-plugin schema > schema.json", "kd-plugin schema --markdown > configs/README.md"))
@@ -216,45 +217,9 @@ def env() -> None:
     print("\n".join(f"{key:14} {value}" for key, value in describe_environment().items()))
 
 
-def recipes() -> dict[str, str]:
-    """Name of each recipe -> one line about it, from its first comment that is not for an editor."""
-    about = {}
-    for path in sorted(_recipe_dir().glob("*.yaml")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        comments = (line.lstrip("# ") for line in lines if line.startswith("#"))
-        about[path.stem] = next((text for text in comments if not text.startswith("yaml-language-server")), "")
-    return about
-
-
 def main() -> None:
     """Entry point of `kd-plugin`."""
     app(prog_name="kd-plugin")
-
-
-def _recipe_dir() -> Path:
-    """The folder with the recipes: kd_plugin/recipes in an installed wheel, configs/ in a checkout."""
-    here = Path(__file__).parents[1]
-    return next(folder for folder in (here / "recipes", here.parent / "configs") if folder.is_dir())
-
-
-def _recipe(name: str) -> Path:
-    stem = Path(name).stem if name.endswith(".yaml") else name
-    if stem not in recipes():
-        raise ConfigError(f"no recipe named {name}; there are: {', '.join(recipes())}")
-    return _recipe_dir() / f"{stem}.yaml"
-
-
-def _copy_recipe(source: Path, destination: Path) -> Path:
-    target = destination / source.name if destination.is_dir() else destination
-    if target.exists():
-        raise ConfigError(f"{target} exists; name another file")
-    if not target.parent.is_dir():
-        raise ConfigError(f"{target.parent}: no such directory; create it first")
-    shutil.copyfile(source, target)
-    schema_file = target.parent / "schema.json"  # the recipe's first line points its editor there
-    if not schema_file.exists():
-        shutil.copyfile(source.parent / "schema.json", schema_file)
-    return target
 
 
 def _summary(config: RunConfig) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from kd_plugin.cli.recipes import config_path
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.settings.yaml_file import ConfigError, load_config
 from kd_plugin.training.interrupt import Ended, last_step, one_line_end
@@ -47,7 +48,7 @@ def launch(argv: Sequence[str], *, script: str, default: str, allowed: Sequence[
         return 0 if rest else 2
     try:
         with one_line_errors(verbose=any(arg in _VERBOSE for arg in argv), exit_code=2):
-            config = load_config(rest[0], rest[1:])
+            config = load_config(config_path(rest[0]), rest[1:])
             overridden = any(arg.startswith("train.parallel=") for arg in rest[1:])
             stands = overridden and config.train.parallel != "auto"
             run_training(config if stands else _with_parallel(config, script, default, allowed))

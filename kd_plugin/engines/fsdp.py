@@ -68,7 +68,9 @@ class FsdpEngine:
         fp16 = config.student.dtype == "float16"
         self._scaler = self._make_scaler(place.device.type, enabled=fp16)
         settings = {"lr": train.learning_rate, "betas": train.adam_betas, "eps": train.adam_eps}
-        self.optimizer = self.torch_optimizer = torch.optim.AdamW(groups, **settings, fused=self._fused(fp16))
+        self.optimizer = self.torch_optimizer = torch.optim.AdamW(
+            groups, **settings, fused=self._fused(train.optimizer, fp16)
+        )
 
     def _shard_student(
         self, student: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float
@@ -82,8 +84,8 @@ class FsdpEngine:
         fsdp_units.shard_teacher(teacher, mesh, offload=offload)
         return teacher
 
-    def _fused(self, fp16: bool) -> bool:
-        return True
+    def _fused(self, optimizer: str, fp16: bool) -> bool:
+        return optimizer != "adamw"
 
     def _make_scaler(self, device_type: str, *, enabled: bool) -> GradScaler:
         return GradScaler(device=device_type, enabled=enabled)

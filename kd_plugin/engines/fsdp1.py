@@ -14,7 +14,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from kd_plugin.engines import fsdp1_units
 from kd_plugin.engines.fsdp import FsdpEngine
-from kd_plugin.engines.protocol import parameter_groups
+from kd_plugin.engines.protocol import EngineError, parameter_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,8 +37,12 @@ class Fsdp1Engine(FsdpEngine):
     def _make_scaler(self, device_type: str, *, enabled: bool) -> GradScaler:
         return ShardedGradScaler(device=device_type, enabled=enabled)
 
-    def _fused(self, fp16: bool) -> bool:
-        return not fp16  # the flag of ShardedGradScaler has a shape that fused AdamW cannot read
+    def _fused(self, optimizer: str, fp16: bool) -> bool:
+        if fp16 and optimizer == "adamw_fused":
+            raise EngineError("train.optimizer adamw_fused cannot read FSDP1's fp16 loss scale: set it to adamw")
+        return (
+            optimizer != "adamw" and not fp16
+        )  # the flag of ShardedGradScaler has a shape that fused AdamW cannot read
 
     def _reduce_over_copies(self, now: bool) -> None:
         """Do nothing: FSDP1 reduces in every micro-batch, and putting it off (`no_sync`) would keep whole gradients."""

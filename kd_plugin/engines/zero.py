@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kd_plugin.distributed.bars import said_if_slow
 from kd_plugin.distributed.layout import is_zero3
 from kd_plugin.engines import zero_block
 from kd_plugin.engines.process_group import Placement
@@ -66,7 +67,8 @@ class DeepSpeedEngine:
         if self.config.get("optimizer"):
             return {"model_parameters": groups}
         # lr 0 until the first step: some of DeepSpeed's wrappers make states by a step on zero gradients.
-        return {"optimizer": torch.optim.AdamW(groups, lr=0.0, betas=train.adam_betas, eps=train.adam_eps)}
+        settings = {"betas": train.adam_betas, "eps": train.adam_eps, "fused": train.optimizer == "adamw_fused"}
+        return {"optimizer": torch.optim.AdamW(groups, lr=0.0, **settings)}
 
     def _place_teacher(self, teacher: nn.Module, config: RunConfig) -> nn.Module:
         teacher.requires_grad_(False).eval()
@@ -200,7 +202,8 @@ def _forget_warm_up_step(optimizer: torch.optim.Optimizer) -> None:
 def _initialize(deepspeed: Any, model: nn.Module, **options: Any) -> Any:
     """Call deepspeed.initialize and put the buffers back as they were; returns DeepSpeed's engine."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    engine, *_ = deepspeed.initialize(model=model, **options)
+    with said_if_slow("DeepSpeed is compiling an extension, the first time on a machine: a minute or two"):
+        engine, *_ = deepspeed.initialize(model=model, **options)
     for name, buffer in model.named_buffers():
         buffer.data = buffers[name].to(buffer.device)
     return engine

@@ -24,6 +24,7 @@ __all__ = [
     "resolve_source",
     "resolve_tokenizer",
     "section_name",
+    "tensor_shapes",
 ]
 
 
@@ -91,6 +92,20 @@ def is_local(name: str) -> bool:
 def section_name(config: ModelSource) -> str:
     """The YAML section that `config` came from."""
     return {TeacherConfig: "teacher", StudentConfig: "student"}.get(type(config), "model")
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name of each tensor in the safetensors files of `folder` -> its shape; damaged files are passed over."""
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(min(length, path.stat().st_size)))
+                shapes |= {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
+    return shapes
 
 
 ADAPTER_FOUND = (

@@ -19,6 +19,8 @@ from pydantic import (
 from pydantic.functional_validators import field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from kd_plugin.settings.aliases import DIVERGENCES
+
 __all__ = [
     "BUILT_IN",
     "DistillConfig",
@@ -68,7 +70,7 @@ def sorts(name: str) -> bool:
 def _known(name: str) -> str:
     names = [*BUILT_IN, *sorted(registered_names)]
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1, cutoff=0.4)
+        near = [DIVERGENCES[name]] if name in DIVERGENCES else difflib.get_close_matches(name, names, 1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         message = "no such divergence; " + hint + "known: " + ", ".join(names)
         raise PydanticCustomError("unknown_divergence", "{message}", {"message": message})

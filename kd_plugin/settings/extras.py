@@ -5,6 +5,13 @@ from __future__ import annotations
 import importlib.util
 
 
+def missing(package: str, why: str) -> str:
+    """One line about an optional package that is not installed, as `require` says it; empty where it is."""
+    if importlib.util.find_spec(package) is not None:
+        return ""
+    return f"{package} is not installed and {why}: pip install 'kd-plugin[train]'"
+
+
 def require(package: str, why: str) -> None:
     """Look for an optional package before the work that needs it.
 
@@ -15,5 +22,5 @@ def require(package: str, why: str) -> None:
     Raises:
         ImportError: it is not installed; the message has the pip command that brings it.
     """
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{package} is not installed and {why}: pip install 'kd-plugin[train]'")
+    if line := missing(package, why):
+        raise ImportError(line)

@@ -16,6 +16,7 @@ from pydantic.functional_validators import model_validator
 
 from kd_plugin.settings.data import DataConfig, WeightedSource
 from kd_plugin.settings.distill import DistillConfig, Section, TermConfig
+from kd_plugin.settings.held_out import HeldOutMetric, StopConfig
 
 __all__ = [
     "DataConfig",
@@ -24,6 +25,7 @@ __all__ = [
     "LogConfig",
     "ModelSource",
     "RunConfig",
+    "StopConfig",
     "StudentConfig",
     "TeacherConfig",
     "TermConfig",
@@ -128,6 +130,9 @@ class TrainConfig(Section):
     max_steps: PositiveInt = 100
     """Optimizer steps."""
 
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """How many times the training text is read; sets `max_steps`."""
+
     tokens_per_step: PositiveInt | None = None
     """Tokens of one optimizer step over all ranks; sets `gradient_accumulation_steps`."""
 
@@ -143,11 +148,18 @@ class TrainConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up from 0."""
 
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of all steps that warm up; sets `warmup_steps`."""
+
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate after the warm-up, down to `min_lr_ratio` of the peak at `max_steps`."""
 
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Learning rate at the last step divided by the peak."""
+
+    optimizer: Literal["auto", "adamw", "adamw_fused"] = "auto"
+    """`adamw_fused` updates all parameters in one kernel, `adamw` does not. `auto`: fused, but under DeepSpeed, and
+    under FSDP1 in fp16, not."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay, on matrices only."""
@@ -173,6 +185,14 @@ class TrainConfig(Section):
 
     eval_every: Annotated[int, Field(ge=0)] = 0
     """Evaluate every so many steps, and at start and end; 0: at start and end only."""
+
+    stop_on: StopConfig | None = None
+    """End the run before `max_steps` when a held-out metric has stopped getting better, e.g.
+    {metric: kl_t1, patience: 3, min_change: 0.01}; looked at every `eval_every` steps."""
+
+    export_best: HeldOutMetric | None = None
+    """Export the student of the evaluation that was best by this held-out metric, not the last one. It is kept in
+    `log.output_dir`/best."""
 
     eval_sequences: PositiveInt | None = 64
     """Held-out sequences per evaluation, over all ranks and evenly spaced; null takes all. The evaluated text
@@ -209,11 +229,21 @@ class LogConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard event files (rank 0)."""
 
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Trackers that get every number and the settings, through accelerate: e.g. [wandb]. `tensorboard` is what
+    `log.tensorboard` switches; metrics.jsonl is always written."""
+
     sample_prompt: str | None = None
     """Prompt continued by teacher and student in the final report."""
 
     sample_tokens: PositiveInt = 40
     """New tokens in that continuation."""
+
+    @model_validator(mode="after")
+    def _one_word_on_tensorboard(self) -> LogConfig:
+        if "tensorboard" in self.report_to and not self.tensorboard:
+            raise ValueError("log.report_to names tensorboard, but log.tensorboard is false: change one of them")
+        return self
 
 
 class RunConfig(Section):

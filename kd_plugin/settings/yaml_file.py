@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from kd_plugin.settings.aliases import KEYS
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.settings.schema import field_schema, known_keys, wanted
 
@@ -238,6 +239,9 @@ def _suggestion(keys: Keys) -> str:
     known = known_keys(tuple(section))
     if homes := [home for home in known_keys(()) if name in known_keys((home,))]:
         return f"did you mean '{homes[0]}.{name}'?"
+    if other := KEYS.get(name.lower()):
+        home, _, key = other.partition(".")
+        return f"did you mean '{key if [home] == section else other}'?"
     if close := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
         return f"did you mean '{close[0]}'?"
     return f"known here: {', '.join(known)}"

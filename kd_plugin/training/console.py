@@ -1,29 +1,63 @@
-"""What a run says on the terminal: rank 0 only, one grep-able line per log step, a bar on a TTY only."""
+"""What a run says on the terminal: rank 0 only, one grep-able line per log step, a bar on a TTY only.
+
+A line is as wide as the terminal, or 80 columns; the numbers that it leaves out are in metrics.jsonl.
+"""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
+from kd_plugin.distributed.bars import bar
 from kd_plugin.training.interrupt import reached
 
-__all__ = ["duration", "progress", "run_log", "step_line"]
+__all__ = ["duration", "eval_line", "progress", "run_log", "step_line"]
 
 _PACKAGE = "kd_plugin"
-_PARTS = {
-    "loss": ("loss", "{:.4f}"),
-    "soft_loss": ("soft", "{:.4f}"),
-    "hard_loss": ("hard", "{:.4f}"),
-    "router_loss": ("router", "{:.4f}"),
-    "top1_agreement": ("agree", "{:.1%}"),
-    "lr": ("lr", "{:.1e}"),
-    "grad_norm": ("gnorm", "{:.2f}"),
-    "tokens_per_second": ("tok/s", "{:,.0f}"),
-    "memory_gib": ("mem", "{:.1f}GiB"),
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def _short(value: float) -> str:
+    """A count in five characters at most: 847, 12.3k, 1.23M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+_PARTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "loss": ("loss", _number),
+    "soft_loss": ("soft", _number),
+    "hard_loss": ("hard", _number),
+    "router_loss": ("router", _number),
+    "top1_agreement": ("agree", _percent),
+    "lr": ("lr", "{:.1e}".format),
+    "grad_norm": ("gnorm", "{:.3g}".format),
+    "tokens_per_second": ("tok/s", _short),
+    "memory_gib": ("mem", "{:.1f}GiB".format),
 }
+_HELD_OUT: dict[str, tuple[str, Callable[[float], str]]] = {
+    "perplexity": ("perplexity", _number),
+    "kl_t1": ("KL", _number),
+    "top1_agreement": ("agree", _percent),
+    "acceptance_rate": ("accept", _percent),
+    "hard_loss": ("hard", _number),
+    "soft_loss": ("soft", _number),
+}
+_IMPORTANCE = (
+    *("loss", "perplexity", "soft_loss", "hard_loss", "kl_t1", "eta", "top1_agreement", "acceptance_rate"),
+    *("tokens_per_second", "total", "lr", "grad_norm", "router_loss", "memory_gib"),
+)
 
 
 class _Lines(logging.Handler):
@@ -65,31 +99,45 @@ def run_log(rank: int) -> Iterator[None]:
         logger.propagate = propagate
 
 
-def progress(first: int, last: int, *, rank: int) -> Iterator[int]:
+def progress(first: int, last: int) -> Iterator[int]:
     """Iterate over the steps `first` to `last`, with a progress bar on rank 0 of a terminal."""
-    for step in _steps(first, last, rank=rank):
+    for step in bar(range(first, last + 1), what="", unit="step", total=last, done=first - 1):
         reached(step, last)
         yield step
 
 
-def _steps(first: int, last: int, *, rank: int) -> Iterator[int]:
-    steps = range(first, last + 1)
-    if rank == 0 and sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            yield from steps
-        else:
-            bar: Any = tqdm(steps, initial=first - 1, total=last, unit="step", leave=False)
-            yield from bar
-    else:
-        yield from steps
+def step_line(step: int, last: int, values: Mapping[str, float], *, eta_s: float, width: int | None = None) -> str:
+    """The line of a logged step, without what was not measured: `step 12/40 loss 2.411 soft 1.901 ... eta 1m20s`.
+
+    It is `width` columns wide at most, the terminal's where None: what is least important is left out.
+    """
+    shown = {name: f"{label} {form(values[name])}" for name, (label, form) in _PARTS.items() if name in values}
+    return _fitted({"step": f"step {step}", **shown, "eta": f"eta {duration(eta_s)}"}, f"/{last}", width)
 
 
-def step_line(step: int, last: int, values: Mapping[str, float], *, eta_s: float) -> str:
-    """The line of a logged step, without what was not measured: `step 12/40 loss 2.4113 soft 1.9012 ... eta 1m20s`."""
-    parts = [f"{label} {form.format(values[name])}" for name, (label, form) in _PARTS.items() if name in values]
-    return " ".join([f"step {step}/{last}", *parts, f"eta {duration(eta_s)}"])
+def eval_line(step: int, values: Mapping[str, float], *, width: int | None = None) -> str:
+    """The line of an evaluation: `eval step 12 perplexity 80.61 KL 1.861 ...`, as wide as a step's."""
+    shown = {name: f"{label} {form(values[name])}" for name, (label, form) in _HELD_OUT.items() if name in values}
+    return _fitted({"step": f"eval step {step}", **shown}, "", width)
+
+
+def _fitted(parts: dict[str, str], total: str, width: int | None) -> str:
+    """As many of `parts` as fit, chosen in the order of `_IMPORTANCE`, shown in their own; the first with `total`."""
+    width = _columns() if width is None else width
+    room, chosen = width - len(parts["step"]), {"step"}
+    for name in _IMPORTANCE:
+        length = len(total) if name == "total" else len(parts.get(name, "")) + 1
+        if length <= room and (name == "total" or name in parts):
+            room -= length
+            chosen.add(name)
+    if "total" in chosen:
+        parts = {**parts, "step": parts["step"] + total}
+    return " ".join(text for name, text in parts.items() if name in chosen)
+
+
+def _columns() -> int:
+    """The columns of a line: a terminal's, 80 at least, and 80 where nothing says how wide it is."""
+    return max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 80
 
 
 def duration(seconds: float) -> str:

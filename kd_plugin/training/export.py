@@ -35,9 +35,11 @@ def export_student(
     folder: Path,
     *,
     dtype: torch.dtype,
+    card: str = "",
 ) -> None:
     """Write the student and its tokenizer with `save_pretrained` (safetensors), on rank 0. All ranks call this.
 
+    `card` is the folder's README.md, left out where it is empty.
     `build` makes a model of the student's architecture, whose weights do not matter. The folder is written
     aside and renamed when complete.
 
@@ -53,6 +55,8 @@ def export_student(
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     dist.barrier()

@@ -12,18 +12,20 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kd_plugin.distributed.bars import bar, said_if_slow
 from kd_plugin.distributed.collectives import named_in_wrapper
 from kd_plugin.divergences.measures import MEASURED
 from kd_plugin.engines.process_group import reduce_numbers
+from kd_plugin.row_kernels import dispatch
 from kd_plugin.settings.run import DistillConfig, RunConfig
 from kd_plugin.training import checkpoint
-from kd_plugin.training.console import progress, step_line
+from kd_plugin.training.console import eval_line, progress, step_line
 from kd_plugin.training.finite import CHECK_EVERY, DivergedError, FiniteWatch, has_finite_parameters, scales_loss
 from kd_plugin.training.memory import memory_readings
 from kd_plugin.training.schedule import learning_rate_at
@@ -60,8 +62,8 @@ def run_steps(session: Session, first: int, before: dict[str, float]) -> dict[st
     session.plugin.metrics()  # the window starts here
     started, window = time.perf_counter(), _Window()
     result, finite = before, FiniteWatch(scaled=scales_loss(session.config))
-    for step in progress(first, train.max_steps, rank=session.place.rank):
-        with named_in_wrapper(f"in step {step}"):
+    for step in progress(first, train.max_steps):
+        with named_in_wrapper(f"in step {step}"), _compiling(session, first=step == first):
             loss, gradient_norm = _train_step(session, step)
             finite.add(step, loss, gradient_norm)
         window.steps += 1
@@ -77,9 +79,20 @@ def run_steps(session: Session, first: int, before: dict[str, float]) -> dict[st
         with window.paused():
             if evaluates:
                 result = evaluate(session, step)
+                session.best.look(session.engine, step, result)
             if saves:
                 _save(session, step)
+        if evaluates and session.early_stop.ends(step, result):
+            break
     return result
+
+
+def _compiling(session: Session, *, first: bool) -> AbstractContextManager[None]:
+    """Says that the loss is being compiled where its first run takes long."""
+    kernel = dispatch.choose(session.config.distill.row_kernel, session.place.device.type)
+    if not first or kernel == "eager":
+        return nullcontext()
+    return said_if_slow(f"distill.row_kernel {kernel}: compiling the loss as it first runs, a minute or two")
 
 
 def _due(config: RunConfig, step: int) -> tuple[bool, bool, bool]:
@@ -197,7 +210,8 @@ def _plain(config: DistillConfig) -> DistillConfig:
 
 def evaluate(session: Session, step: int) -> dict[str, float]:
     """Measure held-out perplexity, losses at temperature 1 and agreement, over all ranks. All ranks call this."""
-    with session.timed("eval"), session.plugin.objective(_plain(session.config.distill)):
+    compiling = _compiling(session, first=not session.history)
+    with session.timed("eval"), compiling, session.plugin.objective(_plain(session.config.distill)):
         measured = _run_held_out(session)
     # Without a teacher there is no soft loss, and 0 would read as a perfect match
     losses = ("hard_loss", "soft_loss") if session.config.distill.soft_weight else ("hard_loss",)
@@ -205,15 +219,14 @@ def evaluate(session: Session, step: int) -> dict[str, float]:
     values = {name: measured[name] for name in names if name in measured}
     values["perplexity"] = math.exp(min(values["hard_loss"], 700.0))  # beyond, a float would overflow
     session.writer.scalars(step, evaluated(values))
-    shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())
-    logger.info("eval step %d %s", step, shown)
+    logger.info("%s", eval_line(step, values))
     return values
 
 
 def _run_held_out(session: Session) -> dict[str, float]:
     """Run the student over the held-out sequences; returns what the plugin has measured."""
     with session.evaluating():
-        for batch in session.held_out():
+        for batch in bar(session.held_out(), what="evaluation", unit="batch", total=session.num_held_out):
             inputs = batch.to(session.place.device, non_blocking=True).model_inputs()
             session.engine.evaluate(inputs, num_items=max(1, batch.num_valid))
         return session.plugin.metrics()

@@ -22,6 +22,8 @@ from kd_plugin.engines import zero_block
 from kd_plugin.models.files import check_weights, is_local, resolve_source, resolve_tokenizer, section_name
 from kd_plugin.settings.distill import BUILT_IN
 from kd_plugin.settings.run import DataConfig, DistillConfig, RunConfig, StudentConfig
+from kd_plugin.training.preflight_models import missing_packages, model_problems
+from kd_plugin.training.preflight_schedule import schedule_problems
 
 __all__ = ["SetupError", "early_problems", "idle_settings", "layout_problems"]
 
@@ -44,8 +46,10 @@ def early_problems(
         accumulation: micro-batches per rank and step.
     """
     return [
+        *missing_packages(config),
         *_source_problems(config),
-        *_teacher_ahead_problems(config),
+        *model_problems(config),
+        *schedule_problems(config),
         *_data_problems(config.data),
         *_output_problems(Path(config.log.output_dir)),
         *layout_problems(config, mode, world_size),
@@ -81,16 +85,6 @@ def _source_problems(config: RunConfig) -> list[str]:
         if source.tokenizer:
             problems += _faults_of(resolve_tokenizer, source)
     return problems
-
-
-def _teacher_ahead_problems(config: RunConfig) -> list[str]:
-    together, each = config.teacher.micro_batch_size, config.train.micro_batch_size
-    if together in (None, "auto") or together % each == 0:
-        return []
-    return [
-        f"teacher.micro_batch_size is {together}, wanted a multiple of train.micro_batch_size, {each}: it reads "
-        "whole micro-batches of the student"
-    ]
 
 
 def _data_problems(data: DataConfig) -> list[str]:
@@ -254,6 +248,13 @@ _USERS = {option: [name for name, about in BUILT_IN.items() if option in about.o
 
 def _idle_run(config: RunConfig) -> Idle:
     train = config.train
+    if train.stop_on is not None and not train.eval_every:
+        yield "train.stop_on", "train.eval_every is 0, so that the only evaluation after a step is the last"
+    if not train.export or not train.eval_every:
+        why = "train.eval_every is 0, so that the last student is the only one evaluated"
+        yield from _each_changed(train, ["export_best"], why if train.export else "train.export is false")
+    if (config.deepspeed or {}).get("optimizer"):
+        yield from _each_changed(train, ["optimizer"], "deepspeed.optimizer names another")
     if not train.save_every:
         yield from _each_changed(train, ["keep_checkpoints"], "train.save_every is 0")
     if train.schedule == "constant":

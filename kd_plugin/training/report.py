@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from kd_plugin.data.documents import prompt_ids
+from kd_plugin.data.encoding import prompt_ids
 from kd_plugin.training.console import duration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["continuations", "diverged", "report"]
+__all__ = ["continuations", "diverged", "quality_rows", "report"]
 
 _QUALITY = {
     "perplexity": ("held-out perplexity", "{:.2f}"),
@@ -78,7 +78,7 @@ def report(
     `history` holds the numbers of each logged step, in order.
     """
     lines = ["", f"{'on held-out text':<28}{'before':>12}{'after':>12}{'change':>10}"]
-    lines += [_quality_line(name, before, after) for name in _QUALITY if name in before and name in after]
+    lines += [f"{label:<28}{old:>12}{new:>12}{change:>10}" for label, old, new, change in quality_rows(before, after)]
     lines += ["", *progress] if (progress := _progress(history, before, after)) else []
     lines += ["", *_resources(seconds, memory)]
     lines += [f"{name:<11} {text!r}" for name, text in samples.items()]
@@ -86,13 +86,19 @@ def report(
     return "\n".join(lines)
 
 
-def _quality_line(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
+def quality_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
+    """What was measured before and after, as text: (name, before, after, change)."""
+    names = [name for name in _QUALITY if name in before and name in after]
+    return [_quality_row(name, before[name], after[name]) for name in names]
+
+
+def _quality_row(name: str, before: float, after: float) -> tuple[str, str, str, str]:
     label, form = _QUALITY[name]
     if name == "top1_agreement":
-        change = f"{(after[name] - before[name]) * 100:+.1f} pp"
+        change = f"{(after - before) * 100:+.1f} pp"
     else:
-        change = f"{after[name] / before[name] - 1:+.1%}" if before[name] else "-"
-    return f"{label:<28}{form.format(before[name]):>12}{form.format(after[name]):>12}{change:>10}"
+        change = f"{after / before - 1:+.1%}" if before else "-"
+    return label, form.format(before), form.format(after), change
 
 
 def _resources(seconds: Mapping[str, float], memory: Mapping[str, float]) -> list[str]:

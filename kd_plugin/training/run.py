@@ -36,12 +36,13 @@ from kd_plugin.training.export import export_student
 from kd_plugin.training.finite import check_weights
 from kd_plugin.training.isolation import isolate_documents
 from kd_plugin.training.loop import evaluate, run_steps
+from kd_plugin.training.model_card import model_card
 from kd_plugin.training.precision import settled_precision
 from kd_plugin.training.preflight import SetupError, early_problems, idle_settings
 from kd_plugin.training.report import continuations, diverged, report
-from kd_plugin.training.schedule import accumulation_steps, parallel_mode, seed_everything
+from kd_plugin.training.schedule import accumulation_steps, parallel_mode, seed_everything, with_steps
 from kd_plugin.training.session import Material, Session, make_session
-from kd_plugin.training.tensorboard import sample_tag
+from kd_plugin.training.tensorboard import sample_tag, verbatim
 from kd_plugin.training.tokenizers import tokenizer_of
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
     start_from = checkpoint.to_continue(config, place.world_size)
     start = time.perf_counter()
     material = _load(config, place)
+    per_step = config.train.micro_batch_size * accumulation * place.world_size
+    config = with_steps(config, num_sequences=len(material.datasets[0]), sequences_per_step=per_step)
     build = partial(type(material.student), copy.deepcopy(material.student.config))
     session = make_session(config, place, mode, accumulation, material, start_from)
     session.seconds["load"] = time.perf_counter() - start
@@ -122,7 +125,10 @@ def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
         done = _resume(session, start_from)
         before = evaluate(session, done)
         after = run_steps(session, done + 1, before)
-        return _finish(session, material, build, before, after, max(done, config.train.max_steps))
+        last = int(session.history[-1]["step"]) if session.history else done
+        step = session.best.restore(session.engine, last)
+        after = after if step == last else session.best.values
+        return _finish(session, material, build, before, after, step)
 
 
 def _load(config: RunConfig, place: Placement) -> Material:
@@ -159,8 +165,6 @@ def _announce(config: RunConfig, place: Placement, mode: str, accumulation: int)
     )
     for line in idle_settings(config, mode):
         logger.warning("%s", line)
-    if train.warmup_steps > train.max_steps:
-        logger.warning("train.warmup_steps %d: the peak rate is never reached", train.warmup_steps)
 
 
 def _resume(session: Session, folder: Path | None) -> int:
@@ -191,9 +195,10 @@ def _finish(
         if export:
             dtype = DTYPES[config.student.dtype]
             fresh = partial(_plain_student, build, material)
-            export_student(session.engine, fresh, material.tokenizer, export, dtype=dtype)
+            card = model_card(config, before, after, step=step)
+            export_student(session.engine, fresh, material.tokenizer, export, dtype=dtype, card=card)
     with session.timed("samples"):
-        samples = {} if failure else _samples(session, material)
+        samples = {} if failure else _samples(session, material, step)
     if session.place.rank == 0:
         _report(session, step, {"before": before, "after": after}, samples, export)
     if failure:
@@ -206,7 +211,7 @@ def _report(
 ) -> None:
     """Write summary.json and show the table; `quality` has the evaluations `before` and `after`."""
     folder = Path(session.config.log.output_dir)
-    places = {"config": folder / "config.yaml"}
+    places = {"config": folder / "config.yaml", "metrics": folder / "metrics.jsonl"}
     if session.config.log.tensorboard:
         places["TensorBoard"] = folder
     if export:
@@ -222,7 +227,7 @@ def _plain_student(build: Callable[[], PreTrainedModel], material: Material) -> 
     return model
 
 
-def _samples(session: Session, material: Material) -> dict[str, str]:
+def _samples(session: Session, material: Material, step: int) -> dict[str, str]:
     """Continuations by teacher and student. Sharded models gather in step, so all ranks come here."""
     log, engine = session.config.log, session.engine
     if not log.sample_prompt:
@@ -232,5 +237,5 @@ def _samples(session: Session, material: Material) -> dict[str, str]:
     with torch.compiler.set_stance("force_eager"):  # for a few tokens, with a cache of keys in every layer
         samples = continuations(models, material.tokenizer, log.sample_prompt, log.sample_tokens)
     for name, text in samples.items():
-        session.writer.text(sample_tag(name), text)
+        session.writer.text(sample_tag(name), verbatim(text), step)
     return {"prompt": log.sample_prompt, **samples}

@@ -21,8 +21,10 @@ from kd_plugin.settings.run import RunConfig
 from kd_plugin.settings.yaml_file import to_yaml
 from kd_plugin.training import checkpoint
 from kd_plugin.training.ahead import TeacherPace
+from kd_plugin.training.best import Best, EarlyStop
 from kd_plugin.training.schedule import micro_batches_together
-from kd_plugin.training.tensorboard import Writer, make_writer
+from kd_plugin.training.tensorboard import Writer
+from kd_plugin.training.writers import open_writers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +58,11 @@ class Session:
     batches: TrainBatches
     held_out: Callable[[], Iterator[Batch]]
     """Begins the micro-batches of one evaluation anew."""
+    num_held_out: int
+    """Of them, on each rank."""
     writer: Writer
+    best: Best
+    early_stop: EarlyStop
     history: list[dict[str, float]] = field(default_factory=list)
     """The numbers of each logged step, with "step"."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -108,6 +114,7 @@ def make_session(
     for note in engine.applied_notes:
         logger.info("%s", note)
     dataset, held_out = material.datasets
+    done = checkpoint.step_of(start_from) if start_from else None
     return Session(
         config=config,
         place=place,
@@ -117,7 +124,10 @@ def make_session(
         pace=TeacherPace(plugin, _together(config, place, start_from)),
         batches=_train_batches(config, place, accumulation, dataset),
         held_out=_held_out(config, place, held_out),
-        writer=_open_writer(config, place, start_from),
+        num_held_out=_num_held_out(config, place, held_out),
+        writer=_open_writer(config, place, done),
+        best=Best(config, done=done),
+        early_stop=EarlyStop(config, done=done),
     )
 
 
@@ -171,15 +181,21 @@ def _held_out(config: RunConfig, place: Placement, dataset: Sequences) -> Callab
     )
 
 
-def _open_writer(config: RunConfig, place: Placement, start_from: Path | None) -> Writer:
-    """Make the run's folder, and write its configuration there and to TensorBoard."""
+def _num_held_out(config: RunConfig, place: Placement, dataset: Sequences) -> int:
+    """Micro-batches of one evaluation on each rank."""
+    train = config.train
+    sequences = min(train.eval_sequences or len(dataset), len(dataset))
+    return -(-sequences // ((train.eval_micro_batch_size or train.micro_batch_size) * place.world_size))
+
+
+def _open_writer(config: RunConfig, place: Placement, done: int | None) -> Writer:
+    """Make the run's folder, and write its configuration there and to what the run reports to."""
     folder = Path(config.log.output_dir)
     if place.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
-    first_step = checkpoint.step_of(start_from) + 1 if start_from else 0
-    writer = make_writer(folder, enabled=config.log.tensorboard and place.rank == 0, first_step=first_step)
-    writer.text("config", f"```yaml\n{to_yaml(config)}\n```")
+    writer = open_writers(config, rank=place.rank, done=done)
+    writer.text("config", f"```yaml\n{to_yaml(config)}\n```", done or 0)
     return writer
 
 

@@ -270,3 +270,19 @@ def test_a_bug_keeps_its_traceback(config_file: Path, monkeypatch: pytest.Monkey
 def test_a_script_without_a_configuration_prints_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert train_fsdp.main([]) == 2
     assert capsys.readouterr().err.startswith("usage: launch/train_fsdp.py CONFIG")
+
+
+def test_a_recipe_s_name_stands_for_its_file(
+    started: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "smollm2_135m_to_8l_fsdp2"
+    for given in (name, f"{name}.yaml"):
+        shown = run("validate", given, "train.max_steps=3")
+        assert shown.exit_code == 0 and "train    3 steps" in shown.stdout
+    assert run("train", name, "train.max_steps=4").exit_code == 0
+    assert launcher.launch([name, "train.max_steps=5"], script="x", default="fsdp", allowed=["fsdp"]) == 0
+    assert [config.train.max_steps for config in started] == [4, 5]
+    assert "no such file" in run("validate", "nothing_of_that_name").stderr
+    (tmp_path / name).write_text("oops: 1")
+    assert "oops: unknown key" in run("validate", name).stderr, "a file goes before a recipe"

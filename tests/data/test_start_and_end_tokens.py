@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kd_plugin.data.documents import prompt_ids
+from kd_plugin.data.encoding import prompt_ids
 from tests.chat_data import CHAT, CONVERSATION, WORDS, make_tokenizer, read, shown, write_jsonl
 
 WITH_START = "{{ '<bos> ' }}" + CHAT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training.preflight import early_problems, idle_settings
+from kd_plugin.training.preflight_models import model_warnings
 
 
 def config(tmp_path: Path, **sections: Any) -> RunConfig:
@@ -124,7 +129,7 @@ def test_layers_are_not_compiled_under_zero3(tmp_path: Path, block: dict[str, An
 
 def test_deepspeed_that_is_not_installed_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "deepspeed" else object())
     (line,) = early_problems(config(tmp_path, train={"parallel": "deepspeed"}))
     assert "pip install --no-build-isolation" in line
 
@@ -198,3 +203,91 @@ def test_a_teacher_ahead_reads_whole_micro_batches(tmp_path: Path) -> None:
     assert "is 2, wanted a multiple" in line
     (idle,) = idle_settings(with_teacher(8, distill={"soft_weight": 0.0}), "single")
     assert idle == "teacher.micro_batch_size has no effect: distill.soft_weight is 0"
+
+
+def with_model(tmp_path: Path, values: dict[str, Any], *, tables: dict[str, list[int]] | None = None) -> None:
+    """A teacher of this configuration, whose weights have these shapes."""
+    folder = tmp_path / "teacher"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    save_file({name: torch.zeros(shape) for name, shape in (tables or {}).items()}, folder / "model.safetensors")
+
+
+LLAMA = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
+
+
+def problems_of(tmp_path: Path, **sections: Any) -> list[str]:
+    run = config(tmp_path, **{"data": {"seq_len": 32}, **sections}).model_dump()
+    (tmp_path / "teacher" / "config.json").write_text((tmp_path / "kept.json").read_text())
+    return early_problems(RunConfig.model_validate(run))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    with_model(tmp_path, {**LLAMA, "max_position_embeddings": 40, "vocab_size": 64}, tables={"a.weight": [3, 4]})
+    (tmp_path / "kept.json").write_text((tmp_path / "teacher" / "config.json").read_text())
+    return tmp_path
+
+
+def test_layers_and_heads_that_a_config_json_shows_not_to_fit_are_named(llama: Path) -> None:
+    assert problems_of(llama, student={"from_teacher": {"layers": 4}}) == []
+    assert problems_of(llama, student={"from_teacher": {"layers": 9}}) == [
+        "student.from_teacher.layers is 9, but the teacher has 4 layers: give a number from 2 to 4"
+    ]
+    fresh = {"from_teacher": None, "from_config": {"num_attention_heads": 6}}
+    assert problems_of(llama, student=fresh) == [
+        "student.from_config: num_attention_heads 6 is no multiple of num_key_value_heads 4; set both",
+        "student.from_config: hidden_size 64 is no multiple of num_attention_heads 6; set both",
+    ]
+    fresh["from_config"] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    assert problems_of(llama, student=fresh) == []
+
+
+def test_learnt_positions_are_a_fault_and_computed_ones_a_warning(tmp_path: Path) -> None:
+    for tables, faults in (({"transformer.wpe.weight": [16, 4]}, 2), ({"model.norm.weight": [4]}, 0)):
+        with_model(tmp_path, {"n_positions": 16, "n_layer": 4}, tables=tables)
+        (tmp_path / "kept.json").write_text((tmp_path / "teacher" / "config.json").read_text())
+        found = problems_of(tmp_path)
+        assert len(found) == faults and all("16 positions, each of which it has learnt" in line for line in found)
+        run = config(tmp_path, data={"seq_len": 32})
+        (tmp_path / "teacher" / "config.json").write_text((tmp_path / "kept.json").read_text())
+        warned = model_warnings(run)
+        assert (
+            warned == []
+            if faults
+            else [line.split("is beyond")[1] for line in warned]
+            == [
+                " the teacher's 16 positions",
+                " the student's 16 positions",
+            ]
+        )
+
+
+def test_tokens_that_the_student_lacks_are_a_warning(llama: Path) -> None:
+    tokens = {"model": {"vocab": {"a": 0, "b": 62}}, "added_tokens": [{"id": 63}]}
+    (llama / "teacher" / "tokenizer.json").write_text(json.dumps(tokens))
+    run = config(llama, data={"seq_len": 32}, student={"from_teacher": None, "from_config": {"vocab_size": 60}})
+    (llama / "teacher" / "config.json").write_text((llama / "kept.json").read_text())
+    assert model_warnings(run) == ["the tokenizer has 64 ids and the student embeds 60: text with any other is refused"]
+
+
+@pytest.mark.parametrize(("steps", "each"), [(1, 64), (3, 192)])
+def test_tokens_per_step_that_no_number_of_ranks_makes_up_are_refused(tmp_path: Path, steps: int, each: int) -> None:
+    train = {"micro_batch_size": 2, "tokens_per_step": 2 * each, "gradient_accumulation_steps": steps}
+    data = {"seq_len": 32}
+    assert early_problems(config(tmp_path, data=data, train=train)) == []
+    (line,) = early_problems(config(tmp_path, data=data, train={**train, "tokens_per_step": 100}))
+    assert line.startswith("train.tokens_per_step is 100, wanted a multiple of micro_batch_size 2 x seq_len 32")
+    assert f"= {each} tokens" in line
+
+
+@pytest.mark.parametrize("package", ["transformers", "tensorboard", "datasets", "deepspeed"])
+def test_a_missing_package_is_named_with_the_command_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    sections = {"data": {"train": "owner/name"}} if package == "datasets" else {}
+    sections |= {"train": {"parallel": "deepspeed"}} if package == "deepspeed" else {}
+    (line,) = early_problems(config(tmp_path, **sections))
+    assert package in line and "is not installed" in line and "pip install" in line
