@@ -158,14 +158,18 @@ def test_stats_keeps_rows_of_the_heads(folder: Path) -> None:
     assert by_mode["stats"].phase_bytes("loss") < by_mode["weight"].phase_bytes("loss")
 
 
-def test_the_choice_is_the_least_traffic_that_fits(qwen: Path) -> None:
+def test_the_choice_is_the_fastest_that_fits(qwen: Path) -> None:
+    """FSDP's gathers hide behind the models, and its optimizer has an eighth of the work."""
     config = qwen_config(qwen, parallel="fsdp", gradient_accumulation_steps=4)
     roomy = estimate(config, world_size=8, gpu_memory_gib=80)
     assert roomy.chosen is not None
-    assert (roomy.chosen.mode, roomy.chosen.teacher_sharded) == ("ddp", False)
-    tight = estimate(config, world_size=8, gpu_memory_gib=24)
+    assert (roomy.chosen.mode, roomy.chosen.teacher_sharded) == ("fsdp", False)
+    fewest = min(roomy.choices, key=lambda choice: choice.step_bytes)
+    assert fewest.mode == "ddp" and fewest.step_seconds is not None and roomy.chosen.step_seconds is not None
+    assert fewest.fits and roomy.chosen.step_seconds < 0.99 * fewest.step_seconds
+    tight = estimate(config, world_size=8, gpu_memory_gib=16)
     assert tight.chosen is not None
-    assert tight.chosen.peak_bytes <= 0.9 * 24 * 2**30 < roomy.chosen.peak_bytes
+    assert tight.chosen.peak_bytes <= 0.9 * 16 * 2**30 < roomy.chosen.peak_bytes
     assert estimate(config, world_size=8, gpu_memory_gib=1).chosen is None
 
 
