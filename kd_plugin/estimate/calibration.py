@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_plugin.estimate.setup import EstimateError, Setup
 from kd_plugin.estimate.speeds import LayerSpeeds, Speeds, dtypes, row_sweeps
@@ -63,6 +63,7 @@ def measured_speeds(setup: Setup) -> Speeds:
     share, before = _share(setup.world_size), torch.get_num_threads()
     wire = _loopback(share.at_once) if setup.world_size > 1 else 0.0
     try:
+        fresh = _fresh_copies(share)
         with ThreadPoolExecutor(share.at_once) as ranks:
             found = list(ranks.map(lambda _: _measured(setup, share), range(share.at_once)))
     finally:
@@ -79,7 +80,7 @@ def measured_speeds(setup: Setup) -> Speeds:
         hidden_gradient=first["hidden gradient"],
         head_gradient=first["head gradient"],
         memory=first["memory"],
-        fresh=first["fresh"],
+        fresh=fresh,
         logit_seconds=row_sweeps(setup) / first["exponentials"] + sorting,
         wire=wire / share.crowding,
         operation_seconds=1 / first["operations"],
@@ -100,9 +101,9 @@ def _how(setup: Setup, share: _Share) -> str:
 def _measured(setup: Setup, share: _Share) -> dict[str, float]:
     """Units of work per second: FLOP, bytes, operations, logits."""
     torch.set_num_threads(share.threads)
-    clock = time.thread_time if share.threads == 1 else time.perf_counter
+    clock = _clock(share)
     with torch.no_grad():
-        speeds = {"operations": _operations(clock), **_copies(clock), **_rows(setup, clock)}
+        speeds = {"operations": _operations(clock), "memory": _copies(clock), **_rows(setup, clock)}
         for side, dtype in dtypes(setup).items():
             speeds |= {f"{side} {kind}": found for kind, found in _layers(setup, side, dtype, clock).items()}
         return speeds | _head(setup, clock)
@@ -119,22 +120,31 @@ def _per_second(amount: float, work: Callable[[], object], clock: Callable[[], f
 
 
 def _operations(clock: Callable[[], float]) -> float:
-    tiny = torch.ones(4)
+    """A chain of tiny modules: what Python and autograd take for an operation, whatever it computes."""
+    chain, tiny = nn.Sequential(*(nn.Linear(4, 4) for _ in range(50))), torch.ones(1, 4)
 
-    def hundred() -> None:
-        for _ in range(100):
-            torch.mul(tiny, tiny)
+    def forward() -> None:
+        with torch.enable_grad():
+            chain(tiny)
 
-    return _per_second(100, hundred, clock)
+    return _per_second(len(chain), forward, clock)
 
 
-def _copies(clock: Callable[[], float]) -> dict[str, float]:
+def _copies(clock: Callable[[], float]) -> float:
     source = torch.ones(_COPY)
-    copy, num_bytes = torch.empty_like(source), 2 * source.nbytes
-    return {
-        "memory": _per_second(num_bytes, lambda: copy.copy_(source), clock),
-        "fresh": _per_second(num_bytes, source.clone, clock),
-    }
+    copy = torch.empty_like(source)
+    return _per_second(2 * source.nbytes, lambda: copy.copy_(source), clock)
+
+
+def _fresh_copies(share: _Share) -> float:
+    """By one rank alone: threads of one process would wait for each other where processes do not, to map memory."""
+    torch.set_num_threads(share.threads)
+    source = torch.ones(_COPY)
+    return _per_second(2 * source.nbytes, source.clone, _clock(share)) / share.crowding
+
+
+def _clock(share: _Share) -> Callable[[], float]:
+    return time.thread_time if share.threads == 1 else time.perf_counter
 
 
 def _rows(setup: Setup, clock: Callable[[], float]) -> dict[str, float]:
