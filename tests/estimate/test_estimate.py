@@ -18,6 +18,7 @@ from kd_plugin.exchange.cost import Head, logits_bytes, stats_bytes, weight_byte
 from kd_plugin.row_kernels.blocks import block_rows
 from kd_plugin.settings.run import DistillConfig, RunConfig
 from kd_plugin.settings.yaml_file import to_yaml
+from tests.round_speeds import SPEEDS
 from tests.tiny_runs import make_folder, run_config
 
 QWEN = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
@@ -122,7 +123,7 @@ def test_activations_are_those_that_autograd_keeps(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     config = run_config(folder)
-    teacher = estimate(config, device="cpu").setup.teacher
+    teacher = estimate(config, device="cpu", speeds=SPEEDS).setup.teacher
     assert teacher is not None and teacher.activations is not None
     model = AutoModelForCausalLM.from_pretrained(folder / "teacher").train()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -227,7 +228,7 @@ def test_an_offloaded_teacher_is_on_the_gpu_layer_by_layer(qwen: Path, sharding:
     assert "gathered parameters" in gathered
     rows = estimate(config.model_copy(update={"distill": DistillConfig(exchange="stats")}), world_size=8)
     assert "teacher head, own slice" not in lines(rows), "FSDP2's own are multiplied"
-    on_cpu = estimate(offloaded.setup.config, world_size=8, device="cpu")
+    on_cpu = estimate(offloaded.setup.config, world_size=8, device="cpu", speeds=SPEEDS)
     assert "teacher" in lines(on_cpu) and on_cpu.memory.host == (), "a CPU has one memory"
 
 
@@ -280,7 +281,9 @@ def test_a_student_with_more_rows_than_its_teacher(folder: Path, tmp_path: Path)
 def test_the_kernels_scratch_is_of_one_block(qwen: Path) -> None:
     config = qwen_config(qwen, parallel="fsdp").model_copy(update={"distill": DistillConfig(exchange="stats")})
     (scratch,) = (
-        line for line in estimate(config, world_size=8, device="cpu").memory.phases["loss"] if line.name == "row kernel"
+        line
+        for line in estimate(config, world_size=8, device="cpu", speeds=SPEEDS).memory.phases["loss"]
+        if line.name == "row kernel"
     )
     columns = 151936 // 8
     assert scratch.num_bytes == 3 * 4 * columns * block_rows(columns, "cpu")

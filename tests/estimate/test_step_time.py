@@ -8,29 +8,14 @@ from pathlib import Path
 import pytest
 
 from kd_plugin.estimate.account import Estimate, estimate
-from kd_plugin.estimate.speeds import LayerSpeeds, Speeds
+from kd_plugin.estimate.speeds import Speeds
 from kd_plugin.estimate.step_time import Phase, StepTime
 from kd_plugin.estimate.tables import notes_of, tables_of
 from kd_plugin.settings.device_peaks import PEAKS
+from tests.round_speeds import SPEEDS
 from tests.tiny_runs import make_folder, run_config
 
 VOCAB, WIDTH, ROWS = 64, 32, 50
-LAYERS = LayerSpeeds(product=1e9, attention=5e8, elementwise=1e10)
-SPEEDS = Speeds(
-    student=LAYERS,
-    teacher=LAYERS._replace(product=2e9),
-    student_logits=3e9,
-    teacher_logits=4e9,
-    hidden_gradient=5e9,
-    head_gradient=6e9,
-    memory=7e9,
-    fresh=3e9,
-    logit_seconds=8e-9,
-    wire=9e8,
-    operation_seconds=1e-6,
-    is_asynchronous=False,
-    how="given",
-)
 
 
 @pytest.fixture(scope="module")
