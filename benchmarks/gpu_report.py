@@ -81,8 +81,11 @@ def other_targets(results: Results) -> list[Target]:
     """Of the step and of the two ranks."""
     step = next((row["ratio"] for row in results.rows("step ratio")), None)
     worst = largest([row["gradient_error"] for row in results.rows("ranks")])
+    found = next((row["ratio"] for row in results.rows("step estimate")), None)
+    off = None if found is None else max(found, 1 / found)
     return [
         Target("time: distillation step / (fine-tuning step + teacher's backbone forward)", 1.05, step),
+        Target("time: distillation step against kd-plugin estimate, how many times off", 2.0, off),
         Target("two ranks: gradients of FSDP2 against one process, worst parameter", 1e-5, worst),
     ]
 

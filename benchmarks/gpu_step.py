@@ -2,13 +2,16 @@
 
 Two models of random weights in the sizes of Qwen3-1.7B (student) and Qwen3-4B (teacher), 8 layers of each. A step is
 forward, backward and AdamW. Fine-tuning is Hugging Face's own: the same model and batch, its loss on whole logits.
-The teacher's forward is that of its backbone, without its head, under `no_grad`.
+The teacher's forward is that of its backbone, without its head, under `no_grad`. Beside the measured step stands what
+`kd-plugin estimate` says of a run with such steps, which casts its parameters once more than the plain loop here.
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,9 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import kd_plugin as kd
+from kd_plugin.estimate.account import estimate
+from kd_plugin.settings.device_peaks import peaks_of
+from kd_plugin.settings.run import RunConfig
 
 STUDENT = {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16}
 TEACHER = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32}
@@ -25,6 +31,7 @@ QUICK_STUDENT = {"hidden_size": 32, "intermediate_size": 48, "num_attention_head
 QUICK_TEACHER = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4}
 QUICK_COMMON = {"vocab_size": 256, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
 BATCH, QUICK_BATCH = (4, 2048), (2, 16)
+ESTIMATE = "kd-plugin estimate of the distillation step"
 DISTILLATION, FINE_TUNING, TEACHER_FORWARD = "distillation step", "fine-tuning step", "teacher's backbone forward"
 _SPLIT = ("student_ms", "teacher_ms", "loss_ms")
 
@@ -91,9 +98,48 @@ def measure(options: Part) -> None:
     for name in _SPLIT:
         where = f"of the distillation step: {name.removesuffix('_ms')} forward"
         options.emit("step", key=where, part=where, ms=metrics.get(name), rounds=None, gib=None)
+    compare_with_estimate(options, statistics.median(times[DISTILLATION]))
     rounds = zip(*times.values(), strict=True)
     ratios = [distillation / (tuning + teacher) for distillation, tuning, teacher in rounds]
     options.emit("step ratio", key="ratio", ratio=statistics.median(ratios))
+
+
+def compare_with_estimate(options: Part, milliseconds: float) -> None:
+    """Beside the measured step what `kd-plugin estimate` says of one like it, by the table of peaks on a GPU."""
+    name = torch.cuda.get_device_name() if options.device == "cuda" else None
+    if name is not None and peaks_of(name) is None:
+        options.skip(ESTIMATE, f"{name} is not in the table of peaks")
+        return
+    batch, length = QUICK_BATCH if options.quick else BATCH
+    with tempfile.TemporaryDirectory() as folder:
+        config = configuration(Path(folder), options)
+        rows = batch * (length - 1)
+        found = estimate(config, rows=rows, device="cpu" if name is None else "cuda", gpu=name).time
+    assert found is not None
+    estimated = found.seconds * 1e3
+    options.emit("step", key=ESTIMATE, part=ESTIMATE, ms=estimated, rounds=None, gib=None)
+    for phase in found.phases:
+        where = f"of the estimate: {phase.name}"
+        options.emit("step", key=where, part=where, ms=phase.seconds * 1e3, rounds=None, gib=None)
+    options.emit("step estimate", key="ratio", ratio=milliseconds / estimated, how=found.speeds.how)
+
+
+def configuration(folder: Path, options: Part) -> RunConfig:
+    """The settings of a run like the step that is measured; `folder` gets the models' configurations, no weights."""
+    common, student, teacher = (
+        (QUICK_COMMON, QUICK_STUDENT, QUICK_TEACHER) if options.quick else (COMMON, STUDENT, TEACHER)
+    )
+    dtype = "float32" if options.device == "cpu" else "bfloat16"
+    models = {}
+    for side, sizes in (("student", student), ("teacher", teacher)):
+        Qwen3Config(**common | sizes, tie_word_embeddings=True).save_pretrained(folder / side)
+        models[side] = {"model": str(folder / side), "dtype": dtype}
+    batch, length = QUICK_BATCH if options.quick else BATCH
+    kernel = "eager" if options.device == "cpu" else "auto"
+    train = {"micro_batch_size": batch, "tokens_per_step": None, "gradient_accumulation_steps": 1}
+    train["max_grad_norm"] = None
+    sections = {"distill": {"row_kernel": kernel}, "data": {"seq_len": length}, "train": train}
+    return RunConfig.model_validate(models | sections)
 
 
 def main() -> int:

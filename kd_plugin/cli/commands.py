@@ -163,7 +163,9 @@ def estimate(
     cpu: Annotated[bool, typer.Option("--cpu", help="For a run on CPUs.")] = False,
     verbose: _Verbose = False,
 ) -> None:
-    """Estimate memory and traffic of a run, and say what to choose; no weights are loaded.
+    """Estimate memory, traffic and time of a run, and say what to choose; no weights are loaded.
+
+    A GPU's time is by a table of peaks; with --cpu this processor is measured for about two seconds.
 
     Exit code 2 if the run could not be started as configured.
     """

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import MethodType
@@ -143,6 +143,26 @@ def cut_of_gradient(tensor: Tensor) -> tuple[Any, Any] | None:
         return None
     spec = required(node, "dtensor_spec", "dtensor_spec on the gradient of DTensor.full_tensor()")
     return spec, getattr(node, "grad_placements", None)
+
+
+def watch_operations(see: Callable[[Any, Any, Any], None]) -> AbstractContextManager[object]:
+    """Have `see(operation, arguments, result)` called for each operation of the body, views aside, backward's too.
+
+    Raises:
+        UnsupportedTorch: torch does not dispatch through Python.
+    """
+    from torch.utils import _python_dispatch
+
+    base: Any = required(_python_dispatch, "TorchDispatchMode", "torch.utils._python_dispatch.TorchDispatchMode")
+
+    def dispatch(_mode: Any, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        aliases = [value.alias_info for value in func._schema.returns]
+        if all(alias is None or alias.is_write for alias in aliases):
+            see(func.overloadpacket, (args, kwargs or {}), out)
+        return out
+
+    return type("Watch", (base,), {"__torch_dispatch__": dispatch})()
 
 
 # -- calls of modules -----------------------------------------------------------------------------------------------

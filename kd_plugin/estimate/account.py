@@ -1,6 +1,7 @@
-"""What a run will need, from its configuration alone: memory of a rank, bytes on the wire, and what to choose.
+"""What a run will need, from its configuration alone: memory of a rank, bytes on the wire, time, and what to choose.
 
-No weights are read and no process group is started, so a laptop can ask for a thousand GPUs.
+No weights are read and no process group is started, so a laptop can ask for a thousand GPUs. Time chooses where the
+device is in the table of peaks, bytes elsewhere: a processor that is measured now may be busy with something else.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kd_plugin.estimate.from_config import make_setup
+from kd_plugin.estimate.calibration import measured_speeds
+from kd_plugin.estimate.from_config import gpu_speeds, make_setup
 from kd_plugin.estimate.memory import Memory, memory
 from kd_plugin.estimate.setup import EstimateError, Line, Setup
 from kd_plugin.estimate.sizes import load_sizes
+from kd_plugin.estimate.speeds import Speeds
+from kd_plugin.estimate.step_time import StepTime, is_counted, step_time
 from kd_plugin.estimate.wire import Volume, exchanges, parameters, recommended, settled
 from kd_plugin.settings.device_peaks import peaks_of
 from kd_plugin.settings.distill import ExchangeMode
@@ -39,6 +43,8 @@ class Choice:
     peak_bytes: float
     step_bytes: float
     """Bytes that one rank receives per optimizer step."""
+    step_seconds: float | None
+    """Of an optimizer step; None where the device is not in the table of peaks, or the models' work is unknown."""
     fits: bool | None
     """Whether `peak_bytes` fit into a GPU; None where its memory was not given."""
 
@@ -56,7 +62,10 @@ class Estimate:
     parameters: tuple[Line, ...]
     """All other traffic per optimizer step."""
     choices: tuple[Choice, ...]
-    """Ways to spread the models, least traffic first."""
+    """Ways to spread the models: the fastest first where their time is known (less traffic, where they differ by less
+    than about 1 %), else the one with the least traffic."""
+    time: StepTime | None
+    """Time of an optimizer step as configured; None for models that do not run on the meta device."""
     gpu_memory_gib: float | None
 
     @property
@@ -73,8 +82,9 @@ def estimate(
     gpu_memory_gib: float | None = None,
     device: str = "cuda",
     gpu: str | None = None,
+    speeds: Speeds | None = None,
 ) -> Estimate:
-    """Estimate memory and traffic of one run of `config`.
+    """Estimate memory, traffic and time of one run of `config`.
 
     Args:
         config: as for training; both models are built without weights. `dtype: auto` counts as bfloat16 on GPUs.
@@ -83,6 +93,8 @@ def estimate(
         gpu_memory_gib: memory of one GPU in GiB, to say what fits.
         device: `cuda` or `cpu`; a CPU holds half-precision heads in fp32 as well.
         gpu: the GPU, by a name of `settings.device_peaks`, such as `H100`; default: the one that is here, or an H100.
+        speeds: how fast a rank works; default: a GPU's by the table of peaks, a CPU's as measured now, which takes one
+            to three seconds.
 
     Raises:
         ValueError: a model that cannot be made as configured, or ranks and rows that do not fit the settings.
@@ -97,8 +109,17 @@ def estimate(
         exchange=recommended(setup),
         parameters=parameters(setup),
         choices=_choices(setup, gpu_memory_gib),
+        time=_time(setup, speeds),
         gpu_memory_gib=gpu_memory_gib,
     )
+
+
+def _time(setup: Setup, speeds: Speeds | None) -> StepTime | None:
+    if not is_counted(setup):
+        return None
+    if speeds is None:
+        speeds = gpu_speeds(setup) if setup.device == "cuda" else measured_speeds(setup)
+    return step_time(setup, speeds)
 
 
 def _gpu_here() -> str:
@@ -127,7 +148,12 @@ def _in_memory(setup: Setup, gpu_memory_gib: float | None) -> Setup:
 def _choices(setup: Setup, gpu_memory_gib: float | None) -> tuple[Choice, ...]:
     sharded = (False, True) if setup.world_size > 1 and setup.teacher is not None else (False,)
     choices = [_choice(setup, layout, cut, gpu_memory_gib) for layout in _layouts(setup) for cut in sharded]
-    return tuple(sorted(choices, key=lambda choice: (choice.step_bytes, choice.peak_bytes)))
+    return tuple(sorted(choices, key=_rank))
+
+
+def _rank(choice: Choice) -> tuple[float, ...]:
+    seconds = float(f"{choice.step_seconds or 0.0:.3g}")
+    return seconds, choice.step_bytes, choice.peak_bytes
 
 
 def _layouts(setup: Setup) -> list[tuple[str, int]]:
@@ -151,4 +177,6 @@ def _choice(setup: Setup, layout: tuple[str, int], teacher_sharded: bool, gpu_me
     step += sum(line.num_bytes for line in parameters(spread))
     peak = memory(spread).peak_bytes
     fits = None if gpu_memory_gib is None else peak <= USABLE * gpu_memory_gib * GIB
-    return Choice(mode, shard_ranks, teacher_sharded, spread.exchange, peak, step, fits)
+    taken = step_time(spread, gpu_speeds(spread)) if setup.device == "cuda" else None
+    seconds = None if taken is None else taken.seconds
+    return Choice(mode, shard_ranks, teacher_sharded, spread.exchange, peak, step, seconds, fits)

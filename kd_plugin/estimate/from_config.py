@@ -8,6 +8,7 @@ from kd_plugin.engines.protocol import DTYPES
 from kd_plugin.engines.zero_block import zero_stage
 from kd_plugin.estimate.setup import EstimateError, Setup
 from kd_plugin.estimate.sizes import ModelSizes
+from kd_plugin.estimate.speeds import Speeds, speeds_of_gpu
 from kd_plugin.loss.chunk_size import rows_on_gpu, rows_per_chunk
 from kd_plugin.loss.device_speed import Speed, speed_by_peaks
 from kd_plugin.settings.device_peaks import PEAKS, Peaks, peaks_of
@@ -105,6 +106,11 @@ def chunk_rows(setup: Setup, chunk_size: int | str) -> int:
 def gpu_speed(setup: Setup) -> Speed:
     """How fast the GPU of `setup` multiplies for the student's loss."""
     return speed_by_peaks(_known_peaks(setup.gpu), DTYPES[setup.config.student.dtype])
+
+
+def gpu_speeds(setup: Setup) -> Speeds:
+    """How fast the GPU of `setup` does each kind of work, by the table of peaks."""
+    return speeds_of_gpu(setup, _known_peaks(setup.gpu))
 
 
 def _known_peaks(gpu: str) -> Peaks:

@@ -2,27 +2,20 @@
 
 Notable decisions:
 - the models are built by the same code as for training, so a student that cannot be made is refused here too;
-- activations are counted, not guessed: the student's backbone runs on the meta device, and every tensor that
-  autograd keeps for backward is added up. Fused attention is counted as what it keeps: its inputs, its output
-  and one number per row;
-- the sum is that of eager PyTorch; what a compiled model or special kernels would keep is unknown here.
+- activations and work are counted, not guessed: the backbones run on the meta device (see `work`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from kd_plugin.distributed.torch_internals import storage_id
 from kd_plugin.engines.fsdp_units import decoder_layers, embedding_and_head
+from kd_plugin.estimate.work import Activations, Run, Work, run_without_values
 from kd_plugin.models.loading import read_config
 from kd_plugin.models.students import config_with, freeze, student_from_layers
 from kd_plugin.settings.run import ModelSource, RunConfig
@@ -58,18 +51,6 @@ class Unit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Bytes that autograd keeps for the backward pass of one micro-batch."""
-
-    layers: tuple[int, ...]
-    """Bytes kept by each decoder layer."""
-    outside: int
-    """Bytes kept by the rest of the backbone."""
-    boundary: int
-    """Bytes of one hidden state `[B, S, D]`, which is what a checkpointed layer keeps."""
-
-
-@dataclass(frozen=True)
 class ModelSizes:
     """Everything that an estimate asks of a model."""
 
@@ -81,6 +62,8 @@ class ModelSizes:
     head_trainable: bool
     activations: Activations | None
     """None if the backbone does not run on the meta device."""
+    work: Work | None = None
+    """What one micro-batch takes through the backbone; None likewise."""
     why_unknown: str = ""
     """Why it does not run there."""
 
@@ -115,7 +98,8 @@ def load_sizes(config: RunConfig) -> tuple[ModelSizes, ModelSizes]:
     student = _student(config, teacher)
     batch = (config.train.micro_batch_size, config.data.seq_len)
     dtypes = (getattr(torch, source.dtype) for source in (config.student, config.teacher))
-    of_student, of_teacher = (_sizes(m, dtype, batch) for m, dtype in zip((student, teacher), dtypes, strict=True))
+    sides = zip((student, teacher), dtypes, (True, False), strict=True)
+    of_student, of_teacher = (_sizes(model, dtype, batch, trained) for model, dtype, trained in sides)
     return of_student, of_teacher
 
 
@@ -148,17 +132,18 @@ def _on_meta(source: ModelSource, config: PreTrainedConfig, like: PreTrainedMode
         )
 
 
-def _sizes(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int]) -> ModelSizes:
+def _sizes(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int], trained: bool) -> ModelSizes:
     embedding, head = embedding_and_head(model)
     weight = head.weight
     assert isinstance(weight, Tensor)
     tied, trainable, (vocab_size, width) = embedding.weight is weight, weight.requires_grad, weight.shape
     units = _units(model, embedding, head)
     kind, frozen = type(model).__name__, [p for p in model.parameters() if not p.requires_grad]
-    activations, why = _activations(model, dtype, batch)
+    run, why = _run(model, dtype, batch, with_backward=trained)
     for parameter in frozen:
         parameter.requires_grad_(False)
-    return ModelSizes(kind, units, vocab_size, width, tied, trainable, activations, why)
+    activations, work = (None, None) if run is None else run
+    return ModelSizes(kind, units, vocab_size, width, tied, trainable, activations, work, why)
 
 
 def _units(model: PreTrainedModel, embedding: nn.Module, head: nn.Module) -> tuple[Unit, ...]:
@@ -181,77 +166,12 @@ def _weight(parameter: Tensor) -> Weight:
     return Weight(rows, parameter.numel() // max(rows, 1), parameter.requires_grad)
 
 
-def _activations(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int]) -> tuple[Activations | None, str]:
+def _run(
+    model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int], *, with_backward: bool
+) -> tuple[Run | None, str]:
     """Run the backbone in `dtype`. Returns None and the reason where its code does not run without values."""
     try:
         cast_model = model.to(dtype)  # pyright: ignore[reportArgumentType]  (its decorator loses `self`)
-        return _count_activations(cast_model, dtype, batch), ""
+        return run_without_values(cast_model, dtype, batch, with_backward=with_backward), ""
     except Exception as error:  # any code may come with a model, and the rest of the estimate stands without this
         return None, f"{type(model).__name__} does not run on the meta device: {' '.join(str(error).split())[:120]}"
-
-
-def _count_activations(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int]) -> Activations:
-    kept = _Kept(model)
-    spans: list[int] = []
-
-    def enter(*_: object) -> None:
-        spans.append(-kept.num_bytes)
-
-    def leave(*_: object) -> None:
-        spans[-1] += kept.num_bytes
-
-    with ExitStack() as stack:
-        for layer in decoder_layers(model):
-            for handle in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)):
-                stack.callback(handle.remove)
-        stack.enter_context(_Valueless())
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor))
-        ids = torch.zeros(batch, dtype=torch.int64, device="meta")
-        hidden = model.train().base_model(input_ids=ids, use_cache=False).last_hidden_state
-    boundary = hidden.numel() * dtype.itemsize
-    return Activations(tuple(spans), kept.num_bytes - sum(spans), boundary)
-
-
-class _Kept:
-    """Adds up the storages that autograd saves, each once, parameters aside."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.num_bytes = 0
-        self._seen = {storage_id(parameter) for parameter in model.parameters()}
-        self._alive: list[Tensor] = []  # an address that is freed could be given to another storage
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = storage_id(tensor)
-        if storage not in self._seen:
-            self._seen.add(storage)
-            self._alive.append(tensor.detach())
-            self.num_bytes += tensor.untyped_storage().nbytes()
-        return tensor
-
-
-class _Valueless(TorchFunctionMode):
-    """Fused attention, where PyTorch on the meta device would keep all S x S scores; and no look at values.
-
-    Models ask whether a mask holds no padding, or one document: answered with yes, which is the plain causal mask.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            return _Attention.apply(named["query"], named["key"], named["value"])
-        if func is Tensor.__bool__:
-            return True
-        return func(*args, **(kwargs or {}))
-
-
-class _Attention(torch.autograd.Function):
-    """Attention that keeps for backward what fused attention keeps; its backward is never run."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, log_sums)
-        return out

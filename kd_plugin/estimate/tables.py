@@ -9,10 +9,11 @@ from kd_plugin.estimate.account import USABLE, Choice, Estimate
 from kd_plugin.estimate.from_config import chunk_rows, gpu_speed
 from kd_plugin.estimate.setup import Line, Setup, teacher_forwards
 from kd_plugin.estimate.sizes import ModelSizes
+from kd_plugin.estimate.time_table import duration, exchange_times, missing_time, time_note, time_rows, time_unknowns
 from kd_plugin.loss.chunk_size import ON_CPU_MIB, rows_by_speed
 from kd_plugin.settings.units import GIB
 
-_UNKNOWN = "the CUDA context, NCCL's and cuBLAS's buffers, fragmentation, scratch of compiled kernels, and time"
+_UNKNOWN = "the CUDA context, NCCL's and cuBLAS's buffers, fragmentation, scratch of compiled kernels"
 _NAMES = {"single": "one process", "ddp": "ddp (replicated)", "fsdp": "fsdp (FSDP2)", "fsdp1": "fsdp1 (FSDP1)"}
 _FSDP = {"fsdp": "FSDP2", "fsdp1": "FSDP1"}
 
@@ -39,8 +40,10 @@ def show_tables(tables: list[Table], notes: list[str]) -> None:
 
 
 def tables_of(estimate: Estimate) -> list[Table]:
-    """The tables of `estimate`: models, memory, traffic, and the ways to spread the models if there are several."""
+    """Models, memory, traffic, time, and the ways to spread the models if there are several, of `estimate`."""
     tables = [_models(estimate.setup), _memory(estimate), _wire(estimate)]
+    if estimate.time is not None:
+        tables.append(Table("time of one optimizer step", ("", "time", "share", "how"), time_rows(estimate.time)))
     return [*tables, _choices(estimate)] if len(estimate.choices) > 1 else tables
 
 
@@ -50,9 +53,12 @@ def notes_of(estimate: Estimate) -> list[str]:
     notes = [f"chunk size: {_chunk(setup)}", f"exchange: {_exchange(estimate)}", f"sharding: {_sharding(estimate)}"]
     if setup.teacher is not None and setup.accumulation > 1:
         notes.append(f"teacher ahead: {_ahead(estimate)}")
+    notes += missing_time(setup) if estimate.time is None else [f"step time: {time_note(estimate.time)}"]
     for side, model in (("student", setup.student), ("teacher", setup.teacher)):
         if model is not None and model.activations is None:
             notes.append(f"unknown: {side} activations, so the peak is too low by them: {model.why_unknown}")
+    if estimate.time is not None:
+        notes += time_unknowns(setup)
     return [*notes, f"unknown, and in no figure: {_UNKNOWN}"]
 
 
@@ -147,12 +153,17 @@ def _choices(estimate: Estimate) -> Table:
             f"{_layout(estimate, choice)}, teacher {_teacher(choice)}, {choice.exchange}",
             _size(choice.peak_bytes),
             _decimal(choice.step_bytes),
+            "unknown" if choice.step_seconds is None else duration(choice.step_seconds),
             {None: "unknown", True: "yes", False: "no"}[choice.fits],
         )
         for choice in estimate.choices
     ]
-    title = "ways to spread the models, least traffic first, each with its best exchange"
-    return Table(title, ("student, teacher, exchange", "peak", "wire per step", "fits"), rows)
+    title = f"ways to spread the models, {_order(estimate)} first, each with its best exchange"
+    return Table(title, ("student, teacher, exchange", "peak", "wire per step", "step", "fits"), rows)
+
+
+def _order(estimate: Estimate) -> str:
+    return "the least traffic" if estimate.choices[0].step_seconds is None else "the fastest"
 
 
 def _chunk(setup: Setup) -> str:
@@ -195,7 +206,7 @@ def _exchange(estimate: Estimate) -> str:
     if setup.world_size == 1:
         return "none, one rank"
     listed = ", ".join(f"{name} {_decimal(volume.num_bytes)}" for name, volume in volumes.items())
-    text = f"{estimate.exchange}, the fewest bytes per micro-batch ({listed})"
+    text = f"{estimate.exchange}, the fewest bytes per micro-batch ({listed}){exchange_times(estimate)}"
     if setup.exchange == estimate.exchange:
         return text
     how = "auto takes" if setup.distill.exchange == "auto" else "this configuration says"
@@ -211,11 +222,12 @@ def _sharding(estimate: Estimate) -> str:
     if estimate.chosen is None:
         lacking = f"nothing fits {_limit(estimate)}; the leanest is {_described(estimate, leanest)}"
         return f"{lacking}: more ranks, activation_checkpointing, a smaller micro_batch_size or seq_len"
-    return f"{_described(estimate, estimate.chosen)}: the least traffic of what fits {estimate.gpu_memory_gib:g} GiB"
+    return f"{_described(estimate, estimate.chosen)}: {_order(estimate)} of what fits {estimate.gpu_memory_gib:g} GiB"
 
 
 def _described(estimate: Estimate, choice: Choice) -> str:
     sizes = f"{_size(choice.peak_bytes)}, {_decimal(choice.step_bytes)} per step"
+    sizes += "" if choice.step_seconds is None else f", {duration(choice.step_seconds)}"
     return f"{_layout(estimate, choice)}, teacher {_teacher(choice)}, exchange {choice.exchange} ({sizes})"
 
 

@@ -109,25 +109,22 @@ class Plugin:
     def objective(self, config: DistillConfig) -> Iterator[None]:
         """Compute the loss as `config` says for a while, as an evaluation does; what crosses the wire stays."""
         before = self.config
-        self._set_config(config)
+        self.config = config
+        self._student.set_config(config)
         try:
             yield
         finally:
-            self._set_config(before)
+            self.config = before
+            self._student.set_config(before)
 
     @property
     def sides(self) -> dict[str, StudentSide | TeacherSide]:
         """What has taken over each model, by "student" and "teacher"; the latter only where there is a soft loss."""
-        teacher = self._heads.teacher
-        return {"student": self._student} if teacher is None else {"student": self._student, "teacher": teacher}
+        return self._heads.sides
 
     def unmeasured(self) -> AbstractContextManager[None]:
         """Measure the body apart: `metrics()` in it is about the body alone, and after it about everything else."""
         return self._measures.aside()
-
-    def _set_config(self, config: DistillConfig) -> None:
-        self.config = config
-        self._student.set_config(config)
 
     @property
     def chunk_size(self) -> int:

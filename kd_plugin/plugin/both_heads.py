@@ -46,6 +46,12 @@ class BothHeads:
         """A copy of the student's frozen head, for the rest of a step, and how often it had been written to."""
 
     @property
+    def sides(self) -> dict[str, StudentSide | TeacherSide]:
+        """What has taken over each model, by "student" and "teacher"; the latter only where there is a soft loss."""
+        student: dict[str, StudentSide | TeacherSide] = {"student": self._student}
+        return student if self.teacher is None else student | {"teacher": self.teacher}
+
+    @property
     def vocab_sizes(self) -> tuple[int, int | None]:
         """Token ids of the student's head, and of the teacher's; None without one."""
         return self._student.vocab_size, None if self.teacher is None else self.teacher.head.vocab_size

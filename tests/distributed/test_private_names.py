@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 # Dictionaries of every nn.Module, on which the libraries around torch rely, too.
 OF_MODULES = {"_buffers", "_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters"}
 ROOMS = ("torch_internals.py", "compiler_internals.py")
-OF_OTHERS = {"_attn_implementation", "_exit", "_from_config", "_getframe", "_replace"}  # not torch's
+OF_OTHERS = {"_attn_implementation", "_exit", "_fingerprint", "_from_config", "_getframe", "_replace"}  # not torch's
 
 
 def sources() -> dict[Path, ast.Module]:

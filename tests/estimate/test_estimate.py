@@ -18,6 +18,7 @@ from kd_plugin.exchange.cost import Head, logits_bytes, stats_bytes, weight_byte
 from kd_plugin.row_kernels.blocks import block_rows
 from kd_plugin.settings.run import DistillConfig, RunConfig
 from kd_plugin.settings.yaml_file import to_yaml
+from tests.round_speeds import SPEEDS
 from tests.tiny_runs import make_folder, run_config
 
 QWEN = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
@@ -122,7 +123,7 @@ def test_activations_are_those_that_autograd_keeps(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     config = run_config(folder)
-    teacher = estimate(config, device="cpu").setup.teacher
+    teacher = estimate(config, device="cpu", speeds=SPEEDS).setup.teacher
     assert teacher is not None and teacher.activations is not None
     model = AutoModelForCausalLM.from_pretrained(folder / "teacher").train()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -158,14 +159,18 @@ def test_stats_keeps_rows_of_the_heads(folder: Path) -> None:
     assert by_mode["stats"].phase_bytes("loss") < by_mode["weight"].phase_bytes("loss")
 
 
-def test_the_choice_is_the_least_traffic_that_fits(qwen: Path) -> None:
+def test_the_choice_is_the_fastest_that_fits(qwen: Path) -> None:
+    """FSDP's gathers hide behind the models, and its optimizer has an eighth of the work."""
     config = qwen_config(qwen, parallel="fsdp", gradient_accumulation_steps=4)
     roomy = estimate(config, world_size=8, gpu_memory_gib=80)
     assert roomy.chosen is not None
-    assert (roomy.chosen.mode, roomy.chosen.teacher_sharded) == ("ddp", False)
-    tight = estimate(config, world_size=8, gpu_memory_gib=24)
+    assert (roomy.chosen.mode, roomy.chosen.teacher_sharded) == ("fsdp", False)
+    fewest = min(roomy.choices, key=lambda choice: choice.step_bytes)
+    assert fewest.mode == "ddp" and fewest.step_seconds is not None and roomy.chosen.step_seconds is not None
+    assert fewest.fits and roomy.chosen.step_seconds < 0.99 * fewest.step_seconds
+    tight = estimate(config, world_size=8, gpu_memory_gib=16)
     assert tight.chosen is not None
-    assert tight.chosen.peak_bytes <= 0.9 * 24 * 2**30 < roomy.chosen.peak_bytes
+    assert tight.chosen.peak_bytes <= 0.9 * 16 * 2**30 < roomy.chosen.peak_bytes
     assert estimate(config, world_size=8, gpu_memory_gib=1).chosen is None
 
 
@@ -226,7 +231,7 @@ def test_an_offloaded_teacher_is_on_the_gpu_layer_by_layer(qwen: Path, sharding:
     assert "gathered parameters" in gathered
     rows = estimate(config.model_copy(update={"distill": DistillConfig(exchange="stats")}), world_size=8)
     assert "teacher head, own slice" not in lines(rows), "FSDP2's own are multiplied"
-    on_cpu = estimate(offloaded.setup.config, world_size=8, device="cpu")
+    on_cpu = estimate(offloaded.setup.config, world_size=8, device="cpu", speeds=SPEEDS)
     assert "teacher" in lines(on_cpu) and on_cpu.memory.host == (), "a CPU has one memory"
 
 
@@ -279,7 +284,9 @@ def test_a_student_with_more_rows_than_its_teacher(folder: Path, tmp_path: Path)
 def test_the_kernels_scratch_is_of_one_block(qwen: Path) -> None:
     config = qwen_config(qwen, parallel="fsdp").model_copy(update={"distill": DistillConfig(exchange="stats")})
     (scratch,) = (
-        line for line in estimate(config, world_size=8, device="cpu").memory.phases["loss"] if line.name == "row kernel"
+        line
+        for line in estimate(config, world_size=8, device="cpu", speeds=SPEEDS).memory.phases["loss"]
+        if line.name == "row kernel"
     )
     columns = 151936 // 8
     assert scratch.num_bytes == 3 * 4 * columns * block_rows(columns, "cpu")

@@ -11,6 +11,7 @@ from kd_plugin.estimate.account import USABLE, Estimate, estimate
 from kd_plugin.estimate.memory import memory
 from kd_plugin.estimate.tables import notes_of
 from kd_plugin.settings.units import GIB
+from tests.round_speeds import SPEEDS
 from tests.tiny_runs import make_folder, run_config
 
 SEQUENCES, TOKENS = 2, 32  # of a micro-batch, of a sequence
@@ -25,7 +26,7 @@ def estimated(folder: Path, together: int, *, ranks: int = 1, micro_batches: int
     """With `together` micro-batches at once."""
     train = {"micro_batch_size": SEQUENCES, "tokens_per_step": micro_batches * ranks * SEQUENCES * TOKENS}
     config = run_config(folder, train=train, teacher={"micro_batch_size": together * SEQUENCES})
-    return estimate(config, world_size=ranks, device="cpu")
+    return estimate(config, world_size=ranks, device="cpu", speeds=SPEEDS)
 
 
 def bytes_of(estimated: Estimate, phase: str, name: str) -> float:

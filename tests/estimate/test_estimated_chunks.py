@@ -8,6 +8,7 @@ import pytest
 
 from kd_plugin.estimate.account import estimate
 from kd_plugin.estimate.tables import notes_of
+from tests.round_speeds import SPEEDS
 from tests.tiny_runs import make_folder, run_config
 
 
@@ -60,4 +61,4 @@ def test_chunks_on_a_gpu_follow_its_speed(
 
 def test_chunks_on_a_cpu_follow_their_memory(folder: Path) -> None:
     config = run_config(folder, distill={"chunk_size": "auto"})
-    assert "512 MiB / (8 B x V 64) = 1048576 rows" in notes_of(estimate(config, device="cpu"))[0]
+    assert "512 MiB / (8 B x V 64) = 1048576 rows" in notes_of(estimate(config, device="cpu", speeds=SPEEDS))[0]

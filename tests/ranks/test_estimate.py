@@ -13,6 +13,7 @@ from kd_plugin.estimate.account import Estimate, estimate
 from tests.ranks import estimate_worker
 from tests.ranks.estimate_cases import BATCH, LENGTH, make_config, write_configurations
 from tests.ranks.launch import Launch, Launched
+from tests.round_speeds import SPEEDS
 
 CASES = [(1, "weight"), *((ranks, exchange) for ranks in (2, 4) for exchange in ("weight", "logits", "stats"))]
 CASES += [(4, f"{exchange}:2") for exchange in ("weight", "logits", "stats")]  # two copies of two shards
@@ -41,7 +42,7 @@ def measured(launched: Callable[[str], Launched], ranks: int, case: str) -> dict
 
 def estimated(folder: Path, ranks: int, case: str) -> Estimate:
     # the last token of a sequence has no label
-    return estimate(make_config(case, folder), world_size=ranks, rows=BATCH * (LENGTH - 1), device="cpu")
+    return estimate(make_config(case, folder), world_size=ranks, rows=BATCH * (LENGTH - 1), device="cpu", speeds=SPEEDS)
 
 
 @pytest.mark.parametrize(("ranks", "case"), PARAMS)

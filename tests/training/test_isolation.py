@@ -190,7 +190,7 @@ def test_evaluation_measures_each_held_out_document_by_itself(tmp_path: Path) ->
     _, held_out = load_documents(config.data, load_tokenizer(config.teacher))
     total, count = 0.0, 0
     for document in held_out:
-        for ids in torch.from_numpy(document.input_ids).long().split(60):
+        for ids in torch.tensor(document.input_ids, dtype=torch.long).split(60):
             with torch.no_grad():
                 logits = student(input_ids=ids[None]).logits[0, :-1]
             total += float(F.cross_entropy(logits, ids[1:], reduction="sum"))

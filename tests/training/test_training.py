@@ -194,7 +194,7 @@ def test_a_run_that_diverges_exports_nothing_and_says_so(folder: Path) -> None:
     with pytest.raises(DivergedError, match=r"diverged at step 2 .* nan.* lower train\.learning_rate"):
         kd.train(config)
     left = {path.name for path in (folder / "diverged").iterdir()}
-    assert left == {"config.yaml"}
+    assert left == {"config.yaml", "metrics.jsonl"}
 
 
 def test_weights_that_are_not_numbers_are_not_exported(tmp_path: Path) -> None:
