@@ -5,7 +5,8 @@ The public names are those of `__init__.pyi`, resolved on first use: importing t
 The modules by subject:
 
 - the trainers: `trainer`, `on_policy`
-- what they are made of: `teacher` (loading and placing it), `batches` (labels and inputs), `logged`, `refusals`
+- what they are made of: `teacher` (loading and placing it), `batches` (labels and inputs), `logged`,
+  `tracking` (TensorBoard), `refusals`
 """
 
 from typing import Any

@@ -22,6 +22,7 @@ from transformers import Trainer
 from kd_plugin.hf import batches, logged
 from kd_plugin.hf import teacher as teachers
 from kd_plugin.hf.refusals import UnsupportedError, refuse_arguments, refuse_parallelism
+from kd_plugin.hf.tracking import use_own_tags
 from kd_plugin.loss import checks
 from kd_plugin.plugin.attach import Plugin, attach
 from kd_plugin.plugin.tokenizers import TokenizerPair
@@ -75,6 +76,7 @@ class DistillTrainerMixin(_Trainer):
         refuse_arguments(given.get("args"), given.get("compute_loss_func"), self.distill)
         super().__init__(*positional, **keywords)
         refuse_parallelism(self)
+        use_own_tags(self, self.distill)
         self._tokenizers, self._together = tokenizers, teacher_micro_batches
         self._teacher = teachers.load_by_name(teacher)
         self._attach(self.model)

@@ -11,7 +11,7 @@ from typing import Any
 
 from kd_plugin.settings.run import RunConfig
 
-__all__ = ["CHARTS", "LAYOUT", "METRICS", "describe", "hyperparameters", "lines_of"]
+__all__ = ["CHARTS", "LAYOUT", "METRICS", "describe", "flat", "hyperparameters", "lines_of"]
 
 CHARTS: dict[str, dict[str, str]] = {
     "a_loss/components": {
@@ -106,13 +106,14 @@ def lines_of(values: Mapping[str, float]) -> Iterator[tuple[str, str, float]]:
 def hyperparameters(config: RunConfig) -> dict[str, bool | int | float | str]:
     """The settings of a run that runs are compared by, as `section.key`; lists as text, nothing that is null."""
     sections = config.model_dump(mode="json", exclude={"log", "deepspeed"})
-    return dict(_flat(sections, ""))
+    return dict(flat(sections, ""))
 
 
-def _flat(value: Any, name: str) -> Iterator[tuple[str, bool | int | float | str]]:
+def flat(value: Any, name: str) -> Iterator[tuple[str, bool | int | float | str]]:
+    """The leaves of nested dictionaries below `name`, as `name.key`; lists as text, nothing that is null."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else key)
+            yield from flat(inner, f"{name}.{key}" if name else key)
     elif isinstance(value, list):
         yield name, str(value)
     elif value is not None:

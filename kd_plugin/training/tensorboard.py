@@ -86,7 +86,7 @@ class TensorBoardWriter:
     `lines` has a run for each line of the charts that have several, which is how TensorBoard draws them in one.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, hparams: Mapping[str, bool | int | float | str]) -> None:
+    def __init__(self, folder: str | Path, *, first_step: int, hparams: Mapping[str, bool | int | float | str]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
             from torch.utils.tensorboard.summary import hparams as hparams_summaries
@@ -95,13 +95,18 @@ class TensorBoardWriter:
                 "log.tensorboard needs it: pip install 'kd-plugin[train]', or set log.tensorboard=false"
             ) from error
         self._open = partial(SummaryWriter, purge_step=first_step)
-        self._folder, self._writer = folder, self._open(str(folder))
+        self._folder, self._writer = Path(folder), self._open(str(folder))
         self._lines: dict[str, SummaryWriter] = {}
         self._described: set[tuple[SummaryWriter, str]] = set()
         self._writer.add_custom_scalars(LAYOUT)
         *begin, self._end = hparams_summaries(dict(hparams), dict.fromkeys(METRICS, 0.0))
         for summary in begin:
             _add(self._writer, summary)
+
+    @property
+    def events(self) -> SummaryWriter:
+        """The writer of everything but the charts' lines."""
+        return self._writer
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write `{tag: value}` at `step`, and flush: a live run is there to be watched."""
