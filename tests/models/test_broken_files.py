@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
 ) -> None:
     folder = tiny_runs.make_folder(tmp_path)
     name = name.replace("{tmp}", str(tmp_path))
-    monkeypatch.setattr("kd_plugin.training.run.load_tokenizer", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("kd_plugin.training.run.tokenizer_of", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SetupError, match=r"^log\.output_dir: .* cannot be written \(.+\); choose another folder$"):
         kd.train(tiny_runs.run_config(folder, log={"output_dir": name, "tensorboard": False}))
 
