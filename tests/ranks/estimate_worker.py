@@ -56,7 +56,7 @@ def run(folder: Path, spec: list[str], rank: int) -> None:
         # What a collective has brought may be freed before or after the next arrives, hence the most of several steps.
         # Of several micro-batches the least: one's gradient may still be on its way in the next, which no estimate has.
         peaks = []
-        for _ in range(3):
+        for _ in range(5 if "+" in case else 3):
             release_workspace()
             peaks.append(allocator_record(step)[1])
         peak = min(peaks) if "+" in case else max(peaks)
