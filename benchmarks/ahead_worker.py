@@ -6,27 +6,22 @@ own, by which its collectives are told from the student's.
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import run_rank
 from received import Received
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kd_plugin as kd
-from kd_plugin.distributed.collectives import end_process_groups
 from kd_plugin.engines import fsdp_units
 from kd_plugin.models.loading import build_student, load_teacher
 from kd_plugin.settings.run import FromTeacherConfig, StudentConfig, TeacherConfig
-from tests.allocations import allocator_record
 
 
 @dataclass(frozen=True)
@@ -118,6 +113,8 @@ def _timed(work: Callable[[], float]) -> tuple[float, float]:
 
 def measure(job: Job) -> list[dict[str, Any]]:
     """One line for each number of micro-batches at once: lists by round, this rank's."""
+    from tests.allocations import allocator_record  # found where `ranks.launch` has started this
+
     models = Models(job)
     models.step(1)  # settles the exchange, and compiles
     lines = [{"together": n, "seconds": [], "teacher_s": [], "gather_s": [], "loss": []} for n in job.together]
@@ -139,16 +136,5 @@ def measure(job: Job) -> list[dict[str, Any]]:
     return lines
 
 
-def main(job_file: Path, lines_file: Path) -> None:
-    """Measure the job that `job_file` describes; rank 0 writes the lines to `lines_file`."""
-    job = Job(**json.loads(job_file.read_text()))
-    torch.set_num_threads(job.threads)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
-    lines = measure(job)
-    if dist.get_rank() == 0:
-        lines_file.write_text(json.dumps(lines))
-    end_process_groups()
-
-
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    run_rank(Job, measure)

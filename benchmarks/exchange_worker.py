@@ -6,23 +6,19 @@ exchange. Only the heads are FSDP2 units.
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import run_rank
 from received import Received
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import kd_plugin as kd
-from kd_plugin.distributed.collectives import end_process_groups
 from kd_plugin.engines import fsdp_units
 
 PRODUCTS = "products"
@@ -135,16 +131,5 @@ def measure(job: Job) -> list[dict[str, Any]]:
     return table
 
 
-def main(job_file: Path, lines_file: Path) -> None:
-    """Measure the job that `job_file` describes; rank 0 writes the lines to `lines_file`."""
-    job = Job(**json.loads(job_file.read_text()))
-    torch.set_num_threads(job.threads)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
-    table = measure(job)
-    if dist.get_rank() == 0:
-        lines_file.write_text(json.dumps(table))
-    end_process_groups()
-
-
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    run_rank(Job, measure)

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +29,20 @@ def launch(script: str, job: Any, ranks: int, folder: Path) -> list[dict[str, An
     if done.returncode:
         raise RuntimeError(f"{ranks} ranks failed: {done.stderr[-2000:]}")
     return json.loads(lines_file.read_text())
+
+
+def run_rank(kind: Callable[..., Any], measure: Callable[[Any], list[dict[str, Any]]]) -> None:
+    """What a worker's script does on each rank: `measure` the job, a `kind`; rank 0 writes the lines of it."""
+    import torch
+    import torch.distributed as dist
+
+    from kd_plugin.distributed.collectives import end_process_groups
+
+    job_file, lines_file = map(Path, sys.argv[1:])
+    job = kind(**json.loads(job_file.read_text()))
+    torch.set_num_threads(job.threads)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    lines = measure(job)
+    if dist.get_rank() == 0:
+        lines_file.write_text(json.dumps(lines))
+    end_process_groups()

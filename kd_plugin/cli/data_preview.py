@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kd_plugin.data.documents import PackedDataset, load_documents
+from kd_plugin.data.documents import load_documents
+from kd_plugin.data.isolated import pack
 from kd_plugin.data.packing import Document
 from kd_plugin.estimate.tables import Table, show_tables
 from kd_plugin.settings.run import RunConfig
@@ -35,7 +36,7 @@ def show_data(config: RunConfig, num_sequences: int) -> None:
     tokenizer = tokenizer_of(config)
     with _said() as notes:
         train, held_out = load_documents(config.data, tokenizer)
-        dataset = PackedDataset(train, config.data.seq_len, config.distill.ignore_index)
+        dataset = pack(train, config.data, config.distill.ignore_index, seed=config.train.seed, keep_tail=False)
     show_tables([_table(train, held_out, config.data.seq_len)], notes)
 
     def decode(ids: list[int]) -> str:
@@ -46,7 +47,11 @@ def show_data(config: RunConfig, num_sequences: int) -> None:
         trained = item["labels"] != config.distill.ignore_index
         about = f"{len(trained)} tokens, {int(trained.sum())} trained on"
         print(f"\nsequence {index + 1} of {len(dataset)}: {about}")
-        _print_marked(marked(item["input_ids"], trained, decode))
+        padding = dataset.num_padding(index)
+        shown = len(trained) - padding
+        _print_marked(marked(item["input_ids"][:shown], trained[:shown], decode))
+        if padding:
+            print(f"({padding} tokens of padding)")
 
 
 def marked(ids: np.ndarray, trained: np.ndarray, decode: Decode) -> list[tuple[str, bool]]:

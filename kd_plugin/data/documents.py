@@ -9,7 +9,6 @@ names are offered here too.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 from collections import Counter
@@ -126,7 +125,7 @@ def split_documents(documents: Sequence[Document], fraction: float) -> tuple[lis
     """
     if len(documents) == 1:
         return _cut_in_two(documents[0], fraction)
-    digests = [hashlib.sha256(document.input_ids.tobytes()).digest() for document in documents]
+    digests = [document.digest() for document in documents]
     copies = Counter(digests)
     chosen = _chosen(copies, max(1, round(len(documents) * fraction)))
     train = [document for document, digest in zip(documents, digests, strict=True) if digest not in chosen]

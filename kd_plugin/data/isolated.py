@@ -117,12 +117,16 @@ class IsolatedDataset(Sequences):
     def __len__(self) -> int:
         return len(self._bins)
 
+    def num_padding(self, index: int) -> int:
+        """Tokens that the documents of sequence `index` leave free."""
+        return self.seq_len - int(self._lengths[self._bins[index]].sum())
+
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         pieces = self._bins[index]
         places = [self._first[piece] + np.arange(self._lengths[piece]) for piece in pieces]
-        missing = self.seq_len - int(self._lengths[pieces].sum())
+        missing = self.num_padding(index)
         part = np.concatenate(places)
         ids = self.input_ids[part].astype(np.int64)
         labels = np.where(self.targets[part], ids, self.ignore_index)

@@ -10,7 +10,6 @@ Notable decisions:
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Sequence
@@ -75,9 +74,9 @@ def without(parts: Sequence[Part], held_out: Sequence[Document]) -> list[Part]:
     """
     if len(parts) == 1:  # which has been split by content
         return list(parts)
-    chosen = {_digest(document) for document in held_out}
+    chosen = {document.digest() for document in held_out}
     kept = [
-        part._replace(documents=[document for document in part.documents if _digest(document) not in chosen])
+        part._replace(documents=[document for document in part.documents if document.digest() not in chosen])
         for part in parts
     ]
     for part in kept:
@@ -91,7 +90,7 @@ def without(parts: Sequence[Part], held_out: Sequence[Document]) -> list[Part]:
 
 def _placed(documents: Sequence[Document], tokens: float) -> list[tuple[float, Document]]:
     """Documents of about so many `tokens`, each with its middle's place in the mixture, from 0 to 1."""
-    by_content = sorted(documents, key=_digest)  # so that those of an incomplete round are no particular ones
+    by_content = sorted(documents, key=Document.digest)  # so that those of an incomplete round are no particular ones
     found: list[tuple[float, Document]] = []
     size = 0
     for number, document in enumerate(itertools.chain(documents, itertools.cycle(by_content))):
@@ -102,7 +101,3 @@ def _placed(documents: Sequence[Document], tokens: float) -> list[tuple[float, D
         found.append((middle / tokens, document))
         size += len(document.input_ids)
     return found
-
-
-def _digest(document: Document) -> bytes:
-    return hashlib.sha256(document.input_ids.tobytes()).digest()

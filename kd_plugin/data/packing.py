@@ -11,6 +11,7 @@ Notable decisions:
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,10 @@ class Document(NamedTuple):
     where: str = ""
     """Its place in the data, for errors."""
 
+    def digest(self) -> bytes:
+        """What its copies have in common, and no other document."""
+        return hashlib.sha256(self.input_ids.tobytes()).digest()
+
 
 class Sequences(ABC):
     """Sequences of exactly `seq_len` tokens out of documents.
@@ -84,6 +89,10 @@ class Sequences(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Item: ...
+
+    @abstractmethod
+    def num_padding(self, index: int) -> int:
+        """Tokens at the end of sequence `index` that are of no document."""
 
     def too_few(self) -> DataError:
         """The error about documents that do not fill one sequence."""
@@ -122,6 +131,10 @@ class PackedDataset(Sequences):
 
     def __len__(self) -> int:
         return self.num_sequences
+
+    def num_padding(self, index: int) -> int:
+        """Tokens that the last sequence lacks, if it was kept; 0 for all others."""
+        return max(0, (index + 1) * self.seq_len - len(self.input_ids))
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < self.num_sequences:

@@ -37,7 +37,7 @@ def main(config_file: str, rank: str) -> None:
     config = load_config(Path(config_file))
     tokenizer = tokenizer_of(config)
     start, cpu = time.perf_counter(), time.process_time()
-    train, held_out = documents.load_datasets(config.data, tokenizer, -100)
+    train, held_out = documents.load_datasets(config.data, tokenizer, -100, seed=config.train.seed)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     digest = hashlib.sha256()
     num_tokens = 0
