@@ -29,6 +29,7 @@ MODULES = (
     "loss_speed",
     "loss_memory",
     "loss_accuracy",
+    "step_models",
     "whole_step",
     "ranks",
     "exchange_worker",

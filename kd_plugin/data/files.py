@@ -71,7 +71,11 @@ def _text_of(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it, e.g. with iconv") from error
+        raise _not_utf8(str(path), error) from error
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"{where}: not UTF-8 text (byte {error.start}); convert it, e.g. with iconv")
 
 
 def _text_file(path: Path, rows: RowReader) -> Iterator[Record]:
@@ -156,9 +160,7 @@ def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not UTF-8 text (byte {error.start}); convert it, e.g. with iconv") from (
-                error
-            )
+            raise _not_utf8(f"{path}:{number}", error) from error
 
 
 def _parquet_file(path: Path, rows: RowReader) -> Iterator[Record]:

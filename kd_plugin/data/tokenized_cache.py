@@ -67,8 +67,7 @@ def cached_documents(
     folder = cache_folder(config)
     key = None if folder is None else _key(source, config, tokenizer, name)
     if folder is None or key is None:
-        tally = Tally()
-        return list(tokenise(tally)), tally
+        return _uncached(tokenise)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{key}.lock", name):
@@ -83,8 +82,12 @@ def cached_documents(
             return documents, tally
     except (OSError, NotImplementedError) as error:  # read-only, full, or a file system without locks
         logger.warning("data.cache: %s cannot be used (%s), so every process tokenises %s", folder, error, name)
-        tally = Tally()
-        return list(tokenise(tally)), tally
+        return _uncached(tokenise)
+
+
+def _uncached(tokenise: Tokenise) -> tuple[list[Document], Tally]:
+    tally = Tally()
+    return list(tokenise(tally)), tally
 
 
 def cache_folder(config: DataConfig) -> Path | None:

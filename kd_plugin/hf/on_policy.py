@@ -114,12 +114,12 @@ class DistillOnPolicyMixin(DistillTrainerMixin):
 
     def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The whole sequences of a batch of GKD's, or of DistillationTrainer's prompts and completions, with labels."""
+        others = {name: value for name, value in inputs.items() if name not in (*_OF_GENERATION, *_COMPLETIONS)}
         if "completion_ids" not in inputs or "labels" in inputs:
-            return {name: value for name, value in inputs.items() if name not in (*_OF_GENERATION, *_COMPLETIONS)}
+            return others
         prompt, completion = inputs["prompt_ids"], inputs["completion_ids"]  # [B, P], [B, C]
         trained = inputs["completion_mask"] * inputs.get("tool_mask", 1)  # [B, C]
         labels = completion.masked_fill(trained == 0, OWN_IGNORE_INDEX)
-        others = {name: value for name, value in inputs.items() if name not in (*_OF_GENERATION, *_COMPLETIONS)}
         return {
             **others,
             "input_ids": torch.cat([prompt, completion], 1),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from kd_plugin.loss.processor import HALVES
 from kd_plugin.settings.device_peaks import Peaks, peaks_of
 
 _REACHED = 0.8
@@ -37,7 +38,7 @@ def speed_of(device: torch.device, dtype: torch.dtype) -> Speed:
 def speed_by_peaks(peaks: Peaks, dtype: torch.dtype, *, tf32: bool = False) -> Speed:
     """How fast a device of these `peaks` multiplies operands of `dtype`; `tf32`: fp32 ones may be rounded to that."""
     wide = peaks.tf32_flops if tf32 else peaks.fp32_flops
-    return Speed(_REACHED * (peaks.half_flops if dtype in (torch.bfloat16, torch.float16) else wide), peaks.memory)
+    return Speed(_REACHED * (peaks.half_flops if dtype in HALVES.values() else wide), peaks.memory)
 
 
 def measured_speed(device: torch.device, dtype: torch.dtype, *, size: int = 4096) -> Speed:
@@ -62,7 +63,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return min(once() for _ in range(_ROUNDS))
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that can still be allocated, with what torch holds and does not use."""
+def free_bytes(device: torch.device | None = None) -> int:
+    """Memory of a GPU that can still be allocated, with what torch holds and does not use; default: the current one."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -21,7 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Way", "attention_of", "isolated", "ways_of"]
+from kd_plugin.plugin.logit_probe import configurations
+
+__all__ = ["Way", "attention_of", "isolated", "recurrent_layers", "ways_of", "windows_of"]
+
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window", "local_window_size")
 
 Way = Literal["position_ids", "mask", "varlen"]
 """`position_ids`: the model's own masks from positions; `mask`: documents in every mask; `varlen`: bounds for flash."""
@@ -30,6 +34,12 @@ Way = Literal["position_ids", "mask", "varlen"]
 def attention_of(model: nn.Module) -> str:
     """The attention backend of a Transformers model; "" where it has none."""
     return getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
+
+
+def windows_of(model: nn.Module) -> dict[str, Any]:
+    """The settings by which some layers of `model` attend to a window only, with their values; empty without one."""
+    given = ((name, getattr(config, name, None)) for config in configurations(model) for name in _WINDOWS)
+    return {name: value for name, value in given if value}
 
 
 def ways_of(model: nn.Module) -> tuple[Way, ...]:

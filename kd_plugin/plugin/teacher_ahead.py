@@ -28,15 +28,13 @@ from torch import Tensor, nn
 from kd_plugin.distributed.torch_internals import times_written
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.plugin.head import teacher_head_forward
-from kd_plugin.plugin.isolation import attention_of
-from kd_plugin.plugin.logit_probe import configurations
+from kd_plugin.plugin.isolation import attention_of, windows_of
 from kd_plugin.plugin.teacher_side import NOT_FOR_TEACHER, TeacherSide
 
 logger = logging.getLogger(__name__)
 
 # Of each row by its place, so that rows of several micro-batches can be laid one upon the other.
 _BY_ROW = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
-_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window", "local_window_size")
 _NOT_KEPT = NOT_FOR_TEACHER | {"labels", "shift_labels", "num_items_in_batch", "loss_rows", "token_weights"}
 
 
@@ -205,11 +203,11 @@ def _merged(batches: Sequence[Mapping[str, Any]], model: nn.Module, *, by_bounds
                 + ": run it with each (together=1)"
             )
     merged = {name: torch.cat([_padded(batch, name, length) for batch in batches]) for name in common}
-    if padded and (window := _window(model)):
+    if padded and (windows := windows_of(model)):
         raise ValueError(
             f"the teacher cannot run ahead over micro-batches of {', '.join(map(str, sorted(lengths)))} tokens: its "
-            f"attention has a window ({window}), which may hold nothing but padding: give micro-batches of one length, "
-            "or run it with each (together=1)"
+            f"attention has a window ({next(iter(windows))}), which may hold nothing but padding: give micro-batches "
+            "of one length, or run it with each (together=1)"
         )
     if padded and "position_ids" in common and "attention_mask" not in common:
         raise ValueError(
@@ -221,15 +219,6 @@ def _merged(batches: Sequence[Mapping[str, Any]], model: nn.Module, *, by_bounds
         masks = [_padded({"mask": torch.ones_like(batch["input_ids"])}, "mask", length) for batch in batches]
         merged["attention_mask"] = torch.cat(masks)
     return merged, length
-
-
-def _window(model: nn.Module) -> str:
-    """The setting by which some layers of `model` attend to a window only; "" without one."""
-    for config in configurations(model):
-        for name in _WINDOWS:
-            if getattr(config, name, None):
-                return name
-    return ""
 
 
 def _padded(batch: Mapping[str, Any], name: str, length: int) -> Tensor:

@@ -12,17 +12,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from kd_plugin.engines.protocol import Engine
 from kd_plugin.settings.held_out import is_better
 from kd_plugin.settings.run import RunConfig
-from kd_plugin.training.checkpoint import PARTIAL
+from kd_plugin.training.checkpoint import written_aside
 from kd_plugin.training.metrics_file import read_metrics
 
 __all__ = ["Best", "EarlyStop"]
@@ -95,18 +92,8 @@ class Best:
         if self.step is not None and not is_better(metric, values[metric], self.values[metric]):
             return
         self.step, self.values = step, dict(values)
-        partial = self.folder.with_name(self.folder.name + PARTIAL)
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        engine.save(partial / "engine")
-        dist.barrier()
-        if dist.get_rank() == 0:
-            (partial / "run.json").write_text(json.dumps({"step": step, "values": self.values}))
-            shutil.rmtree(self.folder, ignore_errors=True)
-            partial.rename(self.folder)
-        dist.barrier()
+        with written_aside(self.folder, {"step": step, "values": self.values}) as partial:
+            engine.save(partial / "engine")
 
     def restore(self, engine: Engine, last: int) -> int:
         """Put the best student's weights back, if they are not those of step `last`; returns their step.

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -30,6 +30,7 @@ from kd_plugin.loss import processor
 from kd_plugin.row_kernels import dispatch
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training.finite import has_finite_parameters
+from kd_plugin.training.random_state import random_state, set_random_state
 
 __all__ = [
     "PARTIAL",
@@ -41,6 +42,7 @@ __all__ = [
     "save",
     "step_of",
     "to_continue",
+    "written_aside",
 ]
 
 logger = logging.getLogger(__name__)
@@ -142,25 +144,35 @@ def save(
     that is not settled.
     """
     rank, final = dist.get_rank(), Path(config.log.output_dir) / "checkpoints" / f"{_STEP}{step:08d}"
-    partial = final.with_name(final.name + PARTIAL)
     if rank == 0:
-        for stale in [*final.parent.glob(f"*{PARTIAL}"), final]:
+        for stale in final.parent.glob(f"*{PARTIAL}"):
             shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    engine.save(partial / _STATE)
-    torch.save(_random_state(), partial / f"random_{rank}.pt")
-    dist.barrier()
+    run = {"step": step, "parallel": mode, "world_size": dist.get_world_size()}
+    run |= {"finite": True, "chunk_size": chunk_size, "teacher_together": together, "numerics": _numerics(config)}
+    with written_aside(final, run | {"config": config.model_dump(mode="json")}) as partial:
+        engine.save(partial / _STATE)
+        torch.save(random_state(), partial / f"random_{rank}.pt")
     if rank == 0:
-        run = {"step": step, "parallel": mode, "world_size": dist.get_world_size()}
-        run |= {"finite": True, "chunk_size": chunk_size, "teacher_together": together}
-        run |= {"numerics": _numerics(config)}
-        run["config"] = config.model_dump(mode="json")
-        (partial / _RUN).write_text(json.dumps(run, indent=1))
-        partial.rename(final)
         _prune(config, final)
     dist.barrier()
     return final
+
+
+@contextmanager
+def written_aside(final: Path, run: dict[str, Any]) -> Iterator[Path]:
+    """A folder for all ranks to write in, which becomes `final` after the body, with `run` in it, and not before."""
+    partial = final.with_name(final.name + PARTIAL)
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    yield partial
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (partial / _RUN).write_text(json.dumps(run, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    dist.barrier()
 
 
 def _prune(config: RunConfig, newest: Path) -> None:
@@ -183,7 +195,7 @@ def resume(engine: Engine, config: RunConfig, folder: Path, *, mode: str) -> dic
         raise CheckpointError(_refusal(engine, config, folder))
     mine = folder / f"random_{dist.get_rank()}.pt"
     if mine.is_file():
-        _set_random_state(torch.load(mine, weights_only=True))
+        set_random_state(torch.load(mine, weights_only=True))
     else:
         logger.warning(
             "resume: %s has no random state for rank %d; dropout goes on differently", folder, dist.get_rank()
@@ -264,26 +276,3 @@ def _changed_sections(before: dict[str, Any], config: RunConfig) -> dict[str, st
         if before.get(name) != now[name]:
             changed[name] = ", ".join(key for key in [*new, *(old.keys() - new)] if old.get(key) != new.get(key))
     return changed
-
-
-def _random_state() -> dict[str, Any]:
-    legacy = np.random.get_state()
-    assert isinstance(legacy, tuple)
-    kind, keys, position, has_gauss, cached = legacy
-    version, internal, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "python": [version, list(internal), gauss_next],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))

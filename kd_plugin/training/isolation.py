@@ -24,7 +24,7 @@ from torch import Tensor
 from kd_plugin.engines.process_group import reduce_numbers
 from kd_plugin.engines.protocol import DTYPES
 from kd_plugin.engines.zero_block import uses_autocast
-from kd_plugin.plugin.isolation import Way, attention_of, recurrent_layers, ways_of
+from kd_plugin.plugin.isolation import Way, attention_of, recurrent_layers, ways_of, windows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,6 @@ __all__ = ["IsolationError", "isolate_documents"]
 
 logger = logging.getLogger(__name__)
 
-_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window", "local_window_size")
 _FIRST, _MIDDLE, _LAST = 11, 9, 9
 """Tokens of the three documents of a sequence, the middle one longer than a window by that where there is one."""
 _OF_JOINED, _OF_JOINED_HALF, _OF_JOINED_ALONE = 1e-3, 0.02, 0.25
@@ -196,9 +195,7 @@ def _lengths(seq_len: int, window: int) -> tuple[int, ...]:
 
 def _window(model: torch.nn.Module) -> int:
     """The longest window of attention among a model's settings; 0 without one."""
-    text = getattr(model.config, "get_text_config", lambda: model.config)()
-    given = [getattr(text, name, None) for name in _WINDOWS]
-    return max((value for value in given if isinstance(value, int)), default=0)
+    return max((value for value in windows_of(model).values() if isinstance(value, int)), default=0)
 
 
 def _ids(text: np.ndarray, length: int) -> Tensor:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from kd_plugin.loss import device_speed
 from kd_plugin.settings.units import GIB
 
 _SPARE = 0.1  # of all memory
@@ -79,9 +80,8 @@ def free_bytes(root: Path = Path("/")) -> int:
     `root` is where the system describes itself (/proc, /sys).
     """
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return max(0, int(free + unused - _SPARE * total))
+        _, total = torch.cuda.mem_get_info()
+        return max(0, int(device_speed.free_bytes() - _SPARE * total))
     sizes = [size for size in (_of_machine(root), *(_of_container(root, *names) for names in _GROUPS)) if size]
     # DeepSpeed's launcher does not count the ranks of a machine: then all of them may be here
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or (dist.get_world_size() if dist.is_initialized() else 1))
