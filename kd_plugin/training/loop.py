@@ -89,8 +89,10 @@ def run_steps(session: Session, first: int, before: dict[str, float]) -> dict[st
 
 def _compiling(session: Session, *, first: bool) -> AbstractContextManager[None]:
     """Says that the loss is being compiled where its first run takes long."""
+    if not first:
+        return nullcontext()
     kernel = dispatch.choose(session.config.distill.row_kernel, session.place.device.type)
-    if not first or kernel == "eager":
+    if kernel == "eager":
         return nullcontext()
     return said_if_slow(f"distill.row_kernel {kernel}: compiling the loss as it first runs, a minute or two")
 
