@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import kd_plugin as kd
+from kd_plugin.distributed.collectives import end_process_groups
 from kd_plugin.engines.fsdp_units import make_mesh, shard_student, shard_teacher
 
 RANKS = 2
@@ -96,7 +97,7 @@ def run_rank(rank: int, options: Part, file: str) -> None:
             worst = max(relative(gradient, wanted[name]) for name, gradient in found.items())
             values = {"gradient_error": worst, "loss_error": relative(loss, wanted_loss), "parameters": len(found)}
             options.emit("ranks", key=mode, exchange=mode, **values)
-    dist.destroy_process_group()
+    end_process_groups()
 
 
 def main() -> int:
