@@ -11,7 +11,7 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "launch" / "examples"
-OWN_LOOPS = ["plain_loop", "accelerate_loop"]
+OWN_LOOPS = ["plain_loop", "accelerate_loop", "lightning_module"]
 TRAINERS = ["hf_trainer", "trl_sft", "trl_on_policy"]
 LINES = 40
 
@@ -34,6 +34,10 @@ def test_all_of_them_are_listed_and_short() -> None:
     assert max(lines.values()) <= LINES
 
 
+# Lightning 2.6 asks torch's trees by a name that torch 2.13 deprecates, and advises on workers and intervals of logging
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The '?train_dataloader'? does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
 @pytest.mark.parametrize("name", OWN_LOOPS)
 def test_a_loop_of_your_own(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run(name, monkeypatch)

@@ -55,13 +55,18 @@ def make_mesh(
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The blocks that Transformers says must not be split.
+    """The blocks that Transformers says must not be split; of one inside another (Mamba's mixers) the outer.
 
     Raises:
         ShardingError: the model names none.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    layers: list[nn.Module] = []
+    within: set[nn.Module] = set()
+    for module in model.modules():  # the outer ones first
+        if type(module).__name__ in names and module not in within:
+            layers.append(module)
+            within.update(module.modules())
     if not layers:
         raise ShardingError(
             f"{type(model).__name__} names no decoder layers (_no_split_modules = {sorted(names)}): "

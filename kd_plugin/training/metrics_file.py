@@ -13,9 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["MetricsFile", "read_metrics"]
+__all__ = ["MetricsFile", "first_evaluation", "read_metrics"]
 
 NAME = "metrics.jsonl"
+_HELD_OUT = "eval/"
 
 
 def read_metrics(folder: Path, *, until: int) -> list[dict[str, Any]]:
@@ -32,6 +33,15 @@ def read_metrics(folder: Path, *, until: int) -> list[dict[str, Any]]:
         if values["step"] <= until:
             kept.append(values)
     return kept
+
+
+def first_evaluation(folder: Path) -> dict[str, float]:
+    """What was measured on held-out text before step 1, by name; empty where `folder`'s metrics.jsonl lacks it."""
+    for values in read_metrics(folder, until=0):
+        measured = {tag.removeprefix(_HELD_OUT): value for tag, value in values.items() if tag.startswith(_HELD_OUT)}
+        if measured:
+            return {name: math.nan if value is None else value for name, value in measured.items()}
+    return {}
 
 
 class MetricsFile:

@@ -121,6 +121,7 @@ def _progress(
         ratio = f"{last / first:.3f}" if first else "-"
         lines.append(f"soft loss, last fifth / first fifth of the steps: {ratio} ({last:.4f} / {first:.4f})")
     if before.get("kl_t1") and "kl_t1" in after:
-        change = f"{1 - after['kl_t1'] / before['kl_t1']:.1%}"
-        lines.append(f"KL(teacher||student) reduced by {change} ({before['kl_t1']:.4f} -> {after['kl_t1']:.4f} nats)")
+        old, new = before["kl_t1"], after["kl_t1"]
+        change = f"reduced by {1 - new / old:.1%}" if new <= old else f"rose to {new / old:.3g} times"
+        lines.append(f"KL(teacher||student) {change} ({old:.4f} -> {new:.4f} nats)")
     return lines

@@ -36,6 +36,7 @@ from kd_plugin.training.export import export_student
 from kd_plugin.training.finite import check_weights
 from kd_plugin.training.isolation import isolate_documents
 from kd_plugin.training.loop import evaluate, run_steps
+from kd_plugin.training.metrics_file import first_evaluation
 from kd_plugin.training.model_card import model_card
 from kd_plugin.training.precision import settled_precision
 from kd_plugin.training.preflight import SetupError, early_problems, idle_settings
@@ -66,7 +67,7 @@ class TrainResult:
     history: list[dict[str, float]]
     """The numbers of each logged step, with "step"."""
     before: dict[str, float]
-    """Evaluation before the first step of this run."""
+    """Evaluation before step 1, also where the run was resumed."""
     after: dict[str, float]
     """Evaluation after the last step."""
     output_dir: Path
@@ -123,8 +124,9 @@ def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
             with session.timed("packing"):
                 isolate_documents(session)
         done = _resume(session, start_from)
-        before = evaluate(session, done)
-        after = run_steps(session, done + 1, before)
+        now = evaluate(session, done)
+        before = first_evaluation(Path(config.log.output_dir)) or now if done else now
+        after = run_steps(session, done + 1, now)
         last = int(session.history[-1]["step"]) if session.history else done
         step = session.best.restore(session.engine, last)
         after = after if step == last else session.best.values
@@ -209,7 +211,10 @@ def _finish(
 def _report(
     session: Session, step: int, quality: dict[str, dict[str, float]], samples: dict[str, str], export: Path | None
 ) -> None:
-    """Write summary.json and show the table; `quality` has the evaluations `before` and `after`."""
+    """Write summary.json and show the table; `quality` has the evaluations `before` and `after`.
+
+    The summary of a run that was at its end already stays as it is: this start has trained nothing.
+    """
     folder = Path(session.config.log.output_dir)
     places = {"config": folder / "config.yaml", "metrics": folder / "metrics.jsonl"}
     if session.config.log.tensorboard:
@@ -217,7 +222,11 @@ def _report(
     if export:
         places["export"] = export
     summary = {**quality, "seconds": session.seconds, "memory": session.memory}
-    (folder / "summary.json").write_text(json.dumps({"step": step, **summary, "samples": samples}, indent=1))
+    path = folder / "summary.json"
+    if session.history or not path.exists():
+        path.write_text(json.dumps({"step": step, **summary, "samples": samples}, indent=1))
+    else:
+        logger.info("train.resume: the run was at step %d already, nothing was trained; %s stays as it was", step, path)
     logger.info("%s", report(**summary, history=session.history, samples=samples, places=places))
 
 

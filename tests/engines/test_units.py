@@ -194,3 +194,13 @@ def test_shard_groups_must_divide_the_ranks() -> None:
         make_mesh("cpu", 4, shard_size=3)
     with pytest.raises(ShardingError, match="shard_size is 0"):
         make_mesh("cpu", 4, shard_size=0)
+
+
+def test_of_blocks_inside_of_blocks_the_outer_ones_are_units() -> None:
+    """Mamba says of its blocks and of the mixers in them that they must not be split; FSDP2 knows no unit in a unit."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "state_size": 4}
+    model = MambaForCausalLM(MambaConfig(num_hidden_layers=3, **sizes))
+    assert {"MambaBlock", "MambaMixer"} <= set(model._no_split_modules)
+    assert [type(layer).__name__ for layer in decoder_layers(model)] == ["MambaBlock"] * 3

@@ -268,6 +268,10 @@ WAYS: dict[str, Callable[[Given, Path], Steps]] = {
 
 # TRL 1.16 sets it by the name that transformers 5.23 deprecates
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+# Lightning 2.6 asks torch's trees by a name that torch 2.13 deprecates, and advises on workers and intervals of logging
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The '?train_dataloader'? does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
 @pytest.mark.parametrize("way", WAYS)
 def test_the_losses_and_parameters_of_kd_train(trained: Trained, tmp_path: Path, way: str) -> None:
     given, wanted = trained

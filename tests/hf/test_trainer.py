@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -221,6 +222,32 @@ def test_a_run_resumes_as_if_it_had_not_stopped_and_ends_with_its_best(tmp_path:
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
     ids = collate(HELD_OUT)["input_ids"]
     assert torch.allclose(plain(ids).logits, again.model.eval()(ids).logits, atol=1e-6)
+
+
+class Hub:
+    """Stands for the hub: remembers what is put there."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, bytes]] = {}
+
+    def create_repo(self, repo_id: str, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, repo_id: str, folder_path: str, **_: Any) -> None:
+        paths = (path for path in Path(folder_path).rglob("*") if path.is_file())
+        self.files[repo_id] = {path.name: path.read_bytes() for path in paths}
+
+
+def test_what_is_pushed_to_the_hub_is_the_student_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    trainer = trainer_of(DistillTrainer, tmp_path / "run", args={"hub_model_id": "me/student"})
+    trainer.train()
+    trainer.push_to_hub()
+    pushed = load(hub.files["me/student"]["model.safetensors"])
+    assert pushed.keys() == make_pair()[0].state_dict().keys()
+    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in pushed.items())
+    assert {"config.json", "README.md"} <= hub.files["me/student"].keys()
 
 
 def test_a_teacher_may_be_a_folder(tmp_path: Path, reference: Reference) -> None:

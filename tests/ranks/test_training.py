@@ -24,6 +24,9 @@ HALF = [(name, dtype) for name in ("fsdp", "fsdp1") for dtype in ("bfloat16", "f
 HALF += [("zero0", "bfloat16"), ("zero3", "bfloat16")]
 SAVING = ("fsdp", "fsdp1", "ddp", "zero2", "zero3")
 SAVED = {"max_steps": 4, "save_every": 2}
+# A rate that grows until it ruins the student; with AdamW's usual epsilon each sign of a small gradient would be told
+RUINED = {"max_steps": 12, "eval_every": 1, "learning_rate": 10.0, "warmup_steps": 40, "schedule": "constant"}
+RUINED |= {"adam_eps": 0.1, "export_best": "hard_loss", "stop_on": {"metric": "hard_loss", "patience": 2}}
 RUNS = [
     *(run(name, name) for name in LAYOUTS),
     run("fsdp_1x4", "fsdp", train={"micro_batch_size": 1, "export": False}),
@@ -52,6 +55,7 @@ MORE = [
         for name in ("fsdp", "fsdp1", "zero3")
     ),
     run("zero3_offloaded", "zero3", train={"export": False}, teacher={"offload": True}),
+    *(run(f"{name}_ruined", name, train=RUINED) for name in ("fsdp", "fsdp1", "zero3")),
     *(run(f"{name}_{dtype}", name, student={"dtype": dtype}) for name, dtype in HALF),
 ]
 
@@ -146,6 +150,20 @@ def test_half_precision_follows_full_precision(more: tuple[dict[str, Any], Train
     assert curve(result) != curve(single)
     exported = load_file(Path(result["export"]) / "model.safetensors")
     assert {str(value.dtype) for value in exported.values()} == {f"torch.{dtype}"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp", "fsdp1", "zero3"])
+def test_all_ranks_stop_together_and_export_the_best_student(
+    launched: Callable[[str], Launched], more: tuple[dict[str, Any], TrainResult], name: str
+) -> None:
+    found = more[0][f"{name}_ruined"]
+    single = kd.train(run_config(launched("more").folder, "single_ruined", train={**RUINED, "parallel": "single"}))
+    assert found["step"] == single.step < single.history[-1]["step"] == len(found["history"]) < RUINED["max_steps"]
+    assert found["after"] == pytest.approx(single.after, rel=1e-3)
+    exported = load_file(Path(found["export"]) / "model.safetensors")
+    for key, value in load_file(single.export_dir / "model.safetensors").items():
+        assert (exported[key] - value).abs().max() < 1e-3, key
 
 
 def test_all_ranks_hold_the_same_numbers(runs: Launched, results: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ def run(folder: Path, spec: list[dict[str, Any]], rank: int) -> None:
     for entry in json.loads(json.dumps(spec).replace("{folder}", str(folder))):
         result = kd.train(run_config(folder, entry.get("output", entry["name"]), **entry["sections"]))
         results[entry["name"]] = {
+            "step": result.step,
             "history": result.history,
             "before": result.before,
             "after": result.after,

@@ -76,6 +76,17 @@ def test_a_finished_run_resumes_to_its_export(folder: Path) -> None:
     assert resumed.after["perplexity"] == pytest.approx(whole.after["perplexity"], rel=1e-6)
 
 
+def test_before_is_before_step_one_however_often_a_run_was_resumed(folder: Path) -> None:
+    first = kd.train(config_of(folder, "truth", max_steps=2))
+    second = kd.train(config_of(folder, "truth", resume=True))
+    assert second.before == first.before and second.before != first.after
+    summary = json.loads((second.output_dir / "summary.json").read_text())
+    assert summary["before"] == first.before and summary["after"] == second.after
+    third = kd.train(config_of(folder, "truth", resume=True))
+    assert third.before == first.before and third.after == pytest.approx(second.after)
+    assert json.loads((second.output_dir / "summary.json").read_text()) == summary, "it trained nothing"
+
+
 def test_only_the_newest_checkpoints_are_kept(folder: Path) -> None:
     kd.train(config_of(folder, "kept", save_every=1, keep_checkpoints=2, export=False))
     assert [path.name for path in checkpoint.checkpoints(folder / "kept")] == ["step_00000003", "step_00000004"]

@@ -74,22 +74,29 @@ def test_the_way_is_found_on_the_real_models(
     assert result.step == 2 and len(result.history) == 2
 
 
+@pytest.mark.parametrize(
+    ("model", "settings", "layer"),
+    [
+        ("Qwen3NextForCausalLM", LINEAR, "Qwen3NextGatedDeltaNet"),
+        pytest.param("MambaForCausalLM", {"state_size": 8}, "MambaMixer", marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_that_cannot_is_refused_by_name_and_runs_joined(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, model: str, settings: dict[str, Any], layer: str
 ) -> None:
     with pytest.raises(isolation.IsolationError) as caught:
-        kd.train(run_of(tmp_path, "run", "Qwen3NextForCausalLM", **LINEAR))
+        kd.train(run_of(tmp_path, "run", model, **settings))
     message = str(caught.value)
     for words in (
-        "the student (Qwen3NextForCausalLM",
-        "the teacher (Qwen3NextForCausalLM",
-        "Qwen3NextGatedDeltaNet carry a state",
+        f"the student ({model}",
+        f"the teacher ({model}",
+        f"{layer} carry a state",
     ):
         assert words in message
     assert message.endswith("set data.packing to joined, where each reads what stands before it")
     assert not (tmp_path / "run" / "checkpoints").exists()
     with caplog.at_level(logging.INFO):
-        assert kd.train(run_of(tmp_path, "joined", "Qwen3NextForCausalLM", packing="joined", **LINEAR)).step == 2
+        assert kd.train(run_of(tmp_path, "joined", model, packing="joined", **settings)).step == 2
     assert "keeps documents apart" not in caplog.text
 
 

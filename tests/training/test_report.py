@@ -28,6 +28,11 @@ def test_progress_is_one_line_for_training_and_one_for_held_out_text() -> None:
     assert any(line.split() == ["held-out", "perplexity", "200.00", "20.00", "-90.0%"] for line in lines)
 
 
+def test_a_student_that_has_moved_away_is_not_said_to_be_nearer() -> None:
+    lines = shown([9.0], after={**AFTER, "kl_t1": 230.0})
+    assert "KL(teacher||student) rose to 28.8 times (8.0000 -> 230.0000 nats)" in lines
+
+
 def test_what_was_not_measured_is_left_out() -> None:
     few = shown([9.0, 7.0, 5.0, 4.0])
     assert not any("fifth" in line for line in few) and any("reduced by" in line for line in few)
