@@ -72,7 +72,9 @@ def padded(documents: Sequence[Document], seq_len: int, seed: int) -> Iterator[M
     pieces = [piece for piece in pieces if len(piece) > 1]
     generator = np.random.default_rng(seed)
     while True:
-        chosen = [torch.from_numpy(pieces[i].astype(np.int64)) for i in generator.integers(len(pieces), size=MICRO_BATCH)]
+        chosen = [
+            torch.from_numpy(pieces[i].astype(np.int64)) for i in generator.integers(len(pieces), size=MICRO_BATCH)
+        ]
         rows = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
         labels = nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=-100)
         mask = torch.zeros_like(rows)
