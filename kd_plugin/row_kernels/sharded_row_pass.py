@@ -59,7 +59,7 @@ def _moment(logits: Tensor) -> tuple[Tensor, Tensor]:
     if logits.shape[1] == 0:
         return logits.new_full((logits.shape[0], 1), lowest), logits.new_zeros(logits.shape[0], 1)
     shift = logits.amax(-1, keepdim=True).clamp_min(lowest)
-    return shift, (logits - shift).exp().sum(-1, keepdim=True)
+    return shift, row_sum((logits - shift).exp())
 
 
 def slice_moments(

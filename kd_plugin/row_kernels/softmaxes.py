@@ -20,11 +20,16 @@ _LOWEST = -1e30
 
 
 def row_sum(*parts: Tensor) -> Tensor:
-    """The sum over the columns of all parts `[n, columns]`, `[n, 1]`."""
-    total, *others = (part.sum(-1, keepdim=True) for part in parts)
+    """The sum over the columns of all parts `[n, columns]`, `[n, 1]`.
+
+    On a CPU it is taken in fp64: compiled, it goes through thousands of columns one after another, and a divergence
+    whose gradient is a small difference of such sums (jsd, tvd) would be off by 1e-4 of itself.
+    """
+    wide = torch.float64 if parts[0].is_cpu else None
+    total, *others = (part.sum(-1, keepdim=True, dtype=wide) for part in parts)
     for other in others:
         total = total + other
-    return total
+    return total.to(parts[0].dtype)
 
 
 class Softmax(NamedTuple):
@@ -42,7 +47,7 @@ def softmax(logits: Tensor) -> Softmax:
     """The softmax of logits `[n, V]` over the vocabulary."""
     maximum = logits.amax(-1, keepdim=True)
     shifted = logits - maximum
-    log_sum = shifted.exp().sum(-1, keepdim=True).log()
+    log_sum = row_sum(shifted.exp()).log()
     return Softmax((shifted - log_sum).clamp_min(LOG_FLOOR), maximum, log_sum)
 
 
@@ -82,7 +87,7 @@ class Softmaxes:
         power = shifted.exp().square()
         if self._root == 4.0:
             power = power.square()
-        total = power.sum(-1, keepdim=True)
+        total = row_sum(power)
         log_sum = total.log()
         log_probs = (shifted * self._root - log_sum).clamp_min(LOG_FLOOR)
         return self._logits, Softmax(log_probs, maximum * self._root, log_sum), power / total
