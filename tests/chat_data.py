@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from kd_plugin.data.corpus import Corpus, Document
 from kd_plugin.data.documents import DataError, load_documents
-from kd_plugin.data.packing import Document
 from kd_plugin.settings.run import DataConfig
 
 WORDS = "<unk> <eos> <bos> : user assistant system hi yes no why because a b c d e f g".split()
@@ -47,7 +47,7 @@ def write_jsonl(path: Path, *rows: Any) -> str:
     return str(path)
 
 
-def read(source: Any, tokenizer: Any = None, **values: Any) -> list[Document]:
+def read(source: Any, tokenizer: Any = None, **values: Any) -> Corpus:
     """Training documents of `source`, which is also named as evaluation data so that none are held out."""
     config = DataConfig(**{"train": str(source), "eval": str(source), **values})
     return load_documents(config, tokenizer or make_tokenizer())[0]
@@ -81,7 +81,7 @@ CHAT_OF_ONE = CONVERSATION[:2]
 ANSWERED = "user : hi <eos> assistant : YES <EOS>"
 
 
-def documents(tmp_path: Path, *rows: Any, template: str | None = FULL, **values: Any) -> list[Document]:
+def documents(tmp_path: Path, *rows: Any, template: str | None = FULL, **values: Any) -> Corpus:
     return read(write_jsonl(tmp_path / "x.jsonl", *rows), make_tokenizer(template), **values)
 
 

@@ -108,8 +108,8 @@ def data(
 ) -> None:
     """Show the data of a run: how much, what is left out, and sequences with what is trained on marked.
 
-    No model is loaded. What is trained on stands in [[ ]], or in colour on a terminal. Exit code 2 if it cannot be
-    read.
+    No model is loaded. All text is tokenised, since packing needs its lengths, into data.cache, which the run then
+    reads. What is trained on stands in [[ ]], or in colour on a terminal. Exit code 2 if it cannot be read.
     """
     with one_line_errors(verbose, exit_code=2):
         run_config = load_config(config, overrides or ())

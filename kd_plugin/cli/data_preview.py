@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from kd_plugin.data.corpus import Corpus
 from kd_plugin.data.documents import load_documents
 from kd_plugin.data.isolated import pack
-from kd_plugin.data.packing import Document
 from kd_plugin.estimate.tables import Table, show_tables
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training.tokenizers import tokenizer_of
@@ -85,15 +85,14 @@ def _print_marked(pieces: Sequence[tuple[str, bool]]) -> None:
     console.print(Text.assemble(*((text, styles[trained]) for text, trained in pieces)))
 
 
-def _table(train: Sequence[Document], held_out: Sequence[Document], seq_len: int) -> Table:
+def _table(train: Corpus, held_out: Corpus, seq_len: int) -> Table:
     columns = [_column(documents, seq_len) for documents in (train, held_out)]
     rows = [(name, value, columns[1][name]) for name, value in columns[0].items()]
     return Table("data", ("", "training", "held out"), rows)
 
 
-def _column(documents: Sequence[Document], seq_len: int) -> dict[str, str]:
-    lengths = np.array([len(document.input_ids) for document in documents])
-    trained = sum(int(document.trained.sum()) for document in documents)
+def _column(documents: Corpus, seq_len: int) -> dict[str, str]:
+    lengths, trained = documents.lengths, int(documents.column("num_trained").sum(dtype=np.int64))
     shares = {"shortest": 0, "median": 50, "90 % are no longer than": 90, "longest": 100}
     return {
         "documents": f"{len(lengths):,}",

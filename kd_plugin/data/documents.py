@@ -2,7 +2,9 @@
 
 Notable decisions:
 - held-out documents are chosen by their content, so that copies of one document are never on both sides and
-  neither seed nor order matters. A single document is cut in two instead.
+  neither seed nor order matters. A single document is cut in two instead;
+- text passes record by record into the tokenised cache (`data.tokenized_cache`), and what is handed on is an index of
+  it (`data.corpus`): memory is bounded, whatever the size of the text.
 How text becomes token ids is in `data.encoding`; packing and batches are in `data.packing` and `data.isolated`, whose
 names are offered here too.
 """
@@ -11,18 +13,18 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kd_plugin.data.columns import RowReader
+from kd_plugin.data.corpus import Corpus, Document
 from kd_plugin.data.encoding import encode, prompt_ids
 from kd_plugin.data.isolated import pack
 from kd_plugin.data.known_ids import check_ids
 from kd_plugin.data.mixture import Part, mixed, without
-from kd_plugin.data.packing import Batch, Document, PackedDataset, Sequences, TrainBatches, collate, eval_batches
+from kd_plugin.data.packing import Batch, PackedDataset, Sequences, TrainBatches, collate, eval_batches
 from kd_plugin.data.record import DataError
 from kd_plugin.data.records import open_source, refuse_unused
 from kd_plugin.data.tally import Tally
@@ -50,7 +52,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Document], list[Document]]:
+def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:
     """Load training and held-out documents, the same on every rank.
 
     Raises:
@@ -66,10 +68,10 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
         return mixed(parts), _read(config.eval, config, tokenizer, name="data.eval", split=split)
     if (split := config.eval_split) is not None:
         name, sources = "data.eval_split", config.sources()
-        held_out = [d for _, s, read in sources for d in _read(s.source, read, tokenizer, name=name, split=split)]
-        return mixed(parts), held_out
+        held_out = [_read(source.source, read, tokenizer, name=name, split=split) for _, source, read in sources]
+        return mixed(parts), Corpus.joined(held_out)
     split_parts = [split_documents(part.documents, config.eval_fraction) for part in parts]
-    held_out = [document for _, chosen in split_parts for document in chosen]
+    held_out = Corpus.joined([chosen for _, chosen in split_parts])
     kept = without([Part(*p[:2], rest) for p, (rest, _) in zip(parts, split_parts, strict=True)], held_out)
     left = sum(len(part.documents) for part in kept)
     logger.info("data.eval_fraction: %d document(s) held out, %d left to train on", len(held_out), left)
@@ -111,47 +113,36 @@ def check_all_ids(
     """
     token = tokenizer.convert_ids_to_tokens
     prompt = np.array(prompt_ids(tokenizer, config.log.sample_prompt or ""), dtype=np.int64)
-    check_ids(prompt, embedded, where=lambda index: f"token {index + 1}", token=token, what="log.sample_prompt")
+    check_ids([(0, prompt)], embedded, where=lambda index: f"token {index + 1}", token=token, what="log.sample_prompt")
     readers = {role: rows for role, rows in embedded.items() if role == "student" or config.distill.soft_weight}
     for name, dataset in zip(("training", "held-out"), datasets, strict=True):
-        check_ids(dataset.input_ids, readers, where=dataset.place, token=token, what=f"{name} data")
+        parts = dataset.with_ids_from(min(readers.values()))
+        check_ids(parts, readers, where=dataset.place, token=token, what=f"{name} data")
 
 
-def split_documents(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+def split_documents(documents: Sequence[Document], fraction: float) -> tuple[Corpus, Corpus]:
     """Hold out about `fraction` of the documents (one at least); returns (training, held out).
 
     Raises:
         DataError: nothing would be left to train on.
     """
-    if len(documents) == 1:
-        return _cut_in_two(documents[0], fraction)
-    digests = [document.digest() for document in documents]
-    copies = Counter(digests)
-    chosen = _chosen(copies, max(1, round(len(documents) * fraction)))
-    train = [document for document, digest in zip(documents, digests, strict=True) if digest not in chosen]
-    held_out = [document for document, digest in zip(documents, digests, strict=True) if digest in chosen]
-    if not train:
-        lower = "lower it, or " if len(copies) > 1 else ""
+    corpus = Corpus.of(documents)
+    if len(corpus) == 1:
+        return _cut_in_two(corpus[0], fraction)
+    digests, wanted = corpus.column("digest"), max(1, round(len(corpus) * fraction))
+    # In the order of their digests until they are enough; copies have the same.
+    held_out = digests <= np.partition(digests, wanted - 1)[wanted - 1]
+    if held_out.all():
+        different = len(np.unique(digests))
+        lower = "lower it, or " if different > 1 else ""
         raise DataError(
-            f"data.eval_fraction {fraction} of {len(documents)} documents ({len(copies)} different) leaves "
+            f"data.eval_fraction {fraction} of {len(corpus)} documents ({different} different) leaves "
             f"nothing to train on; {lower}name held-out text with data.eval"
         )
-    return train, held_out
+    return corpus.chosen(np.flatnonzero(~held_out)), corpus.chosen(np.flatnonzero(held_out))
 
 
-def _chosen(copies: Counter[bytes], wanted: int) -> set[bytes]:
-    """Digests, in their order, until their documents (copies counted) are `wanted` or more."""
-    chosen: set[bytes] = set()
-    for digest in sorted(copies):
-        if sum(copies[taken] for taken in chosen) >= wanted:
-            break
-        chosen.add(digest)
-    return chosen
-
-
-def _read(
-    source: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, name: str, split: str
-) -> list[Document]:
+def _read(source: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, name: str, split: str) -> Corpus:
     opened = open_source(source, config, name=name, split=split)
 
     def tokenised(tally: Tally) -> Iterator[Document]:
@@ -168,11 +159,12 @@ def _read(
     return documents
 
 
-def _cut_in_two(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
+def _cut_in_two(document: Document, fraction: float) -> tuple[Corpus, Corpus]:
     ids, trained, where = document
     cut = len(ids) - max(1, round(len(ids) * fraction))
     if cut < 1:
         raise DataError(f"one document of {len(ids)} token(s) cannot be cut in two; name held-out text with data.eval")
     rest = len(ids) - cut
     logger.info("data.eval_fraction: the last %d of the only document's %d tokens are held out", rest, len(ids))
-    return [Document(ids[:cut], trained[:cut], where)], [Document(ids[cut:], trained[cut:], where)]
+    halves = (Document(ids[:cut], trained[:cut], where), Document(ids[cut:], trained[cut:], where))
+    return Corpus.of(halves[:1]), Corpus.of(halves[1:])

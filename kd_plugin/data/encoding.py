@@ -10,14 +10,13 @@ Notable decisions:
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from kd_plugin.data.conversations import Spans, render
-from kd_plugin.data.packing import Document
+from kd_plugin.data.corpus import Document, grouped
 from kd_plugin.data.record import DataError, Record
 
 if TYPE_CHECKING:
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["encode", "prompt_ids"]
 
-_TEXTS_PER_CALL = 256  # fast tokenizers work on the texts of one call in parallel
+_TEXTS_PER_CALL, _CHARACTERS_PER_CALL = 256, 2**20
+"""Fast tokenizers work on the texts of one call in parallel, and need some 100 bytes for each of their tokens."""
 _AFTER_THE_END = 4  # tokens: the end token, what a template leaves behind it, what a tokenizer adds
 
 
@@ -35,8 +35,8 @@ def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Ite
     Raises:
         DataError: a conversation that the chat template cannot render, or renders unlike its beginning.
     """
-    records, added = iter(records), added_tokens(tokenizer)
-    while group := list(itertools.islice(records, _TEXTS_PER_CALL)):
+    added = added_tokens(tokenizer)
+    for group in grouped(records, _num_characters, _CHARACTERS_PER_CALL, _TEXTS_PER_CALL):
         texts = [record.values["text"] for record in group if record.form == "text"]
         # An empty list is refused by tokenizers.
         encoded = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else ())
@@ -48,6 +48,12 @@ def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Ite
             else:
                 document = _completion(record, tokenizer, added)
             yield document if document is not None and document.trained.any() else None
+
+
+def _num_characters(record: Record) -> int:
+    if record.form == "messages":
+        return sum(len(str(turn.get("content"))) for turn in record.values["messages"])
+    return sum(len(value) for value in record.values.values())
 
 
 def _plain(record: Record, ids: list[int], tokenizer: PreTrainedTokenizerBase, added: Added) -> Document | None:

@@ -3,7 +3,8 @@
 Notable decisions:
 - a .txt file is one document; each row of the others is one. All but Parquet may be compressed (.gz);
 - text is read line by line as bytes, so that one that cannot be decoded is found with its number;
-- a .json file is a list of objects, each found with the line that it begins in, or JSON Lines under another name.
+- a .json file is a list of objects, each found with the line that it begins in, or JSON Lines under another name;
+- rows pass by, of Parquet some at a time, and no file is held whole but a .txt file, which is one document.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import re
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
 from kd_plugin.data.columns import RowReader
+from kd_plugin.data.json_list import JsonList, not_utf8
 from kd_plugin.data.record import DataError, Record
 from kd_plugin.settings.extras import require
 
 __all__ = ["ACCEPTED", "first_line", "is_readable", "read_file", "read_through"]
 
-_NOT_SPACE = re.compile(r"[^ \t\r\n]")
+logger = logging.getLogger(__name__)
+
+_LARGE_TEXT = 2**27  # characters; to tokenise as many takes some 5 GB
+_ROWS_AT_ONCE = 256  # of Parquet, as objects of Python
 _LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072, which a document may exceed
 
 
@@ -71,15 +76,18 @@ def _text_of(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _not_utf8(str(path), error) from error
-
-
-def _not_utf8(where: str, error: UnicodeDecodeError) -> DataError:
-    return DataError(f"{where}: not UTF-8 text (byte {error.start}); convert it, e.g. with iconv")
+        raise not_utf8(str(path), error) from error
 
 
 def _text_file(path: Path, rows: RowReader) -> Iterator[Record]:
-    yield Record("text", {"text": _text_of(path)}, str(path))
+    text = _text_of(path)
+    if len(text) >= _LARGE_TEXT:
+        logger.warning(
+            "%s: %d million characters are one document, which is tokenised whole, in many times its size of memory; "
+            "in a .jsonl file each line is one",
+            *(path, len(text) // 10**6),
+        )
+    yield Record("text", {"text": text}, str(path))
 
 
 def _jsonl_file(path: Path, rows: RowReader) -> Iterator[Record]:
@@ -98,43 +106,16 @@ def _jsonl_file(path: Path, rows: RowReader) -> Iterator[Record]:
 
 
 def _json_file(path: Path, rows: RowReader) -> Iterator[Record]:
-    text = _text_of(path)
-    if not text.lstrip().startswith("["):
-        yield from _jsonl_file(path, rows)
-        return
-    for number, row in _json_items(text, path):
-        where = f"{path}:{number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a JSON {type(row).__name__}; each item has to be an object with columns")
-        yield rows.record(row, where)
-
-
-def _json_items(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """The items of the JSON list `text`, each with the line that it begins in."""
-    decoder = json.JSONDecoder()
-    counted, line = 0, 1
-    place = _next(text, text.index("[") + 1)
-    while text[place : place + 1] != "]":
-        line, counted = line + text.count("\n", counted, place), place
-        try:
-            item, end = decoder.raw_decode(text, place)
-        except ValueError as error:
-            raise DataError(f"{path}:{line}: not a list of JSON objects ({error})") from error
-        yield line, item
-        place = _next(text, end)
-        if text[place : place + 1] == ",":
-            place = _next(text, place + 1)
-        elif text[place : place + 1] != "]":
-            line += text.count("\n", counted, place)
-            raise DataError(f"{path}:{line}: not a list of JSON objects (no ',' or ']' after an item)")
-    if _next(text, place + 1) < len(text):
-        raise DataError(f"{path}:{text.count(chr(10), 0, place) + 1}: something follows the end of the JSON list")
-
-
-def _next(text: str, place: int) -> int:
-    """The first place from `place` on that is no white space."""
-    found = _NOT_SPACE.search(text, place)
-    return found.start() if found else len(text)
+    with _open(path) as file:
+        content = JsonList(file, path)
+        if not content.is_list():
+            yield from _jsonl_file(path, rows)
+            return
+        for number, row in content.items():
+            where = f"{path}:{number}"
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: a JSON {type(row).__name__}; each item has to be an object with columns")
+            yield rows.record(row, where)
 
 
 def _table_file(path: Path, rows: RowReader) -> Iterator[Record]:
@@ -160,7 +141,7 @@ def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise _not_utf8(f"{path}:{number}", error) from error
+            raise not_utf8(f"{path}:{number}", error) from error
 
 
 def _parquet_file(path: Path, rows: RowReader) -> Iterator[Record]:
@@ -175,7 +156,7 @@ def _parquet_file(path: Path, rows: RowReader) -> Iterator[Record]:
     with file:
         flat = [field.name for field in file.schema_arrow if not pyarrow.types.is_nested(field.type)]
         columns = rows.columns_to_read(file.schema_arrow.names, flat, str(path))
-        batches = file.iter_batches(columns=columns)
+        batches = file.iter_batches(_ROWS_AT_ONCE, columns=columns)
         read = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
         for number, row in enumerate(read_through(read, f"{path}: not a readable Parquet file"), 1):
             yield rows.record(row, f"{path}: row {number}", padded=True)

@@ -13,23 +13,26 @@ Notable decisions:
 from __future__ import annotations
 
 import logging
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kd_plugin.data.packing import Document, Item, PackedDataset, Sequences
+from kd_plugin.data.corpus import Document
+from kd_plugin.data.packing import Item, PackedDataset, Sequences
 from kd_plugin.data.record import DataError
 
 if TYPE_CHECKING:
     from kd_plugin.settings.run import DataConfig
 
-__all__ = ["IsolatedDataset", "best_fit", "pack"]
+__all__ = ["Bins", "IsolatedDataset", "best_fit", "pack"]
 
 logger = logging.getLogger(__name__)
 
 _MUCH_PADDING = 0.02
+_AT_ONCE = 2**16  # pieces whose numbers are objects of Python at a time
 
 
 def pack(
@@ -71,11 +74,11 @@ class IsolatedDataset(Sequences):
         keep_tail: bool = False,
     ) -> None:
         super().__init__(documents, seq_len, ignore_index)
-        if len(self.input_ids) < seq_len and not keep_tail:
+        if self.num_tokens < seq_len and not keep_tail:
             raise self.too_few()
-        first, lengths = self._pieces()
-        self.targets[first] = False  # what would predict it stands in another piece
-        counted = np.add.reduceat(self.targets, first, dtype=np.int64) > 0
+        number = -(-self.documents.lengths // seq_len)  # pieces of each document
+        first, lengths = self._pieces(number)
+        counted = self._with_targets(number, lengths)
         if not counted.any():
             raise DataError(f"no document has a token to train on within data.seq_len {seq_len} tokens: raise it")
         self.num_left_out = int(lengths[~counted].sum())
@@ -87,19 +90,29 @@ class IsolatedDataset(Sequences):
         """Share of all tokens that is padding."""
         self._tell(num_tokens, num_cut=len(first) - len(documents))
 
-    def _lengths_of_documents(self) -> np.ndarray:
-        return np.diff(self.starts, append=len(self.input_ids))
-
-    def _per_document(self) -> np.ndarray:
-        """Pieces of each document."""
-        return -(-self._lengths_of_documents() // self.seq_len)
-
-    def _pieces(self) -> tuple[np.ndarray, np.ndarray]:
+    def _pieces(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First token and length of each piece, in the order of the documents."""
-        number = self._per_document()
         within = np.arange(number.sum()) - (np.cumsum(number) - number).repeat(number)
-        left = self._lengths_of_documents().repeat(number) - within * self.seq_len
+        left = self.documents.lengths.repeat(number) - within * self.seq_len
         return self.starts.repeat(number) + within * self.seq_len, np.minimum(left, self.seq_len)
+
+    def _with_targets(self, number: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Whether each piece has a token to train on, bool [pieces]; what would predict its first stands in another.
+
+        The index says so of documents that are trained on whole, or are one piece. Of the others the marks are read.
+        """
+        documents = self.documents
+        whole = documents.column("num_trained") == documents.column("length")
+        one = np.where(number == 1, documents.column("last_trained"), 0).repeat(number)
+        found = np.where(whole.repeat(number), lengths > 1, one > 0)
+        begins = np.cumsum(number) - number
+        for document in np.flatnonzero(~whole & (number > 1)).tolist():
+            marks = documents.tokens(document)[1].copy()
+            cuts = np.arange(0, len(marks), self.seq_len)
+            marks[cuts] = False
+            begin = begins[document]
+            found[begin : begin + len(cuts)] = np.logical_or.reduceat(marks, cuts)
+        return found
 
     def _tell(self, num_tokens: int, num_cut: int) -> None:
         logger.info(
@@ -125,46 +138,79 @@ class IsolatedDataset(Sequences):
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         pieces = self._bins[index]
-        places = [self._first[piece] + np.arange(self._lengths[piece]) for piece in pieces]
+        ids, labels = [], []
+        for first, length in zip(self._first[pieces].tolist(), self._lengths[pieces].tolist(), strict=True):
+            part, targets = self.read(first, first + length)
+            targets[0] = False
+            ids.append(part.astype(np.int64))
+            labels.append(np.where(targets, ids[-1], self.ignore_index))
         missing = self.num_padding(index)
-        part = np.concatenate(places)
-        ids = self.input_ids[part].astype(np.int64)
-        labels = np.where(self.targets[part], ids, self.ignore_index)
         positions = [np.arange(length) for length in (*self._lengths[pieces], missing)]
         return {
-            "input_ids": np.pad(ids, (0, missing)),
-            "labels": np.pad(labels, (0, missing), constant_values=self.ignore_index),
+            "input_ids": np.pad(np.concatenate(ids), (0, missing)),
+            "labels": np.pad(np.concatenate(labels), (0, missing), constant_values=self.ignore_index),
             "position_ids": np.concatenate(positions).astype(np.int64),
         }
 
 
-def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+class Bins:
+    """The numbers of the pieces in each bin, int [pieces] for bin i.
+
+    Args:
+        pieces: int [n], those of a bin side by side.
+        bounds: int [bins + 1], where each bin begins, and the last one ends.
+    """
+
+    def __init__(self, pieces: np.ndarray, bounds: np.ndarray) -> None:
+        self._pieces, self._bounds = pieces, bounds
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"bin {index} of {len(self)}")
+        return self._pieces[self._bounds[index] : self._bounds[index + 1]]
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> Bins:
     """Pack pieces into bins: the longest first, each into the fullest bin that has room for it.
 
     Args:
         lengths: int [n], 1 to `capacity` each.
         capacity: of a bin.
-
-    Returns:
-        The indices of the pieces in each bin.
     """
-    bins: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # room -> bins
-    rooms: list[int] = []  # sorted, of which there are bins
-    for piece in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[piece])
-        at = bisect_left(rooms, length)
-        if at == len(rooms):
-            room, chosen = capacity, len(bins)
-            bins.append([])
+    order = np.argsort(-lengths, kind="stable")
+    fitted = _BestFit(capacity)
+    parts = [order[at : at + _AT_ONCE] for at in range(0, len(order), _AT_ONCE)]
+    bins = [np.array([fitted.bin_of(length) for length in lengths[part].tolist()], np.int64) for part in parts]
+    by_bin = np.concatenate([np.empty(0, np.int64), *bins])
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(by_bin))])
+    return Bins(order[np.argsort(by_bin, kind="stable")], bounds)
+
+
+class _BestFit:
+    """Bins that are filled piece by piece; of each only its room is kept."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.num_bins = capacity, 0
+        # Numbers of 8 bytes, as there may be many bins.
+        self._with_room = [array("q") for _ in range(capacity + 1)]  # room -> bins
+        self._rooms: list[int] = []  # sorted, of which there are bins
+
+    def bin_of(self, length: int) -> int:
+        """The bin that a piece of this length goes into."""
+        at = bisect_left(self._rooms, length)
+        if at == len(self._rooms):
+            room, chosen = self.capacity, self.num_bins
+            self.num_bins += 1
         else:
-            room = rooms[at]
-            chosen = with_room[room].pop()
-            if not with_room[room]:
-                del rooms[at]
-        bins[chosen].append(piece)
+            room = self._rooms[at]
+            chosen = self._with_room[room].pop()
+            if not self._with_room[room]:
+                del self._rooms[at]
         if left := room - length:
-            if not with_room[left]:
-                insort(rooms, left)
-            with_room[left].append(chosen)
-    return bins
+            if not self._with_room[left]:
+                insort(self._rooms, left)
+            self._with_room[left].append(chosen)
+        return chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -19,7 +19,7 @@ _CURES = {
 
 
 def check_ids(
-    ids: np.ndarray,  # int [n]
+    parts: Iterable[tuple[int, np.ndarray]],
     embedded: Mapping[str, int],
     *,
     where: Callable[[int], str],
@@ -29,23 +29,28 @@ def check_ids(
     """Refuse ids that a model cannot embed, before any kernel reads beyond its weight.
 
     Args:
-        ids: token ids, as labels or as inputs.
+        parts: the place of the first of some token ids, and these, int [n]; in ascending order of places.
         embedded: role ("student", "teacher") -> the number of token ids it embeds.
-        where: place in `ids` -> the words for it.
+        where: place -> the words for it.
         token: id -> its text.
-        what: what `ids` are, for the error.
+        what: what the ids are, for the error.
 
     Raises:
         VocabularyError: with the first place, the id, its token and what to do, one line per model that lacks it.
     """
-    faults = []
-    for role, size in embedded.items():
-        places = np.flatnonzero(ids >= size)
-        if len(places):
-            first, unknown = int(places[0]), int(ids[places[0]])
-            faults.append(
-                f"{what}: {where(first)} is id {unknown} ({token(unknown)!r}), but the {role} embeds ids 0 to "
-                f"{size - 1} only ({len(places)} such token(s) in all): {_CURES[role]}"
-            )
+    number = dict.fromkeys(embedded, 0)
+    first: dict[str, tuple[int, int]] = {}  # place and id
+    for begin, ids in parts:
+        for role, size in embedded.items():
+            places = np.flatnonzero(ids >= size)
+            if len(places) and not number[role]:
+                first[role] = (begin + int(places[0]), int(ids[places[0]]))
+            number[role] += len(places)
+    faults = [
+        f"{what}: {where(first[role][0])} is id {(unknown := first[role][1])} ({token(unknown)!r}), but the {role} "
+        f"embeds ids 0 to {size - 1} only ({number[role]} such token(s) in all): {_CURES[role]}"
+        for role, size in embedded.items()
+        if number[role]
+    ]
     if faults:
         raise VocabularyError("\n".join(faults))

@@ -10,12 +10,13 @@ Notable decisions:
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kd_plugin.data.packing import Document
+import numpy as np
+
+from kd_plugin.data.corpus import Corpus, Document
 from kd_plugin.data.record import DataError
 
 __all__ = ["Part", "mixed", "without"]
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_REPEATS = 100
 _MOST_TOKENS = 10
-"""The mixture may have this many times the tokens of its parts, since it is held whole."""
+"""The mixture may have this many times the tokens of its parts; more is most likely a mistake."""
 
 
 class Part(NamedTuple):
@@ -32,18 +33,19 @@ class Part(NamedTuple):
 
     name: str
     weight: float
-    documents: list[Document]
+    documents: Sequence[Document]
 
 
-def mixed(parts: Sequence[Part]) -> list[Document]:
+def mixed(parts: Sequence[Part]) -> Corpus:
     """The documents of all parts, repeated such that each part has its share of the tokens.
 
     Raises:
         DataError: a part would be repeated so often that the weights are most likely a mistake.
     """
+    corpora = [Corpus.of(part.documents) for part in parts]
     if len(parts) == 1:
-        return parts[0].documents
-    sizes = [sum(len(document.input_ids) for document in part.documents) for part in parts]
+        return corpora[0]
+    sizes = [corpus.num_tokens for corpus in corpora]
     per_weight = max(size / part.weight for size, part in zip(sizes, parts, strict=True))
     wanted = [part.weight * per_weight for part in parts]
     total = sum(part.weight for part in parts)
@@ -57,13 +59,12 @@ def mixed(parts: Sequence[Part]) -> list[Document]:
         )
     for part, times in zip(parts, repeats, strict=True):
         logger.info("%s: %.1f %% of the tokens, its documents %.2f times", part.name, 100 * part.weight / total, times)
-    placed = [
-        (place, number, document)
-        for number, (part, tokens) in enumerate(zip(parts, wanted, strict=True))
-        for place, document in _placed(part.documents, tokens)
-    ]
-    placed.sort(key=lambda item: item[:2])
-    return [document for _, _, document in placed]
+    found = [_placed(corpus, tokens) for corpus, tokens in zip(corpora, wanted, strict=True)]
+    begins = np.cumsum([0, *map(len, corpora)])
+    documents = np.concatenate([chosen + begin for (chosen, _), begin in zip(found, begins[:-1], strict=True)])
+    places = np.concatenate([place for _, place in found])
+    # Stable: at the same place documents are in the order of the parts.
+    return Corpus.joined(corpora).chosen(documents[np.argsort(places, kind="stable")])
 
 
 def without(parts: Sequence[Part], held_out: Sequence[Document]) -> list[Part]:
@@ -74,11 +75,11 @@ def without(parts: Sequence[Part], held_out: Sequence[Document]) -> list[Part]:
     """
     if len(parts) == 1:  # which has been split by content
         return list(parts)
-    chosen = {document.digest() for document in held_out}
-    kept = [
-        part._replace(documents=[document for document in part.documents if document.digest() not in chosen])
-        for part in parts
-    ]
+    chosen, kept = Corpus.of(held_out).column("digest"), []
+    for part in parts:
+        corpus = Corpus.of(part.documents)
+        left = np.flatnonzero(~np.isin(corpus.column("digest"), chosen))
+        kept.append(part._replace(documents=corpus.chosen(left)))
     for part in kept:
         if not part.documents:
             raise DataError(
@@ -88,16 +89,15 @@ def without(parts: Sequence[Part], held_out: Sequence[Document]) -> list[Part]:
     return kept
 
 
-def _placed(documents: Sequence[Document], tokens: float) -> list[tuple[float, Document]]:
-    """Documents of about so many `tokens`, each with its middle's place in the mixture, from 0 to 1."""
-    by_content = sorted(documents, key=Document.digest)  # so that those of an incomplete round are no particular ones
-    found: list[tuple[float, Document]] = []
-    size = 0
-    for number, document in enumerate(itertools.chain(documents, itertools.cycle(by_content))):
-        middle = size + len(document.input_ids) / 2
-        # Nearer to the wanted number with it than without; the first round is always complete.
-        if number >= len(documents) and middle > tokens:
-            break
-        found.append((middle / tokens, document))
-        size += len(document.input_ids)
-    return found
+def _placed(corpus: Corpus, tokens: float) -> tuple[np.ndarray, np.ndarray]:
+    """Documents of about so many `tokens`, int [n], and each one's middle as its place in the mixture, from 0 to 1."""
+    number, lengths = len(corpus), corpus.lengths
+    # By content, so that those of an incomplete round are no particular ones.
+    again = np.argsort(corpus.column("digest"), kind="stable")
+    rounds = int(tokens // lengths.sum()) + 1
+    documents = np.concatenate([np.arange(number), np.tile(again, rounds)])
+    repeated = lengths[documents]
+    middles = np.cumsum(repeated) - repeated / 2
+    # Nearer to the wanted number with it than without; the first round is always complete.
+    stop = max(number, int(np.searchsorted(middles, tokens, side="right")))
+    return documents[:stop], middles[:stop] / tokens

@@ -11,18 +11,17 @@ Notable decisions:
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kd_plugin.data.records import DataError
+from kd_plugin.data.corpus import Corpus, Document
+from kd_plugin.data.record import DataError
 
 __all__ = [
     "Batch",
@@ -40,23 +39,6 @@ logger = logging.getLogger(__name__)
 Item = dict[str, np.ndarray]
 
 
-class Document(NamedTuple):
-    """One tokenised document."""
-
-    input_ids: np.ndarray
-    """Token ids, int32 [n]."""
-
-    trained: np.ndarray
-    """bool [n]: whether the token is a target."""
-
-    where: str = ""
-    """Its place in the data, for errors."""
-
-    def digest(self) -> bytes:
-        """What its copies have in common, and no other document."""
-        return hashlib.sha256(self.input_ids.tobytes()).digest()
-
-
 class Sequences(ABC):
     """Sequences of exactly `seq_len` tokens out of documents.
 
@@ -64,25 +46,51 @@ class Sequences(ABC):
     kept apart. `labels` are unshifted, as in Hugging Face: labels[s] is input_ids[s], or `ignore_index` where that
     token is not trained on.
 
+    The documents stay where they are, and a sequence is cut out of them when it is asked for.
+
     Attributes:
-        input_ids: int32 [T], the tokens of all documents.
-        targets: bool [T], whether each is trained on; the first of a document never is.
-        starts: int64 [documents], the index at which each document begins.
+        documents: in the order in which they are laid end to end.
+        starts: int64 [documents], the index at which each begins among all tokens.
+        num_tokens: of all documents.
     """
 
     def __init__(self, documents: Sequence[Document], seq_len: int, ignore_index: int) -> None:
         self.seq_len, self.ignore_index = seq_len, ignore_index
-        self.input_ids = np.concatenate([document.input_ids for document in documents])
-        self.targets = np.concatenate([document.trained for document in documents])
-        self.starts = np.cumsum([0, *(len(document.input_ids) for document in documents[:-1])])
-        self.places = [document.where for document in documents]
-        self.targets[self.starts] = False
+        self.documents = Corpus.of(documents)
+        ends = np.cumsum(self.documents.lengths)
+        self.starts, self.num_tokens = ends - self.documents.lengths, int(ends[-1])
+
+    def read(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (int32) and targets (bool) of the tokens from `first` to before `stop` of all, [stop - first].
+
+        Targets are what is trained on; the first token of a document never is.
+        """
+        document = int(self.starts.searchsorted(first, side="right")) - 1
+        ids, marks, heads, at = [], [], [], first
+        while at < stop:
+            its_ids, its_marks = self.documents.tokens(document)
+            begin = at - int(self.starts[document])
+            part = slice(begin, begin + stop - at)
+            ids.append(its_ids[part])
+            marks.append(its_marks[part])
+            if not begin:
+                heads.append(at - first)
+            at, document = at + len(ids[-1]), document + 1
+        targets = np.concatenate(marks)
+        targets[heads] = False
+        return np.concatenate(ids), targets
 
     def place(self, index: int) -> str:
         """The document that token `index` of all tokens comes from, and its position there, both counted from 1."""
-        document = int(np.searchsorted(self.starts, index, side="right")) - 1
-        name = f"document {document + 1}" + (f" ({self.places[document]})" if self.places[document] else "")
+        document = int(self.starts.searchsorted(index, side="right")) - 1
+        where = self.documents[document].where
+        name = f"document {document + 1}" + (f" ({where})" if where else "")
         return f"{name}, token {index - self.starts[document] + 1}"
+
+    def with_ids_from(self, lowest: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The documents with an id of `lowest` or more: the index of the first of all its tokens, and its ids."""
+        for document in np.flatnonzero(self.documents.column("highest") >= lowest).tolist():
+            yield int(self.starts[document]), self.documents.tokens(document)[0]
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -97,7 +105,7 @@ class Sequences(ABC):
     def too_few(self) -> DataError:
         """The error about documents that do not fill one sequence."""
         return DataError(
-            f"{len(self.starts)} document(s) with {len(self.input_ids)} tokens fill no sequence of data.seq_len "
+            f"{len(self.starts)} document(s) with {self.num_tokens} tokens fill no sequence of data.seq_len "
             f"{self.seq_len}; lower data.seq_len or give more text"
         )
 
@@ -118,15 +126,14 @@ class PackedDataset(Sequences):
         keep_tail: bool = False,
     ) -> None:
         super().__init__(documents, seq_len, ignore_index)
-        num_tokens = len(self.input_ids)
-        self.num_sequences, self.num_left_out = divmod(num_tokens, seq_len)
+        self.num_sequences, self.num_left_out = divmod(self.num_tokens, seq_len)
         if keep_tail and self.num_left_out:
             self.num_sequences, self.num_left_out = self.num_sequences + 1, 0
         if not self.num_sequences:
             raise self.too_few()
         logger.info(
             "packed %d tokens into %d sequences of %d; %d tokens at the end are left out",
-            *(num_tokens, self.num_sequences, seq_len, self.num_left_out),
+            *(self.num_tokens, self.num_sequences, seq_len, self.num_left_out),
         )
 
     def __len__(self) -> int:
@@ -134,15 +141,14 @@ class PackedDataset(Sequences):
 
     def num_padding(self, index: int) -> int:
         """Tokens that the last sequence lacks, if it was kept; 0 for all others."""
-        return max(0, (index + 1) * self.seq_len - len(self.input_ids))
+        return max(0, (index + 1) * self.seq_len - self.num_tokens)
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
-        part = slice(index * self.seq_len, (index + 1) * self.seq_len)
-        ids = self.input_ids[part].astype(np.int64)
-        labels = np.where(self.targets[part], ids, self.ignore_index)
-        missing = self.seq_len - len(ids)
+        part, targets = self.read(index * self.seq_len, min((index + 1) * self.seq_len, self.num_tokens))
+        ids, missing = part.astype(np.int64), self.num_padding(index)
+        labels = np.where(targets, ids, self.ignore_index)
         return {
             # Causal attention: what stands in the padding reaches no real token.
             "input_ids": np.pad(ids, (0, missing)),

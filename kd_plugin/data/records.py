@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kd_plugin.data.columns import RowReader
 from kd_plugin.data.files import ACCEPTED, first_line, is_readable, read_file, read_through
@@ -63,7 +63,7 @@ def open_source(source: str, config: DataConfig, *, name: str, split: str) -> So
 
     Args:
         source: `python_docs`, a file, a directory or glob of them, a folder of `save_to_disk`, or a dataset name.
-        config: for `subset` and `max_documents`.
+        config: for `subset`, `streaming` and `max_documents`.
         name: the setting that named the source, for errors.
         split: split of a hub dataset, or of a folder with several.
 
@@ -73,9 +73,7 @@ def open_source(source: str, config: DataConfig, *, name: str, split: str) -> So
     if source == "python_docs":
         return Source(lambda rows: _python_docs(), lambda: [sys.version, _digest(repr(list(_python_docs())).encode())])
     if is_hub_dataset(source):
-        dataset = _hub_dataset(source, config, name, split)
-        # No fingerprint of one that is streamed.
-        known = getattr(dataset, "_fingerprint", None)
+        dataset, known = _hub_dataset(source, config, name, split)
         return Source(partial(_of_dataset, dataset, f"{source} ({split})", name), lambda: known)
     if saved := _saved_kind(source):
         where = f"{source} ({split})" if saved == _SAVED_SPLITS else source
@@ -94,14 +92,18 @@ def _identity(file: Path) -> tuple[str, int, str]:
     about = file.stat()
     with file.open("rb") as content:
         if about.st_size <= _READ_WHOLE:
-            return str(file), about.st_size, _digest(content.read())
+            return str(file), about.st_size, hashlib.file_digest(content, _new_digest).hexdigest()
         ends = content.read(_END)
         content.seek(-_END, os.SEEK_END)
         return str(file), about.st_size, f"{about.st_mtime_ns} {_digest(ends + content.read())}"
 
 
+def _new_digest(content: bytes = b"") -> Any:
+    return hashlib.blake2b(content, digest_size=16)
+
+
 def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return _new_digest(content).hexdigest()
 
 
 def is_hub_dataset(source: str) -> bool:
@@ -130,7 +132,8 @@ def refuse_unused(config: DataConfig) -> None:
     """Refuse settings about datasets of the hub where nothing is read from it.
 
     Raises:
-        DataError: `subset`, `split` or `eval_split` is given and no source is a dataset of the hub, or has splits.
+        DataError: `subset`, `split`, `eval_split` or `streaming` is given and no source is a dataset of the hub, or has
+            splits.
     """
     for name, source, read in config.sources():
         where = "data" if isinstance(config.train, str) else name
@@ -143,6 +146,8 @@ def refuse_unused(config: DataConfig) -> None:
                     f"remove {where}.{setting}"
                 )
     sources = [source.source for _, source, _ in config.sources()]
+    if config.streaming and not any(map(is_hub_dataset, filter(None, [*sources, config.eval]))):
+        raise DataError(f"data.streaming is true, but {sources[0]!r} is no dataset name; remove data.streaming")
     if config.eval_split is None or any(map(has_splits, filter(None, [config.eval]))):
         return
     if without := [source for source in sources if not has_splits(source)]:
@@ -210,18 +215,30 @@ def _saved_dataset(source: str, name: str, split: str) -> Iterable[Mapping[str, 
     return dataset[split]
 
 
-def _hub_dataset(source: str, config: DataConfig, name: str, split: str) -> Iterable[Mapping[str, Any]]:
+def _hub_dataset(
+    source: str, config: DataConfig, name: str, split: str
+) -> tuple[Iterable[Mapping[str, Any]], list[str] | None]:
+    """A dataset of the hub, and what is another as soon as it is; None where that cannot be known."""
     require("datasets", "datasets of the hub need it")
     import datasets
 
     try:
         # Streaming downloads no more than the documents asked for.
-        dataset = datasets.load_dataset(source, config.subset, split=split, streaming=config.max_documents is not None)
+        if config.streaming or config.max_documents is not None:
+            builder: Any = datasets.load_dataset_builder(source, config.subset)
+            return builder.as_streaming_dataset(split=split), _commit_of(builder, split)
+        dataset: Any = datasets.load_dataset(source, config.subset, split=split)
+        return dataset, [dataset._fingerprint]
     except Exception as error:  # not found, no such split or subset, no connection, or whatever a builder raises
         raise DataError(
             f"{name}: no file {source!r} here, and as a dataset it cannot be loaded: {first_line(error)}"
         ) from error
-    return cast("Iterable[Mapping[str, Any]]", dataset)  # of one split, and one by one
+
+
+def _commit_of(builder: Any, split: str) -> list[str] | None:
+    """The commit of the hub that is streamed, with the configuration and split of it."""
+    commit = builder.hash or ""
+    return [commit, builder.config_id, split] if re.fullmatch(r"[0-9a-f]{40}", commit) else None
 
 
 def _of_dataset(dataset: Iterable[Mapping[str, Any]], where: str, name: str, rows: RowReader) -> Iterator[Record]:

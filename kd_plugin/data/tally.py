@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from kd_plugin.data.packing import Document
+from kd_plugin.data.corpus import Corpus, Document
 from kd_plugin.data.record import DataError, Record
 from kd_plugin.data.turns import says_nothing
 
@@ -75,7 +75,7 @@ class Tally:
         reasons = self.left_out.items()
         return "; ".join(f"{counted.number} x {reason} (first: {counted.first})" for reason, counted in reasons)
 
-    def report(self, name: str, source: str, documents: Sequence[Document]) -> None:
+    def report(self, name: str, source: str, documents: Corpus) -> None:
         """Log what was read from `source`, which the setting `name` named.
 
         Raises:
@@ -85,8 +85,8 @@ class Tally:
             reasons = f": {self.reasons()}" if self.left_out else ""
             raise DataError(f"{name}: {source} has no text to train on ({self.num_records} records read{reasons})")
         by_form = ", ".join(f"{count} x {form}" for form, count in self.forms.items())
-        num_tokens = sum(len(document.input_ids) for document in documents)
-        logger.info("%s: %s in %s; %d documents, %d tokens", name, by_form, source, len(documents), num_tokens)
+        counts = len(documents), documents.num_tokens
+        logger.info("%s: %s in %s; %d documents, %d tokens", name, by_form, source, *counts)
         for line in self.faults():
             logger.warning("%s: %s", name, line)
 

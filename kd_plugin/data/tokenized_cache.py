@@ -2,7 +2,10 @@
 
 Notable decisions:
 - the key is a digest of all that the tokens follow from: content of the files, tokenizer, chat template, settings,
-  and the code that reads and tokenises. What cannot be known by a digest is tokenised by every process, which is said;
+  and the code that reads and tokenises. What cannot be known by a digest is tokenised by every process, which is said,
+  into files of its own that end with it;
+- documents are written as they come, some at a time, and read from the mapped files: neither holds more in memory than
+  a block of them and the index. Only `data.cache: null`, or a folder that cannot be used, holds all tokens in memory;
 - who comes first writes, holding a lock, and everybody else waits for the lock and maps the file: no collective, which
   would time out while a large text is tokenised, and none that needs the machines to share a file system;
 - a folder of the cache appears whole (a rename) or not at all, and one that cannot be read is written anew;
@@ -14,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import logging
 import os
@@ -28,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd_plugin.data.packing import Document
+from kd_plugin.data.corpus import ROW, Block, Corpus, Document, blocks_of
 from kd_plugin.data.records import Source
 from kd_plugin.data.tally import Tally
 from kd_plugin.settings.extras import require
@@ -44,8 +46,7 @@ logger = logging.getLogger(__name__)
 
 Tokenise = Callable[[Tally], Iterator[Document]]
 
-_DOCUMENTS, _ABOUT = "documents.arrow", "about.json"
-_PER_BATCH = 1024  # documents that are held while the file is written
+_DOCUMENTS, _INDEX, _ABOUT = "documents.arrow", "index.npy", "about.json"
 _said: set[str] = set()
 """What this process has warned of while tokenising."""
 _PROBES = ("", "a", "A b\n\n c", "\u00e9\u4e2d\U0001f600 1234")
@@ -54,7 +55,7 @@ _PROBES = ("", "a", "A b\n\n c", "\u00e9\u4e2d\U0001f600 1234")
 
 def cached_documents(
     tokenise: Tokenise, source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str
-) -> tuple[list[Document], Tally]:
+) -> tuple[Corpus, Tally]:
     """The documents that `tokenise` makes, from the cache if they are there; they are left there otherwise.
 
     Args:
@@ -65,29 +66,45 @@ def cached_documents(
         name: the setting that named the source, for messages.
     """
     folder = cache_folder(config)
-    key = None if folder is None else _key(source, config, tokenizer, name)
-    if folder is None or key is None:
-        return _uncached(tokenise)
+    if folder is None:
+        return _in_memory(tokenise)
+    key = _key(source, config, tokenizer, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{key}.lock", name):
-            entry = folder / key
-            if found := _read_or_none(entry, name):
-                logger.info("data.cache: %s was tokenised before, in %s", name, entry)
-            else:
-                _write(entry, tokenise)
-            documents, tally = found or _read(entry)
-            tally.warnings = [line for line in tally.warnings if line not in _said]
-            _said.update(tally.warnings)
-            return documents, tally
+        if key is not None:
+            documents, tally = _shared(folder, key, tokenise, name)
+        else:
+            documents, tally = _own(folder, tokenise)
     except (OSError, NotImplementedError) as error:  # read-only, full, or a file system without locks
-        logger.warning("data.cache: %s cannot be used (%s), so every process tokenises %s", folder, error, name)
-        return _uncached(tokenise)
+        said = "data.cache: %s cannot be used (%s), so every process tokenises %s, and holds its tokens in memory"
+        logger.warning(said, folder, error, name)
+        return _in_memory(tokenise)
+    tally.warnings = [line for line in tally.warnings if line not in _said]
+    _said.update(tally.warnings)
+    return documents, tally
 
 
-def _uncached(tokenise: Tokenise) -> tuple[list[Document], Tally]:
+def _shared(folder: Path, key: str, tokenise: Tokenise, name: str) -> tuple[Corpus, Tally]:
+    """The documents of the entry `key`, which is made if it is not there."""
+    entry = folder / key
+    with _locked(folder / f"{key}.lock", name):
+        if found := _read_or_none(entry, name):
+            logger.info("data.cache: %s was tokenised before, in %s", name, entry)
+        else:
+            _make(entry, tokenise)
+        return found or _read(entry)
+
+
+def _own(folder: Path, tokenise: Tokenise) -> tuple[Corpus, Tally]:
+    """The documents in files that nobody else sees, and that the system frees with this process."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".own-", ignore_cleanup_errors=True) as own:
+        _write(Path(own), tokenise)
+        return _read(Path(own))  # a mapped file stays until it is unmapped, without its name
+
+
+def _in_memory(tokenise: Tokenise) -> tuple[Corpus, Tally]:
     tally = Tally()
-    return list(tokenise(tally)), tally
+    return Corpus.of(tokenise(tally)), tally
 
 
 def cache_folder(config: DataConfig) -> Path | None:
@@ -104,8 +121,8 @@ def cache_folder(config: DataConfig) -> Path | None:
 def _key(source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
     """A digest of all that the tokens follow from; None where something of it has none."""
     content, tokens = source.identity(), _identity_of(tokenizer)
-    unknown = "the text is streamed" if content is None else "the tokenizer is a slow one" if tokens is None else ""
-    if unknown:
+    if content is None or tokens is None:
+        unknown = "the tokenizer is a slow one" if tokens is None else "which state of the hub is streamed is unknown"
         logger.info("data.cache: %s is tokenised by every process: %s", name, unknown)
         return None
     how = config.model_dump(include={"text_column", "columns", "train_on", "max_documents"})
@@ -141,16 +158,12 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def _write(entry: Path, tokenise: Tokenise) -> None:
+def _make(entry: Path, tokenise: Tokenise) -> None:
     """Make the folder `entry` of the documents that `tokenise` yields."""
-    tally, start = Tally(), time.perf_counter()
+    start = time.perf_counter()
     unfinished = Path(tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name}-"))
     try:
-        with _recorded(tally.warnings):
-            num_tokens = _write_documents(unfinished / _DOCUMENTS, tokenise(tally))
-        size = (unfinished / _DOCUMENTS).stat().st_size
-        about = {"tally": tally.to_json(), "num_tokens": num_tokens, "size": size}
-        (unfinished / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
+        num_tokens = _write(unfinished, tokenise)
         shutil.rmtree(entry, ignore_errors=True)  # one that cannot be read
         unfinished.rename(entry)
     finally:
@@ -159,39 +172,62 @@ def _write(entry: Path, tokenise: Tokenise) -> None:
     logger.info("data.cache: tokenised %d tokens in %.1f s, kept in %s", num_tokens, seconds, entry)
 
 
-def _write_documents(path: Path, documents: Iterator[Document]) -> int:
-    """Write the documents as they come; returns the number of their tokens."""
+def _write(folder: Path, tokenise: Tokenise) -> int:
+    """Write the documents that `tokenise` yields into `folder`; returns the number of their tokens."""
+    tally = Tally()
+    with _recorded(tally.warnings):
+        rows = _write_documents(folder / _DOCUMENTS, tokenise(tally))
+    index = np.concatenate([np.empty(0, ROW), *rows])
+    np.save(folder / _INDEX, index)
+    num_tokens, size = int(index["length"].sum(dtype=np.int64)), (folder / _DOCUMENTS).stat().st_size
+    about = {"tally": tally.to_json(), "num_tokens": num_tokens, "size": size}
+    (folder / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
+    return num_tokens
+
+
+def _write_documents(path: Path, documents: Iterator[Document]) -> list[np.ndarray]:
+    """Write the documents as they come; returns their rows of the index, in parts."""
     require("pyarrow", "data.cache needs it (or set data.cache to null)")
     import pyarrow
 
     # Bytes for truth values, since those of Arrow are bits, which NumPy cannot map.
     kinds = {"input_ids": pyarrow.list_(pyarrow.int32()), "trained": pyarrow.list_(pyarrow.uint8())}
     schema = pyarrow.schema({**kinds, "where": pyarrow.string()})
-    num_tokens = 0
+    rows: list[np.ndarray] = []
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
-        while group := list(itertools.islice(documents, _PER_BATCH)):
-            num_tokens += sum(len(document.input_ids) for document in group)
-            columns = {
-                "input_ids": [document.input_ids for document in group],
-                "trained": [document.trained.view(np.uint8) for document in group],
-                "where": [document.where for document in group],
-            }
+        for block, its_rows in blocks_of(documents):
+            bounds = np.append(its_rows["first"], len(block.input_ids)).astype(np.int32)
+            columns = [
+                _lists(kinds["input_ids"], bounds, block.input_ids),
+                _lists(kinds["trained"], bounds, block.trained.view(np.uint8)),
+                pyarrow.array(map(block.where, range(block.num_documents)), pyarrow.string()),
+            ]
             stream.write_batch(pyarrow.record_batch(columns, schema=schema))
-    return num_tokens
+            rows.append(its_rows)
+    return rows
 
 
-def _read_or_none(entry: Path, name: str) -> tuple[list[Document], Tally] | None:
+def _lists(kind: Any, bounds: np.ndarray, values: np.ndarray) -> Any:
+    """An Arrow array of lists over `values`, which are not copied; `pyarrow.array` would import pandas."""
+    import pyarrow
+
+    flat, offsets = (pyarrow.py_buffer(np.ascontiguousarray(each)) for each in (values, bounds))
+    inner = pyarrow.Array.from_buffers(kind.value_type, len(values), [None, flat])
+    return pyarrow.Array.from_buffers(kind, len(bounds) - 1, [None, offsets], children=[inner])
+
+
+def _read_or_none(entry: Path, name: str) -> tuple[Corpus, Tally] | None:
     if not entry.exists():
         return None
     try:
         return _read(entry)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # of pyarrow, JSON, or another form
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:  # another form, or cut off
         reason = str(error).partition("\n")[0]
         logger.warning("data.cache: %s is damaged (%s) and %s is tokenised again", entry, reason, name)
         return None
 
 
-def _read(entry: Path) -> tuple[list[Document], Tally]:
+def _read(entry: Path) -> tuple[Corpus, Tally]:
     require("pyarrow", "data.cache needs it (or set data.cache to null)")
     import pyarrow
 
@@ -199,22 +235,23 @@ def _read(entry: Path) -> tuple[list[Document], Tally]:
     file = pyarrow.memory_map(str(entry / _DOCUMENTS))
     if file.size() != about["size"]:
         raise ValueError(f"{file.size()} bytes, and {about['size']} were written")
-    documents = [document for batch in pyarrow.ipc.open_stream(file) for document in _documents_of(batch)]
-    if sum(len(document.input_ids) for document in documents) != about["num_tokens"]:
+    index = np.load(entry / _INDEX, mmap_mode="r").view(np.ndarray)
+    if index.dtype != ROW:
+        raise ValueError(f"an index of {index.dtype.names}, and {ROW.names} are wanted")
+    blocks = [_block_of(batch) for batch in pyarrow.ipc.open_stream(file)]
+    documents = Corpus(blocks, index)
+    written = sum(len(block.input_ids) for block in blocks)
+    if not written == documents.num_tokens == about["num_tokens"]:
         raise ValueError("another number of tokens than was written")
     return documents, Tally.from_json(about["tally"])
 
 
-def _documents_of(batch: Any) -> Iterator[Document]:
+def _block_of(batch: Any) -> Block:
     """The documents of one record batch, views of the mapped file."""
-    ids, trained = batch.column("input_ids"), batch.column("trained")
-    all_ids, all_trained = _mapped(ids.values, np.int32), _mapped(trained.values, np.bool_)
-    bounds = _mapped(ids.offsets, np.int32)
-    if not np.array_equal(bounds, _mapped(trained.offsets, np.int32)):
+    places, ids, trained = batch.column("where"), batch.column("input_ids").values, batch.column("trained").values
+    if len(ids) != len(trained):
         raise ValueError("as many marks as tokens were written, and are not there")
-    for index, where in enumerate(batch.column("where").to_pylist()):
-        part = slice(bounds[index], bounds[index + 1])
-        yield Document(all_ids[part], all_trained[part], where)
+    return Block(_mapped(ids, np.int32), _mapped(trained, np.bool_), lambda at: places[at].as_py(), len(batch))
 
 
 def _mapped(column: Any, dtype: type[np.generic]) -> np.ndarray:

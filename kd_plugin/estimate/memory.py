@@ -176,7 +176,13 @@ def _activations(setup: Setup) -> list[Line]:
             how += " eager: compiled layers keep less"
         return [Line("student activations", kept.outside + sum(kept.layers), how)]
     how = f"{layers} layer inputs x {kept.boundary / 2**20:,.1f} MiB + {kept.outside / 2**20:,.1f} MiB, counted"
-    return [Line("student activations", kept.outside + layers * kept.boundary, how)]
+    lines = [Line("student activations", kept.outside + layers * kept.boundary, how)]
+    return [*lines, *_masks("student", kept.masks, "kept to recompute the layers")]
+
+
+def _masks(side: str, num_bytes: float, how: str) -> list[Line]:
+    """Attention masks that all layers of a model are given."""
+    return [Line(f"{side}, attention masks", num_bytes, f"B x S x S, counted, {how}")] if num_bytes else []
 
 
 def _kept_gathered(setup: Setup) -> list[Line]:
@@ -201,8 +207,9 @@ def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
     if teacher.activations is not None:
         together = min(setup.accumulation, setup.together)
         size, how = together * max(teacher.activations.layers), "what a layer would keep for backward; nothing stays"
-        how += f"; of {together} micro-batches" if together > 1 else ""
-        lines.append(Line("teacher, one layer's tensors", size, how))
+        several = f"; of {together} micro-batches" if together > 1 else ""
+        lines.append(Line("teacher, one layer's tensors", size, how + several))
+        lines += _masks("teacher", together * teacher.activations.masks, f"for all layers{several}")
     return lines
 
 

@@ -97,10 +97,16 @@ def load_sizes(config: RunConfig) -> tuple[ModelSizes, ModelSizes]:
     teacher = _on_meta(config.teacher, read_config(config.teacher))
     student = _student(config, teacher)
     batch = (config.train.micro_batch_size, config.data.seq_len)
-    dtypes = (getattr(torch, source.dtype) for source in (config.student, config.teacher))
-    sides = zip((student, teacher), dtypes, (True, False), strict=True)
-    of_student, of_teacher = (_sizes(model, dtype, batch, trained) for model, dtype, trained in sides)
+    of_student, of_teacher = (
+        _sizes(model, getattr(torch, source.dtype), batch, trained=model is student, masked=_is_masked(config, source))
+        for model, source in ((student, config.student), (teacher, config.teacher))
+    )
     return of_student, of_teacher
+
+
+def _is_masked(config: RunConfig, source: ModelSource) -> bool:
+    """Whether packed documents are kept apart by masks: flash attention is given bounds, flex attention blocks."""
+    return config.data.packing == "isolated" and source.attn_implementation in (None, "sdpa", "eager")
 
 
 def _student(config: RunConfig, teacher: PreTrainedModel) -> PreTrainedModel:
@@ -132,14 +138,16 @@ def _on_meta(source: ModelSource, config: PreTrainedConfig, like: PreTrainedMode
         )
 
 
-def _sizes(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int], trained: bool) -> ModelSizes:
+def _sizes(
+    model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int], *, trained: bool, masked: bool
+) -> ModelSizes:
     embedding, head = embedding_and_head(model)
     weight = head.weight
     assert isinstance(weight, Tensor)
     tied, trainable, (vocab_size, width) = embedding.weight is weight, weight.requires_grad, weight.shape
     units = _units(model, embedding, head)
     kind, frozen = type(model).__name__, [p for p in model.parameters() if not p.requires_grad]
-    run, why = _run(model, dtype, batch, with_backward=trained)
+    run, why = _run(model, dtype, batch, with_backward=trained, masked=masked)
     for parameter in frozen:
         parameter.requires_grad_(False)
     activations, work = (None, None) if run is None else run
@@ -167,11 +175,11 @@ def _weight(parameter: Tensor) -> Weight:
 
 
 def _run(
-    model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int], *, with_backward: bool
+    model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int], *, with_backward: bool, masked: bool
 ) -> tuple[Run | None, str]:
     """Run the backbone in `dtype`. Returns None and the reason where its code does not run without values."""
     try:
         cast_model = model.to(dtype)  # pyright: ignore[reportArgumentType]  (its decorator loses `self`)
-        return run_without_values(cast_model, dtype, batch, with_backward=with_backward), ""
+        return run_without_values(cast_model, dtype, batch, with_backward=with_backward, masked=masked), ""
     except Exception as error:  # any code may come with a model, and the rest of the estimate stands without this
         return None, f"{type(model).__name__} does not run on the meta device: {' '.join(str(error).split())[:120]}"

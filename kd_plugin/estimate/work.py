@@ -3,8 +3,10 @@
 Notable decisions:
 - every operation that PyTorch runs in eager mode is one entry: products with their FLOP, all of them with the bytes
   that they read and write. Views and allocations move nothing; look-ups move what they return;
-- fused attention is counted as what it computes (half of the scores under a causal mask, and for backward once more to
-  recompute them), and as what it keeps: its inputs, its output and one number per row;
+- fused attention is counted as what it computes (half of the scores if it is causal, all under a mask of its own, and
+  for backward once more to recompute them), and as what it keeps: its inputs, its output and one number per row, and a
+  mask, which each call makes additive in the dtype of the model;
+- packed documents that are kept apart need such masks, so the ones of the model's own code are made here, too;
 - what a compiled model or special kernels would do is unknown here.
 """
 
@@ -24,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from kd_plugin.distributed.torch_internals import storage_id, watch_operations
 from kd_plugin.engines.fsdp_units import decoder_layers
+from kd_plugin.plugin.isolation import isolated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +67,8 @@ class Activations:
     """Bytes kept by the rest of the backbone."""
     boundary: int
     """Bytes of one hidden state `[B, S, D]`, which is what a checkpointed layer keeps."""
+    masks: int = 0
+    """Bytes of the attention masks `[B, 1, S, S]` that layers are given, each once."""
 
 
 class Run(NamedTuple):
@@ -74,34 +79,52 @@ class Run(NamedTuple):
 
 
 def run_without_values(
-    model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int], *, with_backward: bool
+    model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int], *, with_backward: bool, masked: bool = False
 ) -> Run:
-    """Run the backbone of `model`, which is on the meta device in `dtype`, over `batch` = (sequences, length)."""
+    """Run the backbone of `model`, which is on the meta device in `dtype`, over `batch` = (sequences, length).
+
+    If it is `masked`, by masks that keep packed documents apart.
+    """
     kept, count = _Kept(model), _Count()
     spans: list[int] = []
+    masks: dict[int, Tensor] = {}
 
-    def enter(*_: object) -> None:
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         spans.append(-kept.num_bytes)
+        masks.update((storage_id(mask), mask) for mask in _tensors([args, kwargs]) if _is_mask(mask, batch[1]))
 
     def leave(*_: object) -> None:
         spans[-1] += kept.num_bytes
 
     with ExitStack() as stack:
         for layer in decoder_layers(model):
-            for handle in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)):
+            handles = layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave)
+            for handle in handles:
                 stack.callback(handle.remove)
         stack.enter_context(_Valueless(count))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor))
-        ids = torch.zeros(batch, dtype=torch.int64, device="meta")
         with watch_operations(count.see):
-            hidden = model.train().base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = _hidden_states(model.train().base_model, batch, masked=masked)
         forward = count.take()
-        activations = Activations(tuple(spans), kept.num_bytes - sum(spans), hidden.numel() * dtype.itemsize)
+        of_masks = sum(mask.untyped_storage().nbytes() for mask in masks.values())
+        boundary = hidden.numel() * dtype.itemsize
+        activations = Activations(tuple(spans), kept.num_bytes - sum(spans), boundary, of_masks)
         if with_backward and hidden.requires_grad:
             learnt = [parameter for parameter in model.base_model.parameters() if parameter.requires_grad]
             with watch_operations(count.see):
                 torch.autograd.grad(hidden, learnt, torch.empty_like(hidden), allow_unused=True)
     return Run(activations, Work(forward, count.take()))
+
+
+def _hidden_states(backbone: nn.Module, batch: tuple[int, int], *, masked: bool) -> Tensor:
+    ids, positions = (torch.zeros(batch, dtype=torch.int64, device="meta") for _ in range(2))
+    inputs = {"input_ids": ids, **({"position_ids": positions} if masked else {})}
+    with isolated(backbone.forward, "mask" if masked else None, inputs) as given:
+        return backbone(**given, use_cache=False).last_hidden_state
+
+
+def _is_mask(tensor: Tensor, length: int) -> bool:
+    return tensor.ndim == 4 and tensor.shape[-2:] == (length, length)
 
 
 class _Kept:
@@ -180,27 +203,45 @@ class _Valueless(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
             named = dict(zip(names, args, strict=False)) | (kwargs or {})
-            tensors = (named["query"], named["key"], named["value"])
+            tensors = (named["query"], named["key"], named["value"], self._additive(named))
             return _Attention.apply(*tensors, bool(named.get("is_causal")), self._count.add)
         if func is Tensor.__bool__:
             return True
         return func(*args, **(kwargs or {}))
+
+    def _additive(self, named: dict[str, Any]) -> Tensor | None:
+        """The mask that a kernel is given: PyTorch makes one of truth values additive in every call."""
+        mask = named.get("attn_mask")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            return mask
+        made = named["query"].new_empty(mask.shape)
+        self._count.add(Op("memory", 0, _extent(mask) + made.nbytes))
+        return made
 
 
 class _Attention(torch.autograd.Function):
     """Attention that keeps for backward what fused attention keeps, and counts itself."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, add: Callable[[Op], None]) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        add: Callable[[Op], None],
+    ) -> Tensor:
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, log_sums)
+        read = (query, key, value) if mask is None else (query, key, value, mask)
+        ctx.save_for_backward(*read, out, log_sums)
         ctx.add, rows, columns = add, query.shape[-2], key.shape[-2]
         scores = log_sums.numel() * columns * ((rows + 1) / (2 * rows) if causal else 1.0)
         ctx.op = Op(
             "attention",
             2 * scores * (query.shape[-1] + value.shape[-1]),
-            sum(tensor.nbytes for tensor in (query, key, value, out)),
+            sum(map(_extent, (*read, out))),
         )
         add(ctx.op)
         return out
@@ -209,4 +250,4 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         op = ctx.op
         ctx.add(Op(op.kind, _BACKWARD_OF_ATTENTION * op.flops, 2 * op.num_bytes))
-        return (*(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None, None)
+        return (*(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None, None, None)

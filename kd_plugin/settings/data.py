@@ -102,9 +102,15 @@ class DataConfig(Section):
     max_documents: PositiveInt | None = None
     """Use only the first so many documents (of each source of `train`, and of `eval`)."""
 
+    streaming: bool = False
+    """Read datasets of the hub while they are tokenised, instead of downloading them first: only their tokens are kept
+    on disk, 5 bytes each. `max_documents` does so by itself. Files are always read so, in bounded memory."""
+
     cache: str | None = "auto"
     """Folder for tokenised text, which the ranks of a machine and later starts share; it may be deleted at any time.
-    `auto`: `tokenized` in `$KD_PLUGIN_CACHE`, or in `kd_plugin` of the user's cache; null: each process tokenises."""
+    `auto`: `tokenized` in `$KD_PLUGIN_CACHE`, or in `kd_plugin` of the user's cache. Text is tokenised into it in
+    bounded memory, and sequences are read from it, so that neither has to fit into memory. null: each process
+    tokenises, and holds all tokens in memory."""
 
     @model_validator(mode="after")
     def _some_source(self) -> DataConfig:

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST, _MIDDLE, _LAST = 11, 9, 9
 """Tokens of the three documents of a sequence, the middle one longer than a window by that where there is one."""
+_READ = 100_000  # tokens of the training text, whose ids the probe takes
 _OF_JOINED, _OF_JOINED_HALF, _OF_JOINED_ALONE = 1e-3, 0.02, 0.25
 """Shares of what joining documents does to hidden states: by a changed document, in fp32 and half precision, and
 compared with each alone, where every kernel may be another (deep random models in bf16 come to 0.16)."""
@@ -166,7 +167,8 @@ def _probe(session: Session) -> _Probe:
     order = (lengths, lengths[::-1])
     ends = [np.cumsum([0, *row]).tolist() for row in order]
     places = [tuple(slice(a, b) for a, b in pairwise(row)) for row in ends]
-    ids = _ids(dataset.input_ids, sum(lengths))
+    text, _ = dataset.read(0, min(_READ, dataset.num_tokens))
+    ids = _ids(text, sum(lengths))
     changed = ids.clone()
     for row in (0, 1):  # the document of that number
         changed[row, places[row][row]] = ids[1 - row, places[row][row]]
@@ -200,7 +202,7 @@ def _window(model: torch.nn.Module) -> int:
 
 def _ids(text: np.ndarray, length: int) -> Tensor:
     """Two sequences of ids of `text` that differ everywhere, int64 [2, length]."""
-    known = np.unique(text[:100_000])
+    known = np.unique(text)
     if len(known) == 1:
         known = np.append(known, known[0] - 1 if known[0] else 1)
     first = np.random.default_rng(0).integers(len(known), size=length)

@@ -211,6 +211,8 @@ def _idle_data(data: DataConfig) -> Idle:
             break
     if data.eval and data.eval_split and not has_splits(data.eval):
         yield "data.eval_split", f"data.eval {data.eval} is a file, which has no splits"
+    if data.streaming and data.max_documents is not None:
+        yield "data.streaming", "with data.max_documents datasets of the hub are streamed in any case"
 
 
 def _idle_objective(distill: DistillConfig) -> Idle:

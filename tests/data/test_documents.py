@@ -78,15 +78,16 @@ def test_dataset_name_is_loaded_with_subset_and_split(monkeypatch: pytest.Monkey
     datasets = pytest.importorskip("datasets")
     calls = []
 
-    def load_dataset(name: str, subset: str | None, *, split: str, streaming: bool) -> Any:
-        calls.append((name, subset, split, streaming))
+    def load_dataset(name: str, subset: str | None, *, split: str) -> Any:
+        calls.append((name, subset, split))
         return datasets.Dataset.from_dict({"text": ["a", "b", "c"] if split == "train" else ["d"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    config = DataConfig(train="some/texts", subset="small", eval_split="test", max_documents=2)
+    config = DataConfig(train="some/texts", subset="small", eval_split="test")
     train, held_out = load_documents(config, make_tokenizer())
-    assert [shown(d) for d in train] == ["A <EOS>", "B <EOS>"] and [shown(d) for d in held_out] == ["D <EOS>"]
-    assert calls == [("some/texts", "small", "train", True), ("some/texts", "small", "test", True)]
+    assert [shown(d) for d in train] == ["A <EOS>", "B <EOS>", "C <EOS>"]
+    assert [shown(d) for d in held_out] == ["D <EOS>"]
+    assert calls == [("some/texts", "small", "train"), ("some/texts", "small", "test")]
 
 
 def test_dataset_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

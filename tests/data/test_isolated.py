@@ -84,7 +84,7 @@ def test_realistic_lengths_leave_less_than_two_percent(seed: int) -> None:
 
 
 def test_best_fit_fills_the_fullest_bin_that_has_room() -> None:
-    assert best_fit(np.array([6, 5, 4, 3, 2]), 10) == [[0, 2], [1, 3, 4]]
+    assert [each.tolist() for each in best_fit(np.array([6, 5, 4, 3, 2]), 10)] == [[0, 2], [1, 3, 4]]
     generator = np.random.default_rng(5)
     lengths = generator.integers(1, 18, 200)
     room: list[int] = []

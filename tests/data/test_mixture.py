@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def made(lengths: list[int], first: int) -> list[Document]:
     return [Document(row, np.ones(len(row), dtype=bool)) for row in ids]
 
 
-def tokens_by_source(documents: list[Document]) -> Counter[int]:
+def tokens_by_source(documents: Sequence[Document]) -> Counter[int]:
     counts: Counter[int] = Counter()
     for document in documents:
         counts[int(document.input_ids[0]) // 1000] += len(document.input_ids)

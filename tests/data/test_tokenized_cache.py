@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return places
 
 
-def same(ones: list[Document], others: list[Document]) -> bool:
+def same(ones: Sequence[Document], others: Sequence[Document]) -> bool:
     return len(ones) == len(others) and all(
         np.array_equal(one.input_ids, other.input_ids)
         and np.array_equal(one.trained, other.trained)
@@ -105,7 +106,7 @@ def rewrite(file: Path) -> None:
     file.write_bytes(b"x" * file.stat().st_size)
 
 
-@pytest.mark.parametrize("name", ["documents.arrow", "about.json"])
+@pytest.mark.parametrize("name", ["documents.arrow", "index.npy", "about.json"])
 @pytest.mark.parametrize("damage", [cut, rewrite, Path.unlink])
 def test_a_damaged_cache_is_made_anew_with_one_warning(
     tmp_path: Path, tokenised: list[str], caplog: pytest.LogCaptureFixture, name: str, damage: Any
@@ -146,16 +147,20 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(list((tmp_path / "xdg" / "kd_plugin" / "tokenized").glob("*/about.json"))) == 1
 
 
-def test_datasets_are_cached_by_their_fingerprint_and_streams_are_not(
+def test_datasets_are_cached_by_their_fingerprint_and_streams_of_no_known_commit_are_not(
     tmp_path: Path, tokenised: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = ["a", "b"]
 
-    def load_dataset(name: str, subset: str | None, *, split: str, streaming: bool) -> Any:
-        made = datasets.Dataset.from_dict({"text": texts})
-        return made.to_iterable_dataset() if streaming else made
+    def load_dataset(name: str, subset: str | None, *, split: str) -> Any:
+        return datasets.Dataset.from_dict({"text": texts})
+
+    def load_dataset_builder(name: str, subset: str | None) -> Any:
+        made = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
+        return SimpleNamespace(hash=None, config_id="default", as_streaming_dataset=lambda split: made)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     config = DataConfig(train="some/texts", eval_split="train", cache=str(tmp_path / "cache"))
     load_documents(config, make_tokenizer())
     assert len(tokenised) == 2  # one split under two names

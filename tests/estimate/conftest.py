@@ -19,7 +19,8 @@ def read_sizes_once() -> Iterator[None]:
 
     def load_once(config: RunConfig) -> tuple[ModelSizes, ModelSizes]:
         teacher = config.teacher.model_dump_json(exclude={"offload", "sharding"})
-        key = config.student.model_dump_json(), teacher, config.train.micro_batch_size, config.data.seq_len
+        read = config.train.micro_batch_size, config.data.seq_len, config.data.packing
+        key = config.student.model_dump_json(), teacher, *read
         if key not in known:
             known[key] = load_sizes(config)
         return known[key]

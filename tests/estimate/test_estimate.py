@@ -122,7 +122,7 @@ def test_activations_are_those_that_autograd_keeps(folder: Path) -> None:
     """Of the real student on the CPU, whose attention keeps a little more or less than the fused one counted."""
     from transformers import AutoModelForCausalLM
 
-    config = run_config(folder)
+    config = run_config(folder, data={"packing": "joined"})
     teacher = estimate(config, device="cpu", speeds=SPEEDS).setup.teacher
     assert teacher is not None and teacher.activations is not None
     model = AutoModelForCausalLM.from_pretrained(folder / "teacher").train()

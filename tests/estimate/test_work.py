@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sizes(folder: Path, **student: object) -> tuple[ModelSizes, ModelSizes]:
-    config = run_config(folder, student=student, train={"micro_batch_size": BATCH})
+    config = run_config(folder, student=student, data={"packing": "joined"}, train={"micro_batch_size": BATCH})
     return load_sizes(config)
 
 

@@ -46,7 +46,7 @@ def make_config(case: str, folder: Path = Path("nowhere"), row_kernel: str = "co
             "student": {"model": str(folder / "student"), "dtype": "float32"},
             "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "micro_batch_size": times * BATCH},
             "distill": {"exchange": exchange, "chunk_size": CHUNK, "row_kernel": row_kernel},
-            "data": {"seq_len": LENGTH},
+            "data": {"seq_len": LENGTH, "packing": "joined"},
             "train": {
                 "micro_batch_size": BATCH,
                 "gradient_accumulation_steps": times,
