@@ -56,6 +56,19 @@ def entries(layouts: tuple[str, ...], saving: tuple[str, ...]) -> list[dict[str,
     return [*whole, *few, *saved]
 
 
+HALF = [(name, "auto") for name in ("fsdp", "fsdp1", "zero0", "zero3")] + [("fsdp", "logits"), ("fsdp", "stats")]
+HALVES = [
+    run(
+        f"{name}_{exchange}_bfloat16",
+        name,
+        student={**student(LORA), "dtype": "bfloat16"},
+        distill={"exchange": exchange},
+    )
+    for name, exchange in HALF
+]
+COPIES = [run("hsdp", "fsdp", student=student(LORA), train={"shard_size": 2, "micro_batch_size": 1})]
+
+
 LAUNCHES = {
     "two": Launch(
         train_worker,
@@ -66,8 +79,13 @@ LAUNCHES = {
         needs_deepspeed=True,
     ),
     "more": Launch(
-        train_worker, ranks=2, spec=entries(MORE_LAYOUTS, MORE_SAVING), prepare=prepare, needs_deepspeed=True
+        train_worker,
+        ranks=2,
+        spec=[*entries(MORE_LAYOUTS, MORE_SAVING), *HALVES],
+        prepare=prepare,
+        needs_deepspeed=True,
     ),
+    "four": Launch(train_worker, ranks=4, spec=COPIES, prepare=prepare),
 }
 
 
@@ -80,8 +98,8 @@ def results_of(launched: Callable[[str], Launched]) -> Callable[[str], dict[str,
     """The runs of a launch by name, as its first rank saw them."""
 
     def results(launch: str) -> dict[str, Any]:
-        first, other = launched(launch).file("results.pt")
-        assert all(curve(other[name]) == curve(result) for name, result in first.items())
+        first, *others = launched(launch).file("results.pt")
+        assert all(curve(other[name]) == curve(result) for other in others for name, result in first.items())
         return first
 
     return results
@@ -135,6 +153,29 @@ def test_resuming_continues_bit_for_bit_from_adapters_alone(
     saved = launched(launch).folder / f"{name}_saved" / "checkpoints" / "step_00000004" / "engine"
     names = names_of_deepspeed(saved) if name.startswith("zero") else names_of_torch(saved)
     assert names and all(".lora_" in weight for weight in names)
+
+
+@pytest.mark.slow
+def test_copies_of_shards_train_and_export_like_one_process(
+    results_of: Callable[[str], dict[str, Any]], singles: dict[str, TrainResult]
+) -> None:
+    result, single = results_of("four")["hsdp"], singles[""]
+    assert curve(result) == pytest.approx(curve(single), rel=2e-5)
+    assert curve(result, "grad_norm") == pytest.approx(curve(single, "grad_norm"), rel=1e-4)
+    assert single.export_dir is not None
+    found, wanted = (load_file(Path(folder) / "model.safetensors") for folder in (result["export"], single.export_dir))
+    assert all((found[key] - value).abs().max() < 1e-5 for key, value in wanted.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "exchange"), HALF)
+def test_half_precision_follows_full_precision(
+    results_of: Callable[[str], dict[str, Any]], singles: dict[str, TrainResult], name: str, exchange: str
+) -> None:
+    result, single = results_of("more")[f"{name}_{exchange}_bfloat16"], singles[""]
+    assert curve(result) == pytest.approx(curve(single), rel=0.03) and curve(result) != curve(single)
+    exported = load_file(Path(result["export"]) / "model.safetensors")
+    assert {str(value.dtype) for value in exported.values()} == {"torch.bfloat16"}
 
 
 def names_of_torch(folder: Path) -> set[str]:
