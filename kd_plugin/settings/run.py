@@ -108,8 +108,8 @@ class StudentConfig(ModelSource):
 
     lora: LoraConfig | None = None
     """Train adapters (LoRA) and leave the student's own weights as they are, e.g. {r: 16, lora_alpha: 32}; {} takes the
-    defaults. The export is the student with its adapters merged; the adapters alone are in its folder `adapter`, where
-    `student.model` is their base."""
+    defaults. The export is the student with its adapters merged; the adapters alone are in its folder `adapter`, with
+    `student.model` (of a GGUF file, the folder that it was unpacked to) as their base."""
 
     @model_validator(mode="after")
     def _adapters_on_something_learnt(self) -> StudentConfig:

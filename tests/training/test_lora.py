@@ -134,6 +134,7 @@ def test_the_students_own_weights_are_exported_as_they_came_but_for_the_adapters
         assert torch.equal(value, after[name]) == (not adapted), name
 
 
+@pytest.mark.slow
 def test_the_export_loads_where_neither_kd_plugin_nor_peft_is(folder: Path, result: TrainResult) -> None:
     script = (
         "import sys; sys.modules['peft'] = sys.modules['kd_plugin'] = None\n"
