@@ -230,7 +230,7 @@ def _summary(config: RunConfig) -> str:
     return "\n".join(
         (
             f"  teacher  {teacher.model} ({teacher.dtype}, {teacher.sharding})",
-            f"  student  {_origin(config.student)} ({config.student.dtype})",
+            f"  student  {_origin(config.student)} ({config.student.dtype}{_adapters(config.student)})",
             f"  loss     {_loss(config.distill)}",
             f"  data     {_texts(data)}, {sequences}",
             f"  train    {step.max_steps} steps, lr {step.learning_rate:g}, parallel {step.parallel}",
@@ -251,6 +251,13 @@ def _origin(student: StudentConfig) -> str | None:
     if student.from_config:
         return f"fresh, {student.model or 'teacher'}'s configuration with {student.from_config}"
     return student.model
+
+
+def _adapters(student: StudentConfig) -> str:
+    if student.lora is None:
+        return ""
+    targets = student.lora.target_modules
+    return f", LoRA r {student.lora.r} on {targets if isinstance(targets, str) else ' '.join(targets)}"
 
 
 def _loss(distill: DistillConfig) -> str:

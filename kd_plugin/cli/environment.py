@@ -20,6 +20,7 @@ _PACKAGES = (
     "datasets",
     "accelerate",
     "safetensors",
+    "peft",
     "gguf",
     "numpy",
     "pydantic",

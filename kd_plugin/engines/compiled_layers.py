@@ -93,7 +93,7 @@ class _CompiledForward:
         self._compiled = compiler_internals.compiled_alone(
             _forward, max_graphs=max_graphs, backend=backend, dynamic=True
         )
-        self._seen: set[tuple[str, bool]] = set()
+        self._seen: set[tuple[str, bool, bool]] = set()
 
     def run(self, layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         """What the class of `layer`, which a wrapper may have changed by now, makes of the arguments."""
@@ -101,7 +101,9 @@ class _CompiledForward:
             self._backend.started = True
         elif not self._backend.started:
             return _forward(layer, *args, **kwargs)
-        kind = type(layer).__name__, torch.is_grad_enabled()
+        # Above a frozen embedding, the first layer's input has no gradient, and the others' have: another graph
+        moved = any(isinstance(each, Tensor) and each.requires_grad for each in (*args, *kwargs.values()))
+        kind = type(layer).__name__, torch.is_grad_enabled(), moved
         with compiler_internals.floats_as_constants(), compiler_internals.equal_sizes_may_differ():
             run = partial(self._compiled, layer, *args, **kwargs)
             if kind in self._seen:
@@ -130,15 +132,15 @@ class _CompiledForward:
         if not self._backend.failed:
             self._backend.give_up(error)
 
-    def _say(self, kind: tuple[str, bool], num_graphs: int, seconds: float) -> None:
+    def _say(self, kind: tuple[str, bool, bool], num_graphs: int, seconds: float) -> None:
         """What came of the first run of a layer of this kind."""
         if self._backend.failed:
             return  # and it is said
-        name, with_gradients = kind
+        name, with_gradients, _ = kind
         doing = f"{self._role}'s {name} {'with' if with_gradients else 'without'} gradients"
         if num_graphs:
             logger.info("train.compile: compiled the %s in %.0f s, graphs: %d", doing, seconds, num_graphs)
-        else:
+        elif not any(seen[:2] == kind[:2] for seen in self._seen - {kind}):  # else it is said
             logger.warning("train.compile: torch.compile finds no graph in the %s, which runs eager", doing)
 
 

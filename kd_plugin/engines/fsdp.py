@@ -30,6 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from kd_plugin.engines import fsdp_units
+from kd_plugin.engines.left_out import LeftOut
 from kd_plugin.engines.process_group import Placement
 from kd_plugin.engines.protocol import DTYPES, parameter_groups
 from kd_plugin.settings.run import RunConfig, TeacherConfig
@@ -56,6 +57,7 @@ class FsdpEngine:
         self.module: nn.Module = student
         self.place = place
         self.applied_notes: list[str] = []
+        self._left_out = LeftOut(student, config)
         self._max_grad_norm = train.max_grad_norm
         self._shard_size = place.world_size if train.shard_size is None or mode == "single" else train.shard_size
         mesh = self._mesh(1 if mode == "ddp" else self._shard_size)
@@ -76,6 +78,8 @@ class FsdpEngine:
         self, student: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float
     ) -> tuple[nn.Module, list[dict[str, Any]]]:
         """Shard the student; returns the module to call, and the optimizer's parameter groups."""
+        if self._left_out.names:  # a base below adapters, which is most of the student
+            fsdp_units.narrow_frozen(student, dtype)
         fsdp_units.shard_student(student, mesh, dtype=dtype)
         return student, parameter_groups(student, weight_decay)
 
@@ -151,17 +155,32 @@ class FsdpEngine:
         return cast("dict[str, Tensor]", get_model_state_dict(self.student, options=options))
 
     def save(self, folder: Path) -> None:
-        """Write model, optimizer and loss scale with torch.distributed.checkpoint, readable at any number of ranks."""
+        """Write model, optimizer and loss scale with torch.distributed.checkpoint, readable at any number of ranks.
+
+        Of a student with adapters, without the frozen weights.
+        """
         model, optimizer = get_state_dict(self.student, self.optimizer)
-        state = {"model": model, "optimizer": optimizer, "scaler": self._scaler.state_dict()}
-        save(state, checkpoint_id=folder)
+        save(self._saved(model, optimizer), checkpoint_id=folder)
+
+    def _saved(self, model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint consists of."""
+        state = {"model": self._left_out.without(model), "optimizer": optimizer, "scaler": self._scaler.state_dict()}
+        return state | {"left_out": self._left_out.digest} if self._left_out.names else state
 
     def load(self, folder: Path) -> None:
-        """Read a checkpoint of torch.distributed.checkpoint, written by any number of ranks."""
+        """Read a checkpoint of torch.distributed.checkpoint, written by any number of ranks.
+
+        Raises:
+            EngineError: its adapters were trained on other weights.
+        """
         model, optimizer = get_state_dict(self.student, self.optimizer)
-        state = {"model": model, "optimizer": optimizer, "scaler": self._scaler.state_dict()}
+        state = self._saved(model, optimizer)
         load(state, checkpoint_id=folder)
+        self._left_out.check(state.get("left_out", ""), folder)
         set_state_dict(
-            self.student, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            self.student,
+            self.optimizer,
+            model_state_dict={**model, **state["model"]},
+            optim_state_dict=state["optimizer"],
         )
         self._scaler.load_state_dict(state["scaler"])

@@ -61,7 +61,7 @@ class Engine(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write model and optimizer into `folder`. All ranks must call this."""
+        """Write model (without what `LeftOut` names) and optimizer into `folder`. All ranks must call this."""
         ...
 
     def load(self, folder: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kd_plugin.distributed.bars import said_if_slow
 from kd_plugin.distributed.layout import is_zero3
 from kd_plugin.engines import zero_block
+from kd_plugin.engines.left_out import LeftOut
 from kd_plugin.engines.process_group import Placement
 from kd_plugin.engines.protocol import EngineError, parameter_groups
 from kd_plugin.settings.run import RunConfig
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DeepSpeedEngine", "deepspeed_settings", "shard_teacher"]
 
-_TAG = "state"
+_TAG, _LEFT_OUT = "state", "left_out"
 
 
 class DeepSpeedEngine:
@@ -50,6 +51,7 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed()
         self.module: nn.Module = student
         self.place, self.torch_optimizer = place, None
+        self._left_out = LeftOut(student, config)
         self.config, self.applied_notes = zero_block.student_config(
             config,
             world_size=place.world_size,
@@ -129,18 +131,26 @@ class DeepSpeedEngine:
         return full
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint in DeepSpeed's own format, which wants the same number of ranks again."""
-        self.student.save_checkpoint(str(folder), tag=_TAG)
+        """Write a checkpoint in DeepSpeed's own format, which wants the same number of ranks again.
+
+        Of a student with adapters, without the frozen weights.
+        """
+        digest = self._left_out.digest
+        self.student.save_checkpoint(
+            str(folder), tag=_TAG, client_state={_LEFT_OUT: digest}, exclude_frozen_parameters=bool(digest)
+        )
 
     def load(self, folder: Path) -> None:
         """Read a checkpoint in DeepSpeed's own format.
 
         Raises:
-            EngineError: there is none in `folder`.
+            EngineError: there is none in `folder`, or its adapters were trained on other weights.
         """
-        loaded, _ = self.student.load_checkpoint(str(folder), tag=_TAG)
+        whole = not self._left_out.names
+        loaded, state = self.student.load_checkpoint(str(folder), tag=_TAG, load_module_strict=whole)
         if loaded is None:
             raise EngineError(f"{folder} holds no DeepSpeed checkpoint: was it written by another train.parallel?")
+        self._left_out.check(state.get(_LEFT_OUT, ""), folder)
 
 
 def shard_teacher(teacher: nn.Module, student: Mapping[str, Any], *, precision: str, offload: bool = False) -> Any:

@@ -251,9 +251,12 @@ def _layers_backward(setup: Setup) -> list[Line]:
     student, item, lines = setup.student, setup.student_item, []
     if not setup.is_zero:
         lines.append(_working_copy(student, item))
-    reduced = 0 if setup.is_zero else _FLOAT
-    size = student.largest_layer * (item + reduced)
-    lines.append(Line("one layer's gradients", size, f"{student.largest_layer:,} x ({item} B + {reduced} B reduced)"))
+    reduced, learnt = 0 if setup.is_zero else _FLOAT, student.largest_layer_trained
+    if setup.mode == "fsdp1" and learnt:  # whose unit is one parameter with one gradient
+        learnt = student.largest_layer
+    lines.append(
+        Line("one layer's gradients", learnt * (item + reduced), f"{learnt:,} x ({item} B + {reduced} B reduced)")
+    )
     if setup.config.train.activation_checkpointing and student.activations is not None:
         size = max(student.activations.layers)
         lines.append(Line("recomputed layer", size, "one layer's activations at a time"))

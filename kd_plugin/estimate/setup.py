@@ -15,6 +15,7 @@ from kd_plugin.settings.run import DistillConfig, RunConfig
 
 # DeepSpeed's defaults, in elements (deepspeed/runtime/zero/config.py)
 _MAX_LIVE, _REDUCE_BUCKET, _PERSISTENCE = 10**9, 5 * 10**8, 10**5
+_FLOAT = 4  # bytes
 
 
 class EstimateError(ValueError):
@@ -192,6 +193,12 @@ class Setup:
         return replace(self, mode=mode, teacher_sharded=teacher_sharded, exchange=exchange, shard_ranks=ranks)
 
 
+def frozen_item(setup: Setup) -> int:
+    """Bytes of one element of the student's frozen weights, as they are kept."""
+    narrow = setup.is_zero or (setup.config.student.lora is not None and setup.mode != "fsdp1")
+    return setup.student_item if narrow else _FLOAT
+
+
 def teacher_forwards(setup: Setup) -> int:
     """Forwards of the teacher per rank and optimizer step."""
     return -(-setup.accumulation // setup.together)
@@ -199,8 +206,8 @@ def teacher_forwards(setup: Setup) -> int:
 
 def keeps_student_head(setup: Setup) -> bool:
     """Whether exchange `weight` gathers the student's frozen head once per step: FSDP2's, in a unit of its own."""
-    student = setup.student
-    return runs_ahead(setup) and setup.gathers_student and setup.student_head_is_cut and not student.head_trainable
+    learns = any(unit.name == "head" for unit in setup.student.learning)  # itself, or an adapter on it
+    return runs_ahead(setup) and setup.gathers_student and setup.student_head_is_cut and not learns
 
 
 def runs_ahead(setup: Setup) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kd_plugin.engines.fsdp_units import decoder_layers, embedding_and_head
 from kd_plugin.estimate.work import Activations, Run, Work, run_without_values
+from kd_plugin.models.adapters import add_adapters
 from kd_plugin.models.loading import read_config
 from kd_plugin.models.students import config_with, freeze, student_from_layers
 from kd_plugin.settings.run import ModelSource, RunConfig
@@ -49,6 +50,11 @@ class Unit(NamedTuple):
         """Number of elements."""
         return sum(weight.numel for weight in self.weights)
 
+    @property
+    def trainable(self) -> int:
+        """Number of elements that get a gradient."""
+        return sum(weight.numel for weight in self.weights if weight.trainable)
+
 
 @dataclass(frozen=True)
 class ModelSizes:
@@ -75,7 +81,7 @@ class ModelSizes:
     @property
     def trainable(self) -> int:
         """Number of parameters that get a gradient."""
-        return sum(weight.numel for unit in self.units for weight in unit.weights if weight.trainable)
+        return sum(unit.trainable for unit in self.units)
 
     @property
     def head_numel(self) -> int:
@@ -86,6 +92,16 @@ class ModelSizes:
     def largest_layer(self) -> int:
         """Number of elements of the largest decoder layer."""
         return max(unit.numel for unit in self.units if unit.name == "layer")
+
+    @property
+    def learning(self) -> tuple[Unit, ...]:
+        """Units in which something is trained."""
+        return tuple(unit for unit in self.units if unit.trainable)
+
+    @property
+    def largest_layer_trained(self) -> int:
+        """Number of elements that get a gradient in the decoder layer that has most of them."""
+        return max(unit.trainable for unit in self.units if unit.name == "layer")
 
 
 def load_sizes(config: RunConfig) -> tuple[ModelSizes, ModelSizes]:
@@ -119,6 +135,9 @@ def _student(config: RunConfig, teacher: PreTrainedModel) -> PreTrainedModel:
         if source.from_config is not None:
             base = config_with(base, source.from_config, where="student.from_config")
         student = _on_meta(source, base)
+    if source.lora is not None:
+        with torch.device("meta"):
+            add_adapters(student, source.lora, seed=0)
     freeze(student, source.freeze)
     return student
 

@@ -7,7 +7,7 @@ than 1 / W. FSDP1 and ZeRO cut flat ranges, and ZeRO leaves parameters below its
 from __future__ import annotations
 
 from kd_plugin.distributed.layout import chunk_length
-from kd_plugin.estimate.setup import Line, Setup
+from kd_plugin.estimate.setup import Line, Setup, frozen_item
 from kd_plugin.estimate.sizes import ModelSizes, Weight
 
 __all__ = ["host_states", "shard_numel", "student_states", "teacher_states"]
@@ -35,13 +35,30 @@ def student_states(setup: Setup) -> list[Line]:
     if setup.is_zero:
         return _zero_states(setup, kept)
     learnt = sum(shard_numel(setup, weight) for weight in trained)
+    reduced = _reduced(setup, learnt)
     cuts = {"fsdp": f"ceil(dimension 0 / {setup.group_ranks}) of each", "fsdp1": f"1 / {setup.group_ranks}"}
     cut = cuts.get(setup.mode, "whole")
     return [
-        Line("student parameters", _FLOAT * kept, f"{kept:,} x 4 B (fp32 masters), {cut}"),
-        Line("student gradients", _FLOAT * learnt, f"{learnt:,} x 4 B, reduced in fp32"),
+        _parameters(setup, kept, learnt, cut),
+        Line("student gradients", _FLOAT * reduced, f"{reduced:,} x 4 B, reduced in fp32"),
         Line("AdamW", 2 * _FLOAT * learnt, f"{learnt:,} x 8 B (two moments)"),
     ]
+
+
+def _parameters(setup: Setup, kept: int, learnt: int, cut: str) -> Line:
+    item = frozen_item(setup)
+    if item == _FLOAT:
+        return Line("student parameters", _FLOAT * kept, f"{kept:,} x 4 B (fp32 masters), {cut}")
+    frozen = kept - learnt
+    how = f"{learnt:,} x 4 B (fp32 masters) + {frozen:,} x {item} B (frozen), {cut}"
+    return Line("student parameters", _FLOAT * learnt + item * frozen, how)
+
+
+def _reduced(setup: Setup, learnt: int) -> int:
+    """Elements of the gradients on the fullest rank: FSDP1 keeps one for each unit in which something is trained."""
+    if setup.mode != "fsdp1":
+        return learnt
+    return sum(shard_numel(setup, weight) for unit in setup.student.learning for weight in unit.weights)
 
 
 def _zero_states(setup: Setup, kept: int) -> list[Line]:

@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kd_plugin.estimate.setup import Setup, teacher_forwards
+from kd_plugin.estimate.setup import Setup, frozen_item, teacher_forwards
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.estimate.speeds import LayerSpeeds, Speeds
 from kd_plugin.estimate.states import shard_numel
@@ -188,7 +188,8 @@ def _copied(setup: Setup, own: int, learnt: int) -> float:
     if setup.is_zero:
         gathered = 2 * item * student.numel if setup.gathers_student else 0
         return gathered + 2 * item * student.trainable + (item + _FLOAT) * learnt
-    cast = (_FLOAT + item) * own * (item < _FLOAT)
+    wide = own if frozen_item(setup) == _FLOAT else learnt
+    cast = (_FLOAT + item) * wide * (item < _FLOAT)
     # in: to the buffer that is sent; out: from the one that has arrived
     gathers = _gathers(student) / student.numel
     gathered = gathers * (cast + 2 * item * (student.numel + own * setup.gathers_student))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.estimate.setup import Line, Setup, keeps_student_head, runs_ahead, teacher_forwards
-from kd_plugin.estimate.sizes import ModelSizes, Unit
+from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.exchange import cost
 from kd_plugin.exchange.cost import Head, stats_bytes, teacher_logits_bytes
 from kd_plugin.row_kernels.sharded_numbers import exchanged_numbers
@@ -221,16 +221,12 @@ def _gathered_again(setup: Setup) -> int:
     """
     again = sum(unit.numel for unit in setup.student.units if unit.name == "layer")
     if setup.mode == "fsdp1":
-        again += sum(unit.numel for unit in _learning(setup.student) if unit.name == "embedding")
+        again += sum(unit.numel for unit in setup.student.learning if unit.name == "embedding")
     return again
 
 
 def _reduced_numel(setup: Setup) -> int:
     """Elements of the gradients that are reduced, without the head's; FSDP1 reduces whole flat units."""
     student = setup.student
-    trained = sum(unit.numel for unit in _learning(student)) if setup.mode == "fsdp1" else student.trainable
+    trained = sum(unit.numel for unit in student.learning) if setup.mode == "fsdp1" else student.trainable
     return trained - student.head_numel * student.head_trainable
-
-
-def _learning(model: ModelSizes) -> list[Unit]:
-    return [unit for unit in model.units if any(weight.trainable for weight in unit.weights)]

@@ -110,7 +110,7 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
 
 ADAPTER_FOUND = (
     "a PEFT adapter, not a model: merge it into its base (peft.AutoPeftModelForCausalLM.from_pretrained(...)"
-    ".merge_and_unload().save_pretrained(DIR)) and name DIR"
+    ".merge_and_unload().save_pretrained(DIR)) and name DIR, or name the base (student.lora trains new adapters on it)"
 )
 _AGAIN = "download or copy it again"
 

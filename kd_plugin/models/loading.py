@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kd_plugin.models.adapters import add_adapters, say_what_is_trained, warn_of_idle_freeze
 from kd_plugin.models.files import ModelError, ResolvedSource, resolve_source, resolve_tokenizer, section_name
 from kd_plugin.models.pretrained import import_transformers, load_causal_lm, load_pretrained, refuse_pickle
 from kd_plugin.models.students import config_with, freeze, student_from_layers
@@ -72,8 +73,8 @@ def load_teacher(config: TeacherConfig) -> PreTrainedModel:
 def build_student(config: StudentConfig, teacher: PreTrainedModel, *, seed: int) -> PreTrainedModel:
     """Make the student on the CPU in train mode, with float32 parameters of its own; the teacher is only read.
 
-    Call it before the teacher is attached or sharded. `seed` decides a fresh student's weights, so that all
-    ranks start alike; the global random state is left as it was.
+    Call it before the teacher is attached or sharded. `seed` decides the weights of a fresh student and of adapters,
+    so that all ranks start alike; the global random state is left as it was.
 
     Raises:
         ModelError, StudentError: it is not found, cannot be loaded, or cannot be made from this teacher.
@@ -84,7 +85,12 @@ def build_student(config: StudentConfig, teacher: PreTrainedModel, *, seed: int)
         student = _fresh_student(config, config.from_config, teacher, seed)
     else:
         student = _load_model(config, torch.float32)
+    if config.lora is not None:
+        add_adapters(student, config.lora, seed=seed)
+        warn_of_idle_freeze(student, config.freeze)
     freeze(student, config.freeze)
+    if config.lora is not None:
+        say_what_is_trained(student)
     return student.train()
 
 

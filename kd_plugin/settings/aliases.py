@@ -58,11 +58,30 @@ KEYS = {
     "teacher_model": "teacher.model",
     "student_model": "student.model",
     "model_name_or_path": "student.model",
+    "peft": "student.lora",
+    "use_peft": "student.lora",
+    "use_lora": "student.lora",
+    "adapter": "student.lora",
+    "lora_config": "student.lora",
+    "peft_config": "student.lora",
+    "lora_r": "student.lora.r",
+    "lora_rank": "student.lora.r",
+    "lora.rank": "student.lora.r",
+    "lora_alpha": "student.lora.lora_alpha",
+    "lora.alpha": "student.lora.lora_alpha",
+    "lora_dropout": "student.lora.lora_dropout",
+    "lora.dropout": "student.lora.lora_dropout",
+    "lora_target": "student.lora.target_modules",
+    "lora_target_modules": "student.lora.target_modules",
+    "lora.target": "student.lora.target_modules",
+    "lora_target_linear": "student.lora.target_modules",
+    "lora_modules_to_save": "student.lora.modules_to_save",
+    "use_rslora": "student.lora.use_rslora",
     "bf16": "student.dtype",
     "fp16": "student.dtype",
     "torch_dtype": "student.dtype",
 }
-"""Other name -> section and key here."""
+"""Other name, behind its section where it means something else in others -> section and key here."""
 
 DIVERGENCES = {
     "kl": "forward_kl",

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, dataclass_transform
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, dataclass_transform, get_args
 
 from pydantic import (
     AfterValidator,
@@ -108,8 +109,7 @@ def _faults(section: type[BaseModel], error: ValidationError) -> list[str]:
         path = [str(part) for part in detail["loc"] if isinstance(part, int) or part.isidentifier()]
         key, message = ".".join(path), detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
-            fields = section if len(path) == 1 else TermConfig
-            near = difflib.get_close_matches(path[-1], fields.model_fields, 1)
+            near = difflib.get_close_matches(path[-1], _section_at(section, path[:-1]).model_fields, 1)
             phrases[key] = f"{key}: unknown setting" + (f"; did you mean {near[0]!r}?" if near else "")
         elif message.startswith("Input should be "):
             wanted.setdefault(key, []).append(message.removeprefix("Input should be "))
@@ -117,6 +117,21 @@ def _faults(section: type[BaseModel], error: ValidationError) -> list[str]:
         else:
             phrases[key] = f"{key}: {message}" if key else message
     return [*phrases.values(), *(f"{key}: wants {' or '.join(w)} (got {given[key]!r})" for key, w in wanted.items())]
+
+
+def _section_at(section: type[BaseModel], path: list[str]) -> type[BaseModel]:
+    """What the settings of `section` lead to along `path`: the section in one of them, or in a list."""
+    for name in path:
+        field = section.model_fields.get(name)  # an item's number, or a kind of a union, is no setting
+        section = next(_sections_in(field.annotation), section) if field else section
+    return section
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections_in(part)
 
 
 class SettingsError(ValueError):

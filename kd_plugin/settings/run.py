@@ -17,12 +17,14 @@ from pydantic.functional_validators import model_validator
 from kd_plugin.settings.data import DataConfig, WeightedSource
 from kd_plugin.settings.distill import DistillConfig, Section, TermConfig
 from kd_plugin.settings.held_out import HeldOutMetric, StopConfig
+from kd_plugin.settings.lora import LoraConfig
 
 __all__ = [
     "DataConfig",
     "DistillConfig",
     "FromTeacherConfig",
     "LogConfig",
+    "LoraConfig",
     "ModelSource",
     "RunConfig",
     "StopConfig",
@@ -103,6 +105,20 @@ class StudentConfig(ModelSource):
 
     freeze: tuple[str, ...] = ()
     """Parameters whose name contains one of these strings are not trained."""
+
+    lora: LoraConfig | None = None
+    """Train adapters (LoRA) and leave the student's own weights as they are, e.g. {r: 16, lora_alpha: 32}; {} takes the
+    defaults. The export is the student with its adapters merged; the adapters alone are in its folder `adapter`, with
+    `student.model` (of a GGUF file, the folder that it was unpacked to) as their base."""
+
+    @model_validator(mode="after")
+    def _adapters_on_something_learnt(self) -> StudentConfig:
+        if self.lora is not None and self.from_config is not None:
+            raise ValueError(
+                "student.lora freezes the student's own weights, which student.from_config draws at random, so most of "
+                "the student would stay random: use student.model or student.from_teacher, or remove student.lora"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentConfig:

@@ -237,11 +237,12 @@ def _what(detail: ErrorDetails, keys: Keys, schema: dict[str, Any], values: Any)
 def _suggestion(keys: Keys) -> str:
     *section, name = keys
     known = known_keys(tuple(section))
-    if homes := [home for home in known_keys(()) if name in known_keys((home,))]:
+    here = KEYS.get(".".join([*section[-1:], name.lower()])) if section else None
+    if not here and (homes := [home for home in known_keys(()) if name in known_keys((home,))]):
         return f"did you mean '{homes[0]}.{name}'?"
-    if other := KEYS.get(name.lower()):
-        home, _, key = other.partition(".")
-        return f"did you mean '{key if [home] == section else other}'?"
+    if other := here or KEYS.get(name.lower()):
+        home, _, key = other.rpartition(".")
+        return f"did you mean '{key if home == '.'.join(section) else other}'?"
     if close := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
         return f"did you mean '{close[0]}'?"
     return f"known here: {', '.join(known)}"

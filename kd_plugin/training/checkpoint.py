@@ -186,10 +186,11 @@ def resume(engine: Engine, config: RunConfig, folder: Path, *, mode: str) -> dic
 
     Raises:
         CheckpointError: written by DeepSpeed and read by FSDP or the other way round, or by ZeRO on another number
-            of ranks; or its weights are not finite.
+            of ranks; of a student with other adapters; or its weights are not finite.
     """
     run = json.loads((folder / _RUN).read_text())
     _check_backend(run, folder, mode)
+    _check_adapters(run, folder, config)
     _warn_of_differences(run, folder, config)
     if not _loads_finite(engine, folder):
         raise CheckpointError(_refusal(engine, config, folder))
@@ -235,6 +236,21 @@ def _check_backend(run: dict[str, Any], folder: Path, mode: str) -> None:
             f"{folder} was written by {run['world_size']} ranks, now there are {dist.get_world_size()}: "
             "DeepSpeed resumes on as many ranks only"
         )
+
+
+def _check_adapters(run: dict[str, Any], folder: Path, config: RunConfig) -> None:
+    """Refuse a student whose adapters are others than those in the checkpoint; their scale is no part of it."""
+    before, now = run["config"]["student"], config.model_dump(mode="json")["student"]
+    shape = ("lora.r", "lora.target_modules", "lora.modules_to_save", "freeze")
+    for key in shape if before.get("lora") and now["lora"] else ("lora",):
+        was, given = before, now
+        for part in key.split("."):
+            was, given = was.get(part), given.get(part)
+        if was != given:
+            raise CheckpointError(
+                f"{folder} was written with student.{key} {json.dumps(was)}, now it is {json.dumps(given)}: set it "
+                "back, or choose another log.output_dir"
+            )
 
 
 def _loads_finite(engine: Engine, folder: Path) -> bool:

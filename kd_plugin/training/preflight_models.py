@@ -30,6 +30,8 @@ _OTHER_NAMES = {
 def missing_packages(config: RunConfig) -> list[str]:
     """One line for each optional package that the run needs and that is not installed."""
     lines = [missing("transformers", "loading models needs it")]
+    if config.student.lora is not None:
+        lines.append(missing("peft", "student.lora needs it"))
     if config.log.tensorboard:
         lines.append(missing("tensorboard", "log.tensorboard needs it (false does without)"))
     sources = [source.source for _, source, _ in config.data.sources()] + (

@@ -32,12 +32,12 @@ from kd_plugin.plugin.tokenizers import check_vocabulary
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training import checkpoint
 from kd_plugin.training.console import run_log
-from kd_plugin.training.export import export_student
+from kd_plugin.training.export import ADAPTER, export_student
 from kd_plugin.training.finite import check_weights
 from kd_plugin.training.isolation import isolate_documents
 from kd_plugin.training.loop import evaluate, run_steps
 from kd_plugin.training.metrics_file import first_evaluation
-from kd_plugin.training.model_card import model_card
+from kd_plugin.training.model_card import adapter_card, model_card
 from kd_plugin.training.precision import settled_precision
 from kd_plugin.training.preflight import SetupError, early_problems, idle_settings
 from kd_plugin.training.report import continuations, diverged, report
@@ -195,10 +195,16 @@ def _finish(
     export = folder / "export" if config.train.export and not failure else None
     with session.timed("export"):
         if export:
-            dtype = DTYPES[config.student.dtype]
-            fresh = partial(_plain_student, build, material)
-            card = model_card(config, before, after, step=step)
-            export_student(session.engine, fresh, material.tokenizer, export, dtype=dtype, card=card)
+            export_student(
+                session.engine,
+                partial(_plain_student, build, material),
+                material.tokenizer,
+                export,
+                dtype=DTYPES[config.student.dtype],
+                card=model_card(config, before, after, step=step),
+                adapted=config.student if config.student.lora else None,
+                adapter_card=adapter_card(config),
+            )
     with session.timed("samples"):
         samples = {} if failure else _samples(session, material, step)
     if session.place.rank == 0:
@@ -221,6 +227,8 @@ def _report(
         places["TensorBoard"] = folder
     if export:
         places["export"] = export
+        if (export / ADAPTER).is_dir():
+            places["adapter"] = export / ADAPTER
     summary = {**quality, "seconds": session.seconds, "memory": session.memory}
     path = folder / "summary.json"
     if session.history or not path.exists():

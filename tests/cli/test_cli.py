@@ -82,6 +82,12 @@ def test_validate_shows_the_terms_that_are_optimised(config_file: Path) -> None:
     assert "loss     0.5 (0.7 forward_kl + 0.3 tvd) (T=1) + 0.5 cross-entropy" in shown.stdout
 
 
+def test_validate_shows_what_is_trained_of_the_student(config_file: Path) -> None:
+    shown = run("validate", config_file, "student.lora={r: 4, target_modules: [q_proj, v_proj]}")
+    assert shown.exit_code == 0
+    assert "student  2 layers of the teacher (bfloat16, LoRA r 4 on q_proj v_proj)" in shown.stdout
+
+
 def test_the_traceback_comes_with_v_only(config_file: Path) -> None:
     result = run("validate", "-v", config_file, "distill.temperature=0")
     assert isinstance(result.exception, kd.ConfigError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch._dynamo.utils import counters
 import kd_plugin as kd
 from kd_plugin.distributed import compiler_internals
 from kd_plugin.engines.compiled_layers import compile_layers
+from kd_plugin.models.adapters import add_adapters
+from kd_plugin.settings.lora import LoraConfig
 from tests import experts
 from tests.tiny_models import VOCAB, assert_same_gradients, gradients_of, make_model
 
@@ -82,6 +85,29 @@ def test_twenty_ragged_batches_take_the_graphs_of_the_first(captured: None) -> N
         assert_same(found, wanted, ragged(index, *size))
         after.append(graphs_of_layers())
     assert after[0] > 0 and after == after[:1] * 20
+
+
+def with_adapters(seed: int) -> nn.Module:
+    """Random ones: a zero lora_B would hide what goes wrong behind it."""
+    model = make_model("llama", seed=seed)
+    add_adapters(model, LoraConfig(r=3), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def test_adapters_above_a_frozen_embedding_take_two_graphs_and_warn_of_nothing(captured: None) -> None:
+    """Into the first layer no gradient flows."""
+    found, wanted = (attached(with_adapters, compiled=flag) for flag in (True, False))
+    after = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The .grad attribute of a Tensor")
+        for index in range(3):
+            assert_same(found, wanted, ragged(index, *SIZES[index]))
+            after.append(graphs_of_layers())
+    assert after == after[:1] * 3
 
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "opt", "cohere", "granite")

@@ -95,23 +95,23 @@ def batch_of(kind: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["gkd", "distillation"])
 def test_the_loss_is_trl_s_and_a_few_steps_are_taken(models: Pair, tmp_path: Path, kind: str) -> None:
+    """The gradient is nearer to TRL's own of models in fp64 than TRL's of models in fp32."""
     own, plain = (
-        (DistillGKDTrainer, gkd.GKDTrainer)
-        if kind == "gkd"
-        else (
-            DistillDistillationTrainer,
-            trl.DistillationTrainer,
-        )
+        (DistillGKDTrainer, gkd.GKDTrainer) if kind == "gkd" else (DistillDistillationTrainer, trl.DistillationTrainer)
     )
-    student, teacher = models()
-    theirs = plain(**given(kind, student, tmp_path), teacher_model=teacher)
-    wanted = loss_and_gradient(theirs, batch_of(kind))
+
+    def by_trl(dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+        student, teacher = (model.to(dtype) for model in models())
+        return loss_and_gradient(plain(**given(kind, student, tmp_path), teacher_model=teacher), batch_of(kind))
+
+    wide, wanted = by_trl(torch.float64), by_trl(torch.float32)
     student, teacher = models()
     ours = own(**given(kind, student, tmp_path), teacher=teacher, distill=TRLS)
     found = loss_and_gradient(ours, batch_of(kind))
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
-    for name, gradient in wanted[1].items():
-        assert relative_error(found[1][name], gradient) <= 1e-4, name
+    for name, gradient in wide[1].items():
+        limit = max(1.05 * relative_error(wanted[1][name], gradient), 5e-5)
+        assert relative_error(found[1][name], gradient) <= limit, name
     ours.train()
     logged = [entry for entry in ours.state.log_history if "soft_loss" in entry]
     assert len(logged) == 2 and all(0 < entry["loss"] < 1 and entry["valid_tokens"] > 3 for entry in logged)
