@@ -7,7 +7,8 @@ Notable decisions:
 - the documents are shuffled before, so that which of equal length share a sequence does not follow the data's order;
 - positions start anew in each piece, and padding is a piece of its own. What keeps attention apart is up to each model
   (`plugin.isolation`);
-- a piece without a target (a prompt that fills one, a last single token) reaches no loss here, and is left out.
+- a piece without a target (a prompt that fills one, a last single token) reaches no loss here, and is left out; where
+  the soft loss counts on all tokens, only single ones do.
 """
 
 from __future__ import annotations
@@ -33,18 +34,26 @@ _MUCH_PADDING = 0.02
 
 
 def pack(
-    documents: Sequence[Document], config: DataConfig, ignore_index: int, *, seed: int, keep_tail: bool
+    documents: Sequence[Document],
+    config: DataConfig,
+    ignore_index: int,
+    *,
+    seed: int,
+    keep_tail: bool,
+    soft_on_all: bool = False,
 ) -> Sequences:
     """Sequences of `config.seq_len` tokens, packed as `config.packing` says.
 
-    `seed` shuffles documents that are kept apart; with `keep_tail` less text than one sequence is enough.
+    `seed` shuffles documents that are kept apart; with `keep_tail` less text than one sequence is enough, and with
+    `soft_on_all` the soft loss counts on every token.
 
     Raises:
         DataError: the documents fill no sequence.
     """
+    how = {"keep_tail": keep_tail, "soft_on_all": soft_on_all}
     if config.packing == "joined":
-        return PackedDataset(documents, config.seq_len, ignore_index, keep_tail=keep_tail)
-    return IsolatedDataset(documents, config.seq_len, ignore_index, seed=seed, keep_tail=keep_tail)
+        return PackedDataset(documents, config.seq_len, ignore_index, **how)
+    return IsolatedDataset(documents, config.seq_len, ignore_index, seed=seed, **how)
 
 
 class IsolatedDataset(Sequences):
@@ -56,6 +65,7 @@ class IsolatedDataset(Sequences):
         ignore_index: the label of what is not trained on.
         seed: shuffles the documents.
         keep_tail: whether less text than one sequence is accepted, as in evaluation.
+        soft_on_all: whether the soft loss counts on every token.
 
     Raises:
         DataError: not enough tokens for one sequence, or none to train on.
@@ -69,13 +79,15 @@ class IsolatedDataset(Sequences):
         *,
         seed: int = 0,
         keep_tail: bool = False,
+        soft_on_all: bool = False,
     ) -> None:
-        super().__init__(documents, seq_len, ignore_index)
+        super().__init__(documents, seq_len, ignore_index, soft_on_all=soft_on_all)
         if len(self.input_ids) < seq_len and not keep_tail:
             raise self.too_few()
         first, lengths = self._pieces()
-        self.targets[first] = False  # what would predict it stands in another piece
-        counted = np.add.reduceat(self.targets, first, dtype=np.int64) > 0
+        self._not_predicted(first)  # what would predict it stands in another piece
+        reached = self.targets if self.scored is None else self.targets | self.scored
+        counted = np.add.reduceat(reached, first, dtype=np.int64) > 0
         if not counted.any():
             raise DataError(f"no document has a token to train on within data.seq_len {seq_len} tokens: raise it")
         self.num_left_out = int(lengths[~counted].sum())
@@ -135,6 +147,7 @@ class IsolatedDataset(Sequences):
             "input_ids": np.pad(ids, (0, missing)),
             "labels": np.pad(labels, (0, missing), constant_values=self.ignore_index),
             "position_ids": np.concatenate(positions).astype(np.int64),
+            **self._scored(part, missing),
         }
 
 

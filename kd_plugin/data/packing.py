@@ -19,14 +19,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from kd_plugin.data.batch import Batch, Item, collate
 from kd_plugin.data.records import DataError
 
 __all__ = [
     "Batch",
     "Document",
+    "Item",
     "PackedDataset",
     "Sequences",
     "TrainBatches",
@@ -36,8 +36,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-Item = dict[str, np.ndarray]
 
 
 class Document(NamedTuple):
@@ -68,15 +66,30 @@ class Sequences(ABC):
         input_ids: int32 [T], the tokens of all documents.
         targets: bool [T], whether each is trained on; the first of a document never is.
         starts: int64 [documents], the index at which each document begins.
+        scored: bool [T], whether the soft loss counts on each token, and items have their part of it, bool [seq_len],
+            False for padding; None: it counts where a token is trained on.
     """
 
-    def __init__(self, documents: Sequence[Document], seq_len: int, ignore_index: int) -> None:
+    def __init__(
+        self, documents: Sequence[Document], seq_len: int, ignore_index: int, *, soft_on_all: bool = False
+    ) -> None:
         self.seq_len, self.ignore_index = seq_len, ignore_index
         self.input_ids = np.concatenate([document.input_ids for document in documents])
         self.targets = np.concatenate([document.trained for document in documents])
         self.starts = np.cumsum([0, *(len(document.input_ids) for document in documents[:-1])])
         self.places = [document.where for document in documents]
-        self.targets[self.starts] = False
+        self.scored = np.ones(len(self.targets), dtype=bool) if soft_on_all else None
+        self._not_predicted(self.starts)
+
+    def _not_predicted(self, tokens: np.ndarray) -> None:
+        """Tokens with which something begins: nothing stands before them that would predict them."""
+        self.targets[tokens] = False
+        if self.scored is not None:
+            self.scored[tokens] = False
+
+    def _scored(self, tokens: slice | np.ndarray, padding: int) -> Item:
+        """The part of `scored` of an item's tokens, by its key; empty where there is none."""
+        return {} if self.scored is None else {"scored": np.pad(self.scored[tokens], (0, padding))}
 
     def place(self, index: int) -> str:
         """The document that token `index` of all tokens comes from, and its position there, both counted from 1."""
@@ -116,8 +129,9 @@ class PackedDataset(Sequences):
         ignore_index: int = -100,
         *,
         keep_tail: bool = False,
+        soft_on_all: bool = False,
     ) -> None:
-        super().__init__(documents, seq_len, ignore_index)
+        super().__init__(documents, seq_len, ignore_index, soft_on_all=soft_on_all)
         num_tokens = len(self.input_ids)
         self.num_sequences, self.num_left_out = divmod(num_tokens, seq_len)
         if keep_tail and self.num_left_out:
@@ -147,63 +161,8 @@ class PackedDataset(Sequences):
             # Causal attention: what stands in the padding reaches no real token.
             "input_ids": np.pad(ids, (0, missing)),
             "labels": np.pad(labels, (0, missing), constant_values=self.ignore_index),
+            **self._scored(part, missing),
         }
-
-
-class Batch:
-    """One micro-batch of one rank.
-
-    Attributes:
-        input_ids: int64 [B, S].
-        labels: int64 [B, S], unshifted.
-        shift_labels: int64 [B, S], for each position the label of the next token.
-        loss_rows: int64 [N], the rows b * S + s of the flattened hidden states whose next token is a target.
-        position_ids: int64 [B, S], from 0 in each document; None where documents are joined.
-        num_valid: N as a number of the host, so that nobody has to ask the device for it.
-    """
-
-    def __init__(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        shift_labels: Tensor,
-        loss_rows: Tensor,
-        position_ids: Tensor | None = None,
-    ) -> None:
-        self.input_ids, self.labels, self.shift_labels, self.loss_rows = input_ids, labels, shift_labels, loss_rows
-        self.position_ids = position_ids
-        self.num_valid = loss_rows.numel()
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens that the models read, targets or not."""
-        return self.input_ids.numel()
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on `device`."""
-        tensors = (self.input_ids, self.labels, self.shift_labels, self.loss_rows, self.position_ids)
-        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors if tensor is not None))
-
-    def model_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of an attached student's forward.
-
-        Labels by row: next tokens are what is trained on here, whether or not the student's class shifts its labels.
-        """
-        inputs = {"input_ids": self.input_ids, "shift_labels": self.shift_labels, "loss_rows": self.loss_rows}
-        return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
-
-
-def collate(items: Sequence[Item], ignore_index: int = -100) -> Batch:
-    """Stack items of equal length into a batch, and find the rows that enter the loss."""
-    input_ids = np.stack([item["input_ids"] for item in items])
-    labels = np.stack([item["labels"] for item in items])
-    shifted = np.full_like(labels, ignore_index)
-    shifted[:, :-1] = labels[:, 1:]  # the last row of a sequence has no next token
-    rows = np.flatnonzero(shifted != ignore_index)
-    arrays = [input_ids, labels, shifted, rows]
-    if "position_ids" in items[0]:
-        arrays.append(np.stack([item["position_ids"] for item in items]))
-    return Batch(*(torch.from_numpy(array) for array in arrays))
 
 
 def indices_for_step(num_items: int, step: int, sequences_per_step: int, seed: int) -> np.ndarray:
@@ -278,5 +237,6 @@ def _batch(dataset: Sequences, indices: np.ndarray) -> Batch:
         item = dataset[max(index, 0)]
         if index < 0:
             item["labels"] = np.full_like(item["labels"], dataset.ignore_index)
+            item |= {name: np.zeros_like(item[name]) for name in ("scored",) if name in item}
         items.append(item)
     return collate(items, dataset.ignore_index)
