@@ -112,7 +112,8 @@ def dense(models: tuple[nn.Module, nn.Module], rows: Sequence[Row], config: kd.D
     with torch.no_grad():
         teacher = models[1](batch["input_ids"]).logits[:, :-1].flatten(0, 1)
     student = models[0](batch["input_ids"]).logits[:, :-1].flatten(0, 1)
-    return oracle.distill_logits(student, teacher, batch["labels"][:, 1:].flatten(), config)
+    every = torch.ones(len(student), dtype=torch.bool) if config.soft_on == "all" else None
+    return oracle.distill_logits(student, teacher, batch["labels"][:, 1:].flatten(), config, soft_mask=every)
 
 
 ADAM: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.02, "adam_epsilon": 1e-2}

@@ -146,6 +146,8 @@ def distill_logits(
     *,
     num_items: float | None = None,
     token_weights: Tensor | None = None,  # [N]
+    soft_mask: Tensor | None = None,  # [N], rows of the soft loss; None: those with a label
+    soft_items: float | None = None,
 ) -> Expected:
     """The objective of `config` on logits, in fp64: the hard loss over all of the student's columns, the soft loss
     over those that both have. Columns that only the teacher has do not exist."""
@@ -159,25 +161,29 @@ def distill_logits(
             teacher = teacher[:, :shared]
             shared = teacher.shape[1]
     rows = [i for i in range(len(student)) if targets is None or int(targets[i]) != config.ignore_index]
+    scored = rows if soft_mask is None else [i for i in range(len(student)) if soft_mask[i]]
     soft = hard = student.new_zeros(())
     sums: dict[str, Tensor] = {}
-    for i in rows:
-        z = student[i]
-        weight = 1.0 if token_weights is None else token_weights[i].double()
-        if config.soft_weight:
-            t = teacher[i]
-            soft = soft + weight * soft_loss(z[:shared], t, config)
-            for name, measured in measurements(z.detach(), t, sorts).items():
-                sums[name] = sums.get(name, 0.0) + measured
-        if config.hard_weight:
-            hard = hard + weight * cross_entropy(z, targets[i], config.label_smoothing, config.z_loss_weight)
+    weights = [1.0] * len(student) if token_weights is None else token_weights.double()
+    for i in scored if config.soft_weight else ():
+        soft = soft + weights[i] * soft_loss(student[i][:shared], teacher[i], config)
+        for name, measured in measurements(student[i].detach(), teacher[i], sorts).items():
+            sums[name] = sums.get(name, 0.0) + measured
+    for i in rows if config.hard_weight else ():
+        value = cross_entropy(student[i], targets[i], config.label_smoothing, config.z_loss_weight)
+        hard = hard + weights[i] * value
     items = max(len(rows), 1) if num_items is None else num_items
-    soft, hard = soft / items, hard / items
+    if soft_mask is None:
+        soft_items = items
+    elif soft_items is None:
+        soft_items = max(len(scored), 1)
+    soft, hard = soft / soft_items, hard / items
     loss = config.soft_weight * soft + config.hard_weight * hard
-    if not rows:
+    counted = {*rows, *scored}
+    if not counted:
         loss = loss + 0.0 * student[:0].sum()
-    metrics = {name: total.item() / len(rows) for name, total in sums.items()}
-    return Expected(loss, soft.item(), hard.item(), len(rows), metrics)
+    metrics = {name: total.item() / len(scored) for name, total in sums.items()}
+    return Expected(loss, soft.item(), hard.item(), len(counted), metrics)
 
 
 @dataclass

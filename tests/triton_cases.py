@@ -35,6 +35,7 @@ class Rows(NamedTuple):
     teacher: Tensor | None
     target: Tensor | None
     weight: Tensor | None = None
+    hard_weight: Tensor | None = None
 
 
 def make_rows(vocab: int, rows: int = 2, scale: float = 3.0, seed: int = 0, teacher_vocab: int | None = None) -> Rows:
@@ -95,6 +96,17 @@ def test_columns_that_the_teacher_lacks_in_parts_of_the_objective() -> None:
     rows.target[0] = rows.student[0, 3]
     statistics = check(spec_of(), rows)
     assert statistics[1, STATISTICS.index("top1_agreement")] == 0
+
+
+@pytest.mark.parametrize("teacher_vocab", [130, 70])
+@pytest.mark.parametrize("divergence", BY_ID)
+def test_a_weight_for_each_loss(divergence: str, teacher_vocab: int) -> None:
+    """The first row in the soft loss alone, the second in the hard loss alone."""
+    weights = {"weight": torch.tensor([[2.0], [0.0]]), "hard_weight": torch.tensor([[0.0], [3.5]])}
+    spec = spec_of(divergence=divergence, student=LogitTransform(scale=0.5, softcap=5.0), label_smoothing=0.1)
+    rows = make_rows(130, teacher_vocab=teacher_vocab)
+    check(spec, rows._replace(**weights))
+    check(spec, rows._replace(weight=None, hard_weight=weights["hard_weight"]))
 
 
 @pytest.mark.parametrize("divergence", BY_ID)

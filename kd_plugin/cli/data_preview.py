@@ -36,7 +36,14 @@ def show_data(config: RunConfig, num_sequences: int) -> None:
     tokenizer = tokenizer_of(config)
     with _said() as notes:
         train, held_out = load_documents(config.data, tokenizer)
-        dataset = pack(train, config.data, config.distill.ignore_index, seed=config.train.seed, keep_tail=False)
+        dataset = pack(
+            train,
+            config.data,
+            config.distill.ignore_index,
+            seed=config.train.seed,
+            keep_tail=False,
+            soft_on_all=config.distill.soft_everywhere,
+        )
     show_tables([_table(train, held_out, config.data.seq_len)], notes)
 
     def decode(ids: list[int]) -> str:
@@ -46,6 +53,8 @@ def show_data(config: RunConfig, num_sequences: int) -> None:
         item = dataset[index]
         trained = item["labels"] != config.distill.ignore_index
         about = f"{len(trained)} tokens, {int(trained.sum())} trained on"
+        if "scored" in item:
+            about += f", {int(item['scored'].sum())} in the soft loss"
         print(f"\nsequence {index + 1} of {len(dataset)}: {about}")
         padding = dataset.num_padding(index)
         shown = len(trained) - padding

@@ -79,18 +79,27 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def load_datasets(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, ignore_index: int, *, seed: int
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ignore_index: int,
+    *,
+    seed: int,
+    soft_on_all: bool = False,
 ) -> tuple[Sequences, Sequences]:
     """Load training and held-out sequences of `config.seq_len` tokens, packed as `config.packing` says.
 
-    `seed` shuffles the training documents before they are packed, where that is by fit.
+    `seed` shuffles the training documents before they are packed, where that is by fit; with `soft_on_all` the soft
+    loss counts on every token.
 
     Raises:
         DataError: the documents cannot be loaded, or fill no sequence.
     """
     train, held_out = load_documents(config, tokenizer)
     pair = ((train, False), (held_out, True))
-    one, other = (pack(documents, config, ignore_index, seed=seed, keep_tail=tail) for documents, tail in pair)
+    one, other = (
+        pack(documents, config, ignore_index, seed=seed, keep_tail=tail, soft_on_all=soft_on_all)
+        for documents, tail in pair
+    )
     return one, other
 
 

@@ -7,7 +7,8 @@ Notable decisions:
 - the documents are shuffled before, so that which of equal length share a sequence does not follow the data's order;
 - positions start anew in each piece, and padding is a piece of its own. What keeps attention apart is up to each model
   (`plugin.isolation`);
-- a piece without a target (a prompt that fills one, a last single token) reaches no loss here, and is left out.
+- a piece without a target (a prompt that fills one, a last single token) reaches no loss here, and is left out; where
+  the soft loss counts on all tokens, only single ones do.
 """
 
 from __future__ import annotations
@@ -36,18 +37,26 @@ _AT_ONCE = 2**16  # pieces whose numbers are objects of Python at a time
 
 
 def pack(
-    documents: Sequence[Document], config: DataConfig, ignore_index: int, *, seed: int, keep_tail: bool
+    documents: Sequence[Document],
+    config: DataConfig,
+    ignore_index: int,
+    *,
+    seed: int,
+    keep_tail: bool,
+    soft_on_all: bool = False,
 ) -> Sequences:
     """Sequences of `config.seq_len` tokens, packed as `config.packing` says.
 
-    `seed` shuffles documents that are kept apart; with `keep_tail` less text than one sequence is enough.
+    `seed` shuffles documents that are kept apart; with `keep_tail` less text than one sequence is enough, and with
+    `soft_on_all` the soft loss counts on every token.
 
     Raises:
         DataError: the documents fill no sequence.
     """
+    how = {"keep_tail": keep_tail, "soft_on_all": soft_on_all}
     if config.packing == "joined":
-        return PackedDataset(documents, config.seq_len, ignore_index, keep_tail=keep_tail)
-    return IsolatedDataset(documents, config.seq_len, ignore_index, seed=seed, keep_tail=keep_tail)
+        return PackedDataset(documents, config.seq_len, ignore_index, **how)
+    return IsolatedDataset(documents, config.seq_len, ignore_index, seed=seed, **how)
 
 
 class IsolatedDataset(Sequences):
@@ -59,6 +68,7 @@ class IsolatedDataset(Sequences):
         ignore_index: the label of what is not trained on.
         seed: shuffles the documents.
         keep_tail: whether less text than one sequence is accepted, as in evaluation.
+        soft_on_all: whether the soft loss counts on every token.
 
     Raises:
         DataError: not enough tokens for one sequence, or none to train on.
@@ -72,13 +82,14 @@ class IsolatedDataset(Sequences):
         *,
         seed: int = 0,
         keep_tail: bool = False,
+        soft_on_all: bool = False,
     ) -> None:
-        super().__init__(documents, seq_len, ignore_index)
+        super().__init__(documents, seq_len, ignore_index, soft_on_all=soft_on_all)
         if self.num_tokens < seq_len and not keep_tail:
             raise self.too_few()
         number = -(-self.documents.lengths // seq_len)  # pieces of each document
         first, lengths = self._pieces(number)
-        counted = self._with_targets(number, lengths)
+        counted = lengths > 1 if soft_on_all else self._with_targets(number, lengths)
         if not counted.any():
             raise DataError(f"no document has a token to train on within data.seq_len {seq_len} tokens: raise it")
         self.num_left_out = int(lengths[~counted].sum())
@@ -146,10 +157,13 @@ class IsolatedDataset(Sequences):
             labels.append(np.where(targets, ids[-1], self.ignore_index))
         missing = self.num_padding(index)
         positions = [np.arange(length) for length in (*self._lengths[pieces], missing)]
+        positions = np.concatenate(positions).astype(np.int64)
+        scored = (positions > 0) & (np.arange(self.seq_len) < self.seq_len - missing)
         return {
             "input_ids": np.pad(np.concatenate(ids), (0, missing)),
             "labels": np.pad(np.concatenate(labels), (0, missing), constant_values=self.ignore_index),
-            "position_ids": np.concatenate(positions).astype(np.int64),
+            "position_ids": positions,
+            **({"scored": scored} if self.soft_on_all else {}),
         }
 
 

@@ -17,15 +17,15 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from kd_plugin.data.batch import Batch, Item, collate
 from kd_plugin.data.corpus import Corpus, Document
 from kd_plugin.data.record import DataError
 
 __all__ = [
     "Batch",
     "Document",
+    "Item",
     "PackedDataset",
     "Sequences",
     "TrainBatches",
@@ -35,8 +35,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-Item = dict[str, np.ndarray]
 
 
 class Sequences(ABC):
@@ -52,11 +50,15 @@ class Sequences(ABC):
         documents: in the order in which they are laid end to end.
         starts: int64 [documents], the index at which each begins among all tokens.
         num_tokens: of all documents.
+        soft_on_all: whether items say what of them the soft loss counts on: `scored`, bool [seq_len], False for
+            padding. Without, it counts where a token is trained on.
     """
 
-    def __init__(self, documents: Sequence[Document], seq_len: int, ignore_index: int) -> None:
+    def __init__(
+        self, documents: Sequence[Document], seq_len: int, ignore_index: int, *, soft_on_all: bool = False
+    ) -> None:
         self.seq_len, self.ignore_index = seq_len, ignore_index
-        self.documents = Corpus.of(documents)
+        self.documents, self.soft_on_all = Corpus.of(documents), soft_on_all
         ends = np.cumsum(self.documents.lengths)
         self.starts, self.num_tokens = ends - self.documents.lengths, int(ends[-1])
 
@@ -79,6 +81,16 @@ class Sequences(ABC):
         targets = np.concatenate(marks)
         targets[heads] = False
         return np.concatenate(ids), targets
+
+    def scored(self, first: int, stop: int) -> np.ndarray:
+        """Whether the soft loss may count on the tokens from `first` to before `stop` of all, bool [stop - first].
+
+        Nothing stands before the first token of a document that would predict it.
+        """
+        scored = np.ones(stop - first, dtype=bool)
+        begins = self.starts[self.starts.searchsorted(first) : self.starts.searchsorted(stop)]
+        scored[begins - first] = False
+        return scored
 
     def place(self, index: int) -> str:
         """The document that token `index` of all tokens comes from, and its position there, both counted from 1."""
@@ -124,8 +136,9 @@ class PackedDataset(Sequences):
         ignore_index: int = -100,
         *,
         keep_tail: bool = False,
+        soft_on_all: bool = False,
     ) -> None:
-        super().__init__(documents, seq_len, ignore_index)
+        super().__init__(documents, seq_len, ignore_index, soft_on_all=soft_on_all)
         self.num_sequences, self.num_left_out = divmod(self.num_tokens, seq_len)
         if keep_tail and self.num_left_out:
             self.num_sequences, self.num_left_out = self.num_sequences + 1, 0
@@ -146,70 +159,17 @@ class PackedDataset(Sequences):
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
-        part, targets = self.read(index * self.seq_len, min((index + 1) * self.seq_len, self.num_tokens))
+        first, stop = index * self.seq_len, min((index + 1) * self.seq_len, self.num_tokens)
+        part, targets = self.read(first, stop)
         ids, missing = part.astype(np.int64), self.num_padding(index)
         labels = np.where(targets, ids, self.ignore_index)
+        scored = {"scored": np.pad(self.scored(first, stop), (0, missing))} if self.soft_on_all else {}
         return {
             # Causal attention: what stands in the padding reaches no real token.
             "input_ids": np.pad(ids, (0, missing)),
             "labels": np.pad(labels, (0, missing), constant_values=self.ignore_index),
+            **scored,
         }
-
-
-class Batch:
-    """One micro-batch of one rank.
-
-    Attributes:
-        input_ids: int64 [B, S].
-        labels: int64 [B, S], unshifted.
-        shift_labels: int64 [B, S], for each position the label of the next token.
-        loss_rows: int64 [N], the rows b * S + s of the flattened hidden states whose next token is a target.
-        position_ids: int64 [B, S], from 0 in each document; None where documents are joined.
-        num_valid: N as a number of the host, so that nobody has to ask the device for it.
-    """
-
-    def __init__(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        shift_labels: Tensor,
-        loss_rows: Tensor,
-        position_ids: Tensor | None = None,
-    ) -> None:
-        self.input_ids, self.labels, self.shift_labels, self.loss_rows = input_ids, labels, shift_labels, loss_rows
-        self.position_ids = position_ids
-        self.num_valid = loss_rows.numel()
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens that the models read, targets or not."""
-        return self.input_ids.numel()
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on `device`."""
-        tensors = (self.input_ids, self.labels, self.shift_labels, self.loss_rows, self.position_ids)
-        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors if tensor is not None))
-
-    def model_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of an attached student's forward.
-
-        Labels by row: next tokens are what is trained on here, whether or not the student's class shifts its labels.
-        """
-        inputs = {"input_ids": self.input_ids, "shift_labels": self.shift_labels, "loss_rows": self.loss_rows}
-        return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
-
-
-def collate(items: Sequence[Item], ignore_index: int = -100) -> Batch:
-    """Stack items of equal length into a batch, and find the rows that enter the loss."""
-    input_ids = np.stack([item["input_ids"] for item in items])
-    labels = np.stack([item["labels"] for item in items])
-    shifted = np.full_like(labels, ignore_index)
-    shifted[:, :-1] = labels[:, 1:]  # the last row of a sequence has no next token
-    rows = np.flatnonzero(shifted != ignore_index)
-    arrays = [input_ids, labels, shifted, rows]
-    if "position_ids" in items[0]:
-        arrays.append(np.stack([item["position_ids"] for item in items]))
-    return Batch(*(torch.from_numpy(array) for array in arrays))
 
 
 def indices_for_step(num_items: int, step: int, sequences_per_step: int, seed: int) -> np.ndarray:
@@ -284,5 +244,6 @@ def _batch(dataset: Sequences, indices: np.ndarray) -> Batch:
         item = dataset[max(index, 0)]
         if index < 0:
             item["labels"] = np.full_like(item["labels"], dataset.ignore_index)
+            item |= {name: np.zeros_like(item[name]) for name in ("scored",) if name in item}
         items.append(item)
     return collate(items, dataset.ignore_index)

@@ -132,8 +132,10 @@ def _stats(setup: Setup) -> Volume:
     teacher, ranks = setup.teacher, setup.exchange_ranks
     m, k = numbers = exchanged_numbers(make_objective(setup.distill), setup.unequal)
     other = None if teacher is None else _teacher_head(setup, teacher)
-    size = stats_bytes(_student_head(setup), other, setup.rows, ranks=ranks, numbers=numbers)
-    how = f"(W - 1) n ({setup.student_item} D + {setup.teacher_item} E + 4 D + 4 x {m} W + 8 x {k} + 16)"
+    splits = setup.distill.soft_everywhere
+    size = stats_bytes(_student_head(setup), other, setup.rows, ranks=ranks, numbers=numbers, splits=splits)
+    of_row = 32 if splits else 16
+    how = f"(W - 1) n ({setup.student_item} D + {setup.teacher_item} E + 4 D + 4 x {m} W + 8 x {k} + {of_row})"
     if not setup.student_head_is_cut:
         extra, extra_how = _student_gathered(setup)
         size, how = size + extra, f"{how} + {extra_how}"

@@ -68,15 +68,22 @@ def teacher_logits_bytes(student: Head, teacher: Head, rows: float, *, ranks: in
 
 
 def stats_bytes(
-    student: Head, teacher: Head | None, rows: float, *, ranks: int, numbers: tuple[int, int] = _KL_NUMBERS
+    student: Head,
+    teacher: Head | None,
+    rows: float,
+    *,
+    ranks: int,
+    numbers: tuple[int, int] = _KL_NUMBERS,
+    splits: bool = False,
 ) -> float:
     """Bytes that a rank receives per micro-batch with `exchange: stats` among `ranks`, with `rows` each.
 
     `numbers` are m and k, as `sharded_numbers.exchanged_numbers` counts them; by default those of a KL at temperature
-    1 with cross-entropy and metrics.
+    1 with cross-entropy and metrics. `splits`: rows may count in the soft loss alone.
     """
     gathered, added = numbers
     per_row = 4 * gathered * ranks + 8 * added + 16  # 16: label, weight, and whether the row is padding
+    per_row += 16 * splits  # the weights of the hard loss, and what aligns them
     hidden = student.item_bytes * student.width
     if teacher is not None:
         hidden += teacher.item_bytes * teacher.width
@@ -84,13 +91,19 @@ def stats_bytes(
 
 
 def volumes(
-    student: Head, teacher: Head, rows: float, *, ranks: int, numbers: tuple[int, int] = _KL_NUMBERS
+    student: Head,
+    teacher: Head,
+    rows: float,
+    *,
+    ranks: int,
+    numbers: tuple[int, int] = _KL_NUMBERS,
+    splits: bool = False,
 ) -> dict[ExchangeMode, float]:
-    """The bytes of each mode, which `auto` compares."""
+    """The bytes of each mode, which `auto` compares; arguments as of `stats_bytes`."""
     return {
         "weight": weight_bytes(student, teacher),
         "logits": logits_bytes(student, teacher, rows, ranks=ranks),
-        "stats": stats_bytes(student, teacher, rows, ranks=ranks, numbers=numbers),
+        "stats": stats_bytes(student, teacher, rows, ranks=ranks, numbers=numbers, splits=splits),
     }
 
 
@@ -126,6 +139,6 @@ def cheapest(
         without: modes that are not possible.
     """
     numbers = exchanged_numbers(make_objective(config), teacher.vocab_size < student.vocab_size)
-    every = volumes(student, teacher, rows, ranks=ranks, numbers=numbers)
+    every = volumes(student, teacher, rows, ranks=ranks, numbers=numbers, splits=config.soft_everywhere)
     possible: dict[ExchangeMode, float] = {mode: size for mode, size in every.items() if mode not in without}
     return min(possible, key=lambda mode: possible[mode]), possible

@@ -32,6 +32,7 @@ from kd_plugin.loss.chunk_size import dense_bytes
 from kd_plugin.loss.low_rank import LowRankProduct, low_rank_product
 from kd_plugin.loss.matmul import Operand, accumulate_outer, add_bias, hidden_gradient, mm_into
 from kd_plugin.loss.output import scaled
+from kd_plugin.loss.split import row_weights
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.row_kernels import sharded_dispatch
 from kd_plugin.row_kernels.row_pass import subtract_labels
@@ -72,9 +73,12 @@ class _SlicedLoop:
         """What this rank's columns add to the sums of each rank."""
 
     def _rows_to_send(self, hidden: Tensor) -> dict[str, Tensor]:
-        weights = self.problem.token_weights
-        ones = hidden.new_ones(hidden.shape[0], dtype=self.dtype)  # 0 where a short rank is padded
-        rows = {"weights": torch.stack([ones if weights is None else weights.to(self.dtype), ones], -1)}
+        weights = row_weights(self.problem.token_weights, self.problem.split, slice(None), self.dtype)
+        ones = hidden.new_ones(hidden.shape[0], 1, dtype=self.dtype)  # 0 where a short rank is padded
+        both = [ones if given is None else given for given in (weights.soft, weights.measured)]
+        rows = {"weights": torch.cat(both, -1)}
+        if weights.hard is not None and weights.hard_value is not None:
+            rows["hard_weights"] = torch.cat([weights.hard, weights.hard_value], -1)
         if self.problem.objective.hard_weight:
             rows["targets"] = self._own_labels()[:, None]
         rows["student"] = hidden
@@ -92,7 +96,8 @@ class _SlicedLoop:
             assert_on_device(~foreign.any(), foreign_labels(size, "on this rank"))
         elif foreign.any():
             raise ValueError(foreign_labels(size, f"such as {int(counted[foreign][0])}"))
-        return labels
+        split = self.problem.split
+        return labels if split is None else torch.where(split.hard, labels, -1)  # which is on no rank
 
     def logits(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Both models' logits of this rank's columns, `[W * C, V_r]` and `[W * C, V'_r]`."""
@@ -127,6 +132,8 @@ class _SlicedLoop:
         kernel, spec, vocab_slice = self.problem.row_kernel, self.spec, self.vocab_slice
         student, teacher = self.logits(given)
         weights, valid = given["weights"].split(1, dim=-1)
+        of_labels, hard = given["hard_weights"].split(1, dim=-1) if "hard_weights" in given else (weights, weights)
+        hard_weights = of_labels if "hard_weights" in given else None
         args = (kernel, spec, vocab_slice.sizes, student, teacher)
         moments = sharded_dispatch.moments(*args)
         labels = self.labels(given["targets"], student) if "targets" in given else None
@@ -138,16 +145,16 @@ class _SlicedLoop:
         sums = sharded_dispatch.sums(*args, merged)
         if sums.shape[1]:
             all_reduce(sums, vocab_slice.group, "the divergence's sums")
-        statistics = sharded_dispatch.finish(*args, weights, merged, sums)
+        statistics = sharded_dispatch.finish(*args, weights, merged, sums, hard_weights)
         if labels is not None and spec.with_gradient and vocab_slice.size:
             columns, here, label_logits = labels
-            subtract_labels(spec, student, columns, label_logits, weights * here)
-        self._add(statistics, weights, valid)
+            subtract_labels(spec, student, columns, label_logits, of_labels * here)
+        self._add(statistics, torch.cat([weights, hard], -1), valid)
         return given, student
 
     def _add(self, statistics: Tensor, weights: Tensor, valid: Tensor) -> None:
         losses, count, chunk = len(LOSSES), self.own.numel(), self.plan.chunk
-        factors = torch.cat([weights.expand(-1, losses), valid.expand(-1, count - losses)], -1)
+        factors = torch.cat([weights, valid.expand(-1, count - losses)], -1)
         whole, parts = statistics.split(count, dim=-1)
         mine = slice(self.vocab_slice.rank * chunk, (self.vocab_slice.rank + 1) * chunk)
         self.own += (whole[mine] * factors[mine]).sum(0)
@@ -219,7 +226,7 @@ class VocabParallelDistill(torch.autograd.Function):
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, factor, up)]
         ctx.weight_scale = weight_scale
         ctx.mark_non_differentiable(total)
-        return problem.objective.weighted(total[0], total[1]), total
+        return problem.loss_of(total), total
 
     @staticmethod
     @once_differentiable

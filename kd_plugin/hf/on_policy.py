@@ -63,6 +63,11 @@ class DistillOnPolicyMixin(DistillTrainerMixin):
             raise UnsupportedError(
                 "teacher_micro_batches: what is generated in a step is not there before it; leave it at 1"
             )
+        if (distill := keywords.get("distill")) is not None and distill.soft_everywhere:
+            raise UnsupportedError(
+                "distill.soft_on is all, and what the student has generated is all that it is distilled on: set it to "
+                "trained"
+            )
         loaded = teachers.load_by_name(teacher)
         if hasattr(type(self), "generalized_jsd_loss"):  # GKD's constructor looks at its configuration
             keywords["teacher_model"] = loaded
@@ -104,7 +109,7 @@ class DistillOnPolicyMixin(DistillTrainerMixin):
         """The distillation loss (0-d) of what was generated; the output beside it, if asked for, has no logits."""
         assert self.model is not None
         if not self.model.training:
-            inputs = {**inputs, **batches.without_repeats(self._student_inputs(inputs), self.accelerator)}
+            inputs = {**inputs, **batches.without_repeats(self._student_inputs(inputs), self.accelerator, self.plugin)}
         elif (counted := inputs.get("num_items_in_batch")) is not None:  # all tokens that were generated for this step
             given = self._student_inputs(inputs)
             outputs = model(**given, num_items_in_batch=counted.clamp(min=1.0))

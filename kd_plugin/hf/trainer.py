@@ -92,6 +92,7 @@ class DistillTrainerMixin(_Trainer):
         # The attached forward takes num_items_in_batch, whatever the model's own does; it is counted as labels are read
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = self.plugin.labels.shift
+        self._soft_items: Tensor | int = 0
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make the student of `model_init`; the teacher goes from the last one to this."""
@@ -110,6 +111,8 @@ class DistillTrainerMixin(_Trainer):
         convention = self.plugin.labels.convention
         counted = (batches.counted_as_read(batch, convention) for batch in epoch_iterator)
         found, num_items = super().get_batch_samples(counted, num_batches, device)
+        if self.distill.soft_everywhere and num_items is not None:
+            self._soft_items = batches.count_soft_rows(found, self, device)
         if self._together > 1 and len(found) > 1:
             found = [self._prepare_inputs(batch) for batch in found]
             with self.accelerator.autocast():
@@ -128,7 +131,10 @@ class DistillTrainerMixin(_Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The distillation loss (0-d), which the student returns for its labels; with its output if asked."""
-        return Trainer.compute_loss(self, model, self._student_inputs(inputs), return_outputs, num_items_in_batch)
+        given = self._student_inputs(inputs)
+        if self.distill.soft_everywhere and num_items_in_batch is not None:
+            given["soft_items_in_batch"] = self._soft_items
+        return Trainer.compute_loss(self, model, given, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and with the loss of the training all that the distillation has measured since it was last logged."""
@@ -166,7 +172,7 @@ class DistillTrainerMixin(_Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         labelled = any(inputs.get(name) is not None for name in batches.LABELS)
         self._labelled |= labelled
-        inputs = batches.without_repeats(inputs, self.accelerator)
+        inputs = batches.without_repeats(inputs, self.accelerator, self.plugin)
         generates = getattr(self.args, "predict_with_generate", False)
         if prediction_loss_only or generates or not labelled:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

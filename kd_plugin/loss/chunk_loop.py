@@ -27,10 +27,11 @@ from kd_plugin.loss.chunk_plan import ChunkPlan, agreed_plan, local_plan
 from kd_plugin.loss.chunk_size import dense_bytes, teacher_columns
 from kd_plugin.loss.low_rank import LowRankProduct
 from kd_plugin.loss.matmul import EXACT, Operand, Rounding, accumulate_outer, add_bias, hidden_gradient, mm_into
+from kd_plugin.loss.split import Split, row_weights
 from kd_plugin.loss.teacher import TeacherSource
 from kd_plugin.row_kernels import dispatch
 from kd_plugin.row_kernels.row_pass import IDENTITY, LogitTransform, RowSpec, subtract_labels
-from kd_plugin.row_kernels.statistics import LOSSES, STATISTICS
+from kd_plugin.row_kernels.statistics import STATISTICS
 
 
 @dataclass
@@ -45,6 +46,8 @@ class Problem:
     token_weights: Tensor | None  # [N]
     chunk_size: int
     row_kernel: str
+    split: Split | None = None
+    """Which rows count in which loss; None: all in both."""
     student_transform: LogitTransform = IDENTITY
     rounding: Rounding = EXACT
     """What the heads' products round."""
@@ -61,6 +64,11 @@ class Problem:
         """What a row pass has to do."""
         transform = IDENTITY if self.teacher is None else self.teacher.transform
         return RowSpec(self.objective, self.student_transform, transform, with_gradient=with_gradient)
+
+    def loss_of(self, sums: Tensor) -> Tensor:
+        """The loss sum (0-d) of both losses' sums, the first of the statistics."""
+        hard = sums[1] if self.split is None else sums[1] * self.split.factor
+        return self.objective.weighted(sums[0], hard)
 
     def weighted(self, factors: Tensor) -> Problem:
         """The same problem with each row's gradient multiplied by `factors` `[N]`."""
@@ -155,18 +163,17 @@ class _ChunkLoop:
         if problem.teacher is not None:
             assert self.teacher is not None
             problem.teacher.logits_into(self.teacher[:n], index)
-        targets = target_logits = weights = None
+        targets = target_logits = None
+        weights = row_weights(problem.token_weights, problem.split, rows, self.dtype)
         if spec.objective.hard_weight:
             assert problem.targets is not None
             targets = problem.targets[rows, None]
-            target_logits = _of_labels(logits, targets)
-        if problem.token_weights is not None:
-            weights = problem.token_weights[rows, None].to(self.dtype)
-        statistics = dispatch.run(problem.row_kernel, spec, n, self.student, self.teacher, target_logits, weights)
+            target_logits = weights.finite(_of_labels(logits, targets))
+        given = (self.student, self.teacher, target_logits, weights.soft, weights.hard)
+        statistics = dispatch.run(problem.row_kernel, spec, n, *given)
         if spec.with_gradient and targets is not None and target_logits is not None:
-            subtract_labels(spec, logits, targets, target_logits, weights)
-        if weights is not None:
-            statistics[:, : len(LOSSES)] *= weights
+            subtract_labels(spec, logits, targets, target_logits, weights.of_labels)
+        weights.apply_to(statistics)
         return statistics
 
     def teacher_only(self, index: int) -> None:

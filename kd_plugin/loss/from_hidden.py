@@ -23,8 +23,9 @@ from kd_plugin.loss.chunk_size import chunk_size_on
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.low_rank import LowRank, low_rank_product
 from kd_plugin.loss.matmul import Rounding, autocast_dtype
-from kd_plugin.loss.output import DistillOutput, LossSums, normalised, packed, scaled
-from kd_plugin.loss.teacher import HeadTeacher
+from kd_plugin.loss.output import DistillOutput, Items, LossSums, items_of, normalised, packed, scaled
+from kd_plugin.loss.split import Number, Split, check_soft_mask
+from kd_plugin.loss.teacher import HeadTeacher, TeacherSource
 from kd_plugin.row_kernels import dispatch
 from kd_plugin.row_kernels.row_pass import LogitTransform
 from kd_plugin.settings.run import DistillConfig
@@ -60,7 +61,7 @@ class FusedDistill(torch.autograd.Function):
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, factor, up)]
         ctx.mark_non_differentiable(result.sums)
-        return problem.objective.weighted(result.sums[0], result.sums[1]), result.sums
+        return problem.loss_of(result.sums), result.sums
 
     @staticmethod
     @once_differentiable
@@ -98,15 +99,17 @@ def make_problem(
     num_valid = num_rows if rows is None else rows.shape[0]
     teacher = call.teacher if objective.needs_teacher else None
     teacher_size = None if teacher is None else teacher_size or teacher.vocab_size
+    split, targets = _split(call, config)
     if (chunk_size := call.chunk_size) is None:
         chunk_size = chunk_size_on(config, vocab_size, teacher_size, hidden.device, hidden.dtype).rows
     return chunk_loop.Problem(
         objective=objective,
         teacher=teacher,
-        targets=call.targets,
+        targets=targets,
         rows=None if num_valid == num_rows else rows,
         num_rows=num_valid,
         token_weights=call.token_weights,
+        split=split,
         chunk_size=chunk_size,
         row_kernel=dispatch.choose(config.row_kernel, hidden.device.type),
         student_transform=transform or LogitTransform(),
@@ -121,10 +124,22 @@ def _valid_rows(call: HeadCall, config: DistillConfig, num_rows: int, vocab_size
         checks.loss_rows(call.rows, num_rows)
         return call.rows
     if call.targets is None:
-        return None
-    rows = (call.targets != config.ignore_index).nonzero().squeeze(1)
+        return None if call.soft_mask is None else call.soft_mask.nonzero().squeeze(1)
+    labelled = call.targets != config.ignore_index
+    rows = labelled.nonzero().squeeze(1)
     checks.targets_in_vocabulary(call.targets, rows, vocab_size)
-    return rows
+    return rows if call.soft_mask is None else (call.soft_mask | labelled).nonzero().squeeze(1)
+
+
+def _split(call: HeadCall, config: DistillConfig) -> tuple[Split | None, Tensor | None]:
+    """Which rows count in which loss, where that differs, and targets of which every one is a token id there."""
+    if not call.splits:
+        return None, call.targets
+    if call.targets is None:
+        assert call.soft_mask is not None
+        return Split(call.soft_mask, torch.zeros_like(call.soft_mask)), None
+    labelled = call.targets != config.ignore_index
+    return Split(call.soft_mask, labelled, call.hard_factor), torch.where(labelled, call.targets, 0)
 
 
 def loss_sums(
@@ -163,6 +178,25 @@ def checked_teacher(
     return HeadTeacher(teacher_hidden, teacher_weight, teacher_bias)
 
 
+def counted_call(
+    teacher: TeacherSource | None,
+    targets: Tensor | None,
+    hidden: Tensor,
+    config: DistillConfig,
+    token_weights: Tensor | None,
+    num_items: Number | None,
+    soft_mask: Tensor | None,
+    soft_items: Number | None,
+) -> tuple[HeadCall, Items | None]:
+    """The call of a function that takes these arguments, checked, and what its sums are divided by."""
+    checks.token_weights(token_weights, hidden)
+    check_soft_mask(soft_mask, targets, hidden.shape[:-1], config)
+    call = HeadCall(teacher, targets, token_weights=token_weights, soft_mask=soft_mask)
+    items = items_of(soft_mask, targets, config.ignore_index, hidden.dtype, num_items, soft_items)
+    call.hard_factor = 1.0 if items is None else items.factor
+    return call, items
+
+
 def distill_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -175,6 +209,8 @@ def distill_loss(
     teacher_bias: Tensor | None = None,
     token_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
+    soft_mask: Tensor | None = None,
+    soft_items: int | float | Tensor | None = None,
 ) -> DistillOutput:
     """Distillation loss of aligned rows, without ever holding `[tokens, vocab]` logits.
 
@@ -183,27 +219,26 @@ def distill_loss(
         student_weight: `[V, D]`; likewise.
         teacher_hidden: `[..., E]`, the same leading shape; never gets a gradient. None if `soft_weight` is 0.
         teacher_weight: `[V', E]`. The soft loss is over the first min(V, V') token ids of both, each softmax of its
-            own;
-            the hard loss over all V. To the metrics (`divergences.measures`) the teacher's probability of a token that
-            it lacks is 0.
+            own; the hard loss over all V. To the metrics the teacher's probability of a token that it lacks is 0.
         targets: `[...]` int64, the label of each row itself (already shifted), any of the V token ids;
             `config.ignore_index` skips a row. None with `hard_weight=0`: every row counts.
         config: the objective.
-        student_bias: `[V]`.
-        teacher_bias: `[V']`.
+        student_bias, teacher_bias: `[V]` and `[V']`.
         token_weights: `[...]`, multiplies each row's loss and gradient.
         num_items: divides the sums over rows, 0 or more (0 counts as 1); default: the valid rows of this call.
+        soft_mask: bool `[...]`, the rows of the soft loss and the metrics, labelled or not (`soft_on: all`); the hard
+            loss stays on labelled ones, and each is divided by its own rows. None: both are on the labelled rows.
+        soft_items: with `soft_mask`: divides the soft loss, and `num_items` the hard loss alone.
 
     Raises:
-        ValueError: shapes that do not fit, tensors that are no floats, targets outside the student's vocabulary,
-            DTensors, or weights that are elsewhere (partitioned by ZeRO-3, on the meta device); the message says
-            what to do instead.
+        ValueError: what does not fit, no floats, targets outside the student's vocabulary, DTensors, or weights that
+            are elsewhere (partitioned by ZeRO-3, on the meta device); the message says what to do instead.
     """
     teacher = checked_teacher(
         student_hidden, student_weight, teacher_hidden, teacher_weight, targets, student_bias, teacher_bias, config
     )
-    checks.token_weights(token_weights, student_hidden)
+    counted = (token_weights, num_items, soft_mask, soft_items)
+    call, items = counted_call(teacher, targets, student_hidden, config, *counted)
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
-    call = HeadCall(teacher, targets, token_weights=token_weights)
     problem = make_problem(call, config, hidden, student_weight.shape[0])
-    return normalised(loss_sums(problem, hidden, student_weight, student_bias), num_items)
+    return normalised(loss_sums(problem, hidden, student_weight, student_bias), items)

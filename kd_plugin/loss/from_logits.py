@@ -12,7 +12,7 @@ from kd_plugin.loss import checks, reference
 from kd_plugin.loss.autograd import Context, once_differentiable
 from kd_plugin.loss.chunk_loop import wide_dtype
 from kd_plugin.loss.chunk_size import chunk_size_on, teacher_columns
-from kd_plugin.loss.output import DistillOutput, LossSums, normalised, scaled
+from kd_plugin.loss.output import DistillOutput, LossSums, items_of, normalised, scaled
 from kd_plugin.row_kernels import dispatch
 from kd_plugin.row_kernels.row_pass import RowSpec, subtract_labels
 from kd_plugin.row_kernels.statistics import STATISTICS
@@ -95,13 +95,15 @@ def distill_logits(
         num_items: divides the sums over rows; 0 or more (0 counts as 1); default: the valid rows of this call.
 
     Raises:
-        ValueError: shapes that do not fit, logits that are no floats, or targets outside the student's vocabulary.
+        ValueError: shapes that do not fit, logits that are no floats, targets outside the student's vocabulary, or
+            `soft_on: all` with targets.
     """
     if not detach_teacher:
         return reference.distill_logits(
             student_logits, teacher_logits, targets, config=config, detach_teacher=False, num_items=num_items
         )
     checks.distill_config(config)
+    _refuse_soft_on_all(targets, config)
     checks.logits_inputs(student_logits, teacher_logits, targets, config)
     student = student_logits.reshape(-1, student_logits.shape[-1])
     teacher = None
@@ -115,4 +117,13 @@ def distill_logits(
         checks.targets_in_vocabulary(targets, rows, student.shape[1])
     loss_sum, statistics = _LogitsLoss.apply(student, teacher, targets, rows, config, torch.is_grad_enabled())
     num_valid = torch.full((), rows.numel(), dtype=torch.int64, device=student.device)
-    return normalised(LossSums(loss_sum, statistics, num_valid, objective.measured), num_items)
+    items = items_of(None, targets, config.ignore_index, student.dtype, num_items, None)
+    return normalised(LossSums(loss_sum, statistics, num_valid, objective.measured), items)
+
+
+def _refuse_soft_on_all(targets: Tensor | None, config: DistillConfig) -> None:
+    if config.soft_everywhere and targets is not None:
+        raise ValueError(
+            "soft_on is all, but distill_logits has both losses on the rows with a label: set soft_on=trained, or call "
+            "distill_loss with soft_mask, or distill_logits once for each loss"
+        )

@@ -21,6 +21,8 @@ class HeadCall:
         targets: `[...]` int64, the label of each row; kept as `[N]`. None: there is no hard loss, and every row counts.
         rows: `[n]` int64, flat indices of the valid rows; None: found by the labels.
         token_weights: `[...]`, multiplies each row's loss; kept as `[N]`.
+        soft_mask: bool `[...]`, the rows that the soft loss counts on, where they are not those with a label; kept as
+            `[N]`. None: those that have one, or all `rows` where the call `splits`.
     """
 
     def __init__(
@@ -29,10 +31,16 @@ class HeadCall:
         targets: Tensor | None,
         rows: Tensor | None = None,
         token_weights: Tensor | None = None,
+        soft_mask: Tensor | None = None,
     ) -> None:
         self.teacher, self.rows = teacher, rows
         self.targets = None if targets is None else targets.reshape(-1)
         self.token_weights = None if token_weights is None else token_weights.reshape(-1)
+        self.soft_mask = None if soft_mask is None else soft_mask.reshape(-1)
+        self.splits = soft_mask is not None
+        """Whether a row may count in the soft loss and have no label."""
+        self.hard_factor: float | Tensor = 1.0
+        """Of a call that splits: `split.Split.factor`."""
         self.chunk_size: int | None = None
         """Rows of one chunk, where the ranks have agreed on them; else each decides."""
         self.vocab_slice: VocabSlice | None = None

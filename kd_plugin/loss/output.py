@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kd_plugin.distributed import torch_internals
 from kd_plugin.loss import checks, chunk_loop
+from kd_plugin.loss.split import Number, check_items
 from kd_plugin.row_kernels.statistics import STATISTICS
 
 
@@ -24,9 +25,9 @@ class DistillOutput(NamedTuple):
     hard_loss: Tensor
     """Scalar: cross-entropy, per item."""
     num_valid: Tensor
-    """Scalar int64: rows of this call that count."""
+    """Scalar int64: rows of this call that count, in either loss."""
     metrics: dict[str, Tensor]
-    """Scalars per valid row by name; `divergences.measures.MEASURED` has the names."""
+    """Scalars per row of the soft loss by name; `divergences.measures.MEASURED` has the names."""
 
 
 class LossSums(NamedTuple):
@@ -43,24 +44,75 @@ class LossSums(NamedTuple):
     """Valid rows of all ranks with which this one agreed on its chunks; None if with none."""
     num_rows: int = 0
     """`num_valid`, known without waiting for the device."""
+    num_soft: Tensor | None = None
+    """Rows of the soft loss, scalar int64; None: all that count."""
+    num_hard: Tensor | None = None
+    """Rows of the hard loss, likewise."""
+
+
+class Items(NamedTuple):
+    """What the sums of each loss are divided by; 1 or more, or as the caller has it."""
+
+    soft: float | Tensor
+    hard: float | Tensor
+
+    @property
+    def factor(self) -> float | Tensor:
+        """What a row of the hard loss weighs in a sum that is divided by `soft`."""
+        return self.soft / self.hard
 
 
 def packed(loss_sum: Tensor, statistics: Tensor, problem: chunk_loop.Problem) -> LossSums:
     """The sums with what else is known of the call."""
     num_valid = torch.full((), problem.num_rows, dtype=torch.int64, device=statistics.device)
     measured, held, dense = problem.objective.measured, problem.workspace_bytes, problem.dense_bytes
-    return LossSums(loss_sum, statistics, num_valid, measured, held, dense, problem.group_rows, problem.num_rows)
+    rows, split = problem.num_rows, problem.split
+    counts = (None, None) if split is None else split.counts(problem.rows, rows)
+    return LossSums(loss_sum, statistics, num_valid, measured, held, dense, problem.group_rows, rows, *counts)
 
 
-def normalised(sums: LossSums, num_items: int | float | Tensor | None) -> DistillOutput:
-    """Divide the sums by `num_items` (default: the valid rows of this call)."""
+def normalised(sums: LossSums, items: Items | None) -> DistillOutput:
+    """Divide the sums by `items` (None: the valid rows of this call)."""
     num_valid = sums.num_valid
-    items = divisor(num_items, num_valid)
-    per_row = sums.statistics / num_valid.clamp_min(1)
-    means = sums.statistics / items
+    num_soft = num_valid if sums.num_soft is None else sums.num_soft
+    if items is None:
+        items = Items(divisor(None, num_valid), divisor(None, num_valid))
+    soft, hard = sums.statistics[0] / items.soft, sums.statistics[1] / items.hard
+    per_row = sums.statistics / num_soft.clamp_min(1)
     by_name: dict[str, Tensor] = dict(zip(STATISTICS, per_row.unbind(), strict=True))
     metrics = {name: by_name[name] for name in sums.measured}
-    return DistillOutput(sums.loss_sum / items, means[0], means[1], num_valid, metrics)
+    return DistillOutput(sums.loss_sum / items.soft, soft, hard, num_valid, metrics)
+
+
+def items_of(
+    soft_mask: Tensor | None,
+    targets: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+    num_items: Number | None,
+    soft_items: Number | None,
+) -> Items | None:
+    """What the two losses are divided by; None: both by the valid rows, which are not known yet.
+
+    Args:
+        soft_mask: bool `[...]`, the rows of the soft loss; None: both losses have the same.
+        targets: `[...]`.
+        ignore_index: the label of rows without one.
+        dtype: of the hidden states.
+        num_items: of the hard loss, or of both; None: its rows.
+        soft_items: of the soft loss; None: its rows.
+
+    Raises:
+        ValueError: one of them is given where both are wanted, or is negative or no number.
+    """
+    check_items(num_items, soft_items, splits=soft_mask is not None)
+    if soft_mask is None:
+        return None if num_items is None else Items(divisor(num_items, 1), divisor(num_items, 1))
+    labelled = soft_mask.new_zeros(()) if targets is None else targets != ignore_index
+    found = (divisor(soft_items, soft_mask.sum()), divisor(num_items, labelled.sum()))
+    wide = chunk_loop.wide_dtype(dtype)  # a quotient of integers would be fp32
+    soft, hard = (items.to(wide) if isinstance(items, Tensor) else items for items in found)
+    return Items(soft, hard)
 
 
 def divisor(num_items: int | float | Tensor | None, num_valid: int | Tensor) -> float | Tensor:

@@ -14,11 +14,12 @@ from kd_plugin.loss.autograd import Context, once_differentiable
 from kd_plugin.loss.from_hidden import checked_teacher, make_problem
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.output import scaled
+from kd_plugin.loss.split import check_soft_mask
 from kd_plugin.settings.run import DistillConfig
 
 
 class TokenLosses(NamedTuple):
-    """Losses token by token, each in the targets' shape; 0 where the label is `ignore_index`.
+    """Losses token by token, each in the targets' shape; 0 where the label is `ignore_index`, or a mask says so.
 
     Only `loss` is differentiable.
     """
@@ -77,6 +78,7 @@ def distill_loss_per_token(
     config: DistillConfig,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    soft_mask: Tensor | None = None,
 ) -> TokenLosses:
     """`distill_loss` with `reduction="none"`: losses `[...]`, differentiable token by token, still in chunks.
 
@@ -87,6 +89,7 @@ def distill_loss_per_token(
         student_hidden, student_weight, teacher_hidden, teacher_weight, targets, student_bias, teacher_bias, config
     )
     flat = student_hidden.reshape(-1, student_hidden.shape[-1])
-    problem = make_problem(HeadCall(teacher, targets), config, flat, student_weight.shape[0])
+    check_soft_mask(soft_mask, targets, student_hidden.shape[:-1], config)
+    problem = make_problem(HeadCall(teacher, targets, soft_mask=soft_mask), config, flat, student_weight.shape[0])
     losses = _TokenLosses.apply(flat, student_weight, student_bias, problem)
     return TokenLosses(*(values.view(student_hidden.shape[:-1]) for values in losses))

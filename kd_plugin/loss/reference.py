@@ -17,6 +17,7 @@ from torch import Tensor
 from kd_plugin.divergences import registered
 from kd_plugin.loss import checks
 from kd_plugin.loss.output import DistillOutput, divisor
+from kd_plugin.loss.split import check_items, check_soft_mask
 from kd_plugin.settings.distill import sorts
 from kd_plugin.settings.run import DistillConfig, TermConfig
 
@@ -176,19 +177,18 @@ def distill_loss(
     teacher_bias: Tensor | None = None,
     token_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
+    soft_mask: Tensor | None = None,
+    soft_items: int | float | Tensor | None = None,
 ) -> DistillOutput:
     """As `kd_plugin.distill_loss`, dense. Half-precision inputs, or what autocast rounds, are multiplied in fp32."""
-    checks.loss_inputs(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        targets,
-        student_bias,
-        teacher_bias,
-        config,
-    )
+    models = (student_hidden, student_weight, teacher_hidden, teacher_weight)
+    checks.loss_inputs(*models, targets, student_bias, teacher_bias, config)
     checks.token_weights(token_weights, student_hidden)
+    check_soft_mask(soft_mask, targets, student_hidden.shape[:-1], config)
+    check_items(num_items, soft_items, splits=soft_mask is not None)
+    if soft_mask is not None:
+        biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
+        return _split(models, targets, soft_mask, config, num_items, soft_items, token_weights=token_weights, **biases)
     rows = slice(None) if targets is None else targets.reshape(-1) != config.ignore_index
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int | None = None) -> Tensor:
@@ -207,6 +207,29 @@ def distill_loss(
     weights = None if token_weights is None else token_weights.reshape(-1)[rows]
     student_logits = logits(student_hidden, student_weight, student_bias)
     return _output(student_logits, teacher_logits, flat_targets, weights, config, num_items)
+
+
+def _split(
+    models: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    targets: Tensor | None,
+    soft_mask: Tensor,
+    config: DistillConfig,
+    num_items: int | float | Tensor | None,
+    soft_items: int | float | Tensor | None,
+    **options: Tensor | None,
+) -> DistillOutput:
+    """The two losses one by one, each on its own rows."""
+    counted = soft_mask
+    alone = {"soft_on": "trained", "label_smoothing": 0.0, "z_loss_weight": 0.0, "hard_weight": 0.0}
+    ids = torch.where(soft_mask, torch.zeros_like(soft_mask, dtype=torch.int64), config.ignore_index)
+    of_soft, of_hard = config.model_copy(update=alone), config.model_copy(update={"soft_weight": 0.0})
+    found = distill_loss(*models, ids, config=of_soft, num_items=soft_items, **options)
+    if targets is None:
+        return found
+    counted = counted | (targets != config.ignore_index)
+    hard = distill_loss(*models, targets, config=of_hard, num_items=num_items, **options)
+    loss = found.loss + hard.loss
+    return found._replace(loss=loss, hard_loss=hard.hard_loss, num_valid=counted.sum())
 
 
 def distill_logits(

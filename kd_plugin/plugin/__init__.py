@@ -6,7 +6,7 @@ The modules by subject:
   `router_loss`
 - documents of a packed sequence: `isolation`
 - the head: `head`, `student_head`, `plain_head`, `lora`, `causal_lm`, `replaced_forward`
-- labels and tokens: `label_reader`, `labels`, `label_table`, `token_ids`, `tokenizers`
+- labels and tokens: `label_reader`, `labels`, `label_table`, `soft_rows`, `token_ids`, `tokenizers`
 - what a model does to its logits and labels: `probe`, `probe_batch`, `logit_probe`, `second_look`, `undisturbed`
 - safeguards while training: `loss_watch`, `state_watch`, `trainers`, `wrappers`
 - numbers: `metrics`

@@ -8,14 +8,17 @@ which its own computes the loss.
 With `labels`, the student's forward also takes `num_items_in_batch` (valid tokens of the whole optimizer step over
 all ranks, as the Hugging Face Trainer passes it: then loss = local sum / num_items_in_batch and the caller undoes the
 wrapper's averaging), `loss_rows` (flat indices of the rows that count, found on the host) and `token_weights` (`[B,
-S]`, by row: that of the token which row s predicts). Without `num_items_in_batch` one collective counts the valid
-tokens of all ranks (in exchange logits and stats the one that settles the chunks anyway), and the loss is scaled so
-that gradients averaged over the ranks are those of the global mean; over several micro-batches that is a mean of
-means. The output has a loss and no logits. What a mixture of experts adds to its loss (router losses) is added with
-the model's own coefficients, as if it were a loss of each valid token: a step has the mean of its forwards' router
-losses, weighted by their valid tokens. Without gradients and without `num_items_in_batch` the loss is the mean over
-this rank's tokens, for which no other rank is needed; only where FSDP or ZeRO-3 shards a model do its forwards want
-all ranks.
+S]`, by row: that of the token which row s predicts). With `distill.soft_on: all` the soft loss counts on every token
+that both models predict, which `attention_mask` and `position_ids` tell (`plugin.soft_rows`), or on `loss_rows`; then
+`soft_items_in_batch` (such rows of the whole step) goes with `num_items_in_batch`.
+
+Without `num_items_in_batch` one collective counts the valid tokens of all ranks (in exchange logits and stats the one
+that settles the chunks anyway, but with `soft_on: all`), and the loss is scaled so that gradients averaged over the
+ranks are those of the global mean; over several micro-batches that is a mean of means. The output has a loss and no
+logits. What a mixture of experts adds to its loss (router losses) is added with the model's own coefficients, as if it
+were a loss of each valid token: a step has the mean of its forwards' router losses, weighted by their valid tokens.
+Without gradients and without `num_items_in_batch` the loss is the mean over this rank's tokens, for which no other rank
+is needed; only where FSDP or ZeRO-3 shards a model do its forwards want all ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +36,6 @@ from kd_plugin.distributed.collectives import located, named_in_wrapper, num_ran
 from kd_plugin.exchange.agreed_chunk import AgreedChunk
 from kd_plugin.exchange.mode import Exchange
 from kd_plugin.loss import checks
-from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.plugin import arguments, causal_lm
 from kd_plugin.plugin.both_heads import BothHeads
 from kd_plugin.plugin.label_reader import LabelReader
@@ -42,6 +44,7 @@ from kd_plugin.plugin.metrics import Measures
 from kd_plugin.plugin.model_output import check_readable, model_output, per_item
 from kd_plugin.plugin.replaced_forward import NamedCall
 from kd_plugin.plugin.router_loss import with_router_loss
+from kd_plugin.plugin.soft_rows import Given, call_of, check_convention, known_items
 from kd_plugin.plugin.student_side import StudentSide
 from kd_plugin.plugin.teacher_side import TeacherSide
 from kd_plugin.plugin.token_ids import check_inputs
@@ -73,12 +76,13 @@ class Plugin:
     def metrics(self) -> dict[str, float]:
         """Means per valid token since the last call, over all ranks. One collective: call it on every rank.
 
-        Where there was no token, that is said, as nothing was distilled then.
+        With `distill.soft_on: all` hard_loss is per trained token. Where there was no token, that is said.
 
         Keys: loss, soft_loss, hard_loss, router_loss (of a mixture of experts that adds one; a part of loss),
-        the metrics of `divergences.measures.MEASURED` (entropies and KL in nats), valid_tokens, temperature,
-        chunk_size, logits_avoided_gib and loss_peak_gib (of the largest forward on any rank), and this rank's wall
-        time in student_ms (backbone), teacher_ms (backbone), loss_ms, summed over forwards.
+        the metrics of `divergences.measures.MEASURED` (entropies and KL in nats), valid_tokens (and of them
+        trained_tokens, with `soft_on: all`), temperature, chunk_size, logits_avoided_gib and loss_peak_gib (of the
+        largest forward on any rank), and this rank's wall time in student_ms (backbone), teacher_ms (backbone),
+        loss_ms, summed over forwards.
         """
         values = self._measures.take(self.config, self._student.linear.weight.device, self.group, self.chunk_size)
         watch = self._student.watch
@@ -140,6 +144,7 @@ class Plugin:
         self._student = student = StudentSide(self.student, self._distill_forward, self.config)
         self.labels = student.labels
         self._undo.append(student.restore)
+        check_convention(self.config, student.labels.convention, student.model)
         if num_ranks(self.group) > 1:
             self._undo.append(NamedCall(student.model).restore)
             self._undo.append(before_first_step(student.slot.module, self._compare_ranks))
@@ -162,6 +167,7 @@ class Plugin:
         labels: Tensor | None = None,  # [B, S], unshifted for a causal LM
         shift_labels: Tensor | None = None,  # [B, S], already shifted
         num_items_in_batch: int | Tensor | None = None,
+        soft_items_in_batch: int | Tensor | None = None,
         loss_rows: Tensor | None = None,  # [n] flat indices of the rows that count
         token_weights: Tensor | None = None,  # [B, S], by row
         **kwargs: Any,
@@ -182,19 +188,14 @@ class Plugin:
         mode, chunk_size = self.exchange.mode or self.config.exchange, self.config.chunk_size
         with located(lambda: f"{targets.numel()} rows, exchange {mode}, chunk_size {chunk_size}"):
             with named_in_wrapper("in its forward"), student.watch.our_forward():
-                output = self._loss(inputs, targets, loss_rows, token_weights, num_items_in_batch)
+                given = Given(loss_rows, token_weights, num_items_in_batch, soft_items_in_batch)
+                output = self._loss(inputs, targets, given)
         student.watch.loss_ran()
         return output
 
     @torch.compiler.disable(recursive=False)
-    def _loss(
-        self,
-        inputs: dict[str, Any],
-        targets: Tensor,  # [B, S] by row
-        loss_rows: Tensor | None,
-        token_weights: Tensor | None,
-        num_items: int | Tensor | None,
-    ) -> ModelOutput:
+    def _loss(self, inputs: dict[str, Any], targets: Tensor, given: Given) -> ModelOutput:  # targets [B, S] by row
+        call = call_of(self.config, inputs, targets, given, self._student.model)
         if self.config.soft_weight:
             check_readable(inputs)
         self.exchange.check_step(self._student.linear, self.teacher if self.config.soft_weight else None)
@@ -202,15 +203,14 @@ class Plugin:
             backbone, router_loss = self._student.backbone(inputs, targets.device)
         hidden = backbone.hidden_states
         checks.loss_targets(targets, hidden.shape[:-1], self.config)
-        checks.token_weights(token_weights, hidden)
-        call = HeadCall(None, targets, loss_rows, token_weights)
+        known = known_items(call, hidden, self.config.ignore_index, given, self.group)
         call.chunk_size = self.agreed_chunk.of_step(self.config, self._heads.vocab_sizes, hidden)
         loss_sum = self._heads.loss_sum(hidden, call, inputs, self.teacher)
         assert call.sums is not None
         self._measures.add(call.sums, router_loss)
         counted = None if self.exchange.in_groups else call.sums.group_rows
         loss_sum = with_router_loss(loss_sum, router_loss, call.sums)
-        loss = per_item(loss_sum, call.sums.num_valid, num_items, self.group, counted)
+        loss = per_item(loss_sum, call.sums.num_valid, given.num_items, self.group, counted, known)
         return model_output(loss, backbone.output, self._student.model.config)
 
 

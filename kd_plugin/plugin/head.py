@@ -16,7 +16,7 @@ from kd_plugin.distributed.layout import slice_here, vocab_cut, whole_shape
 from kd_plugin.distributed.vocab_slice import VocabSlice
 from kd_plugin.exchange.vocab_parallel import VocabParallelDistill
 from kd_plugin.loss import checks
-from kd_plugin.loss.from_hidden import loss_sums, make_problem
+from kd_plugin.loss.from_hidden import counted_call, loss_sums, make_problem
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.low_rank import LowRank
 from kd_plugin.loss.matmul import sum_of_biases
@@ -73,6 +73,8 @@ class DistillHead(nn.Linear):
         teacher: TeacherSource | tuple[Tensor, ...] | None = None,
         token_weights: Tensor | None = None,
         num_items: int | float | Tensor | None = None,
+        soft_mask: Tensor | None = None,
+        soft_items: int | float | Tensor | None = None,
     ) -> Tensor | DistillOutput:
         """Logits `[..., V]` without targets; otherwise the loss.
 
@@ -84,6 +86,8 @@ class DistillHead(nn.Linear):
                 one; or a source of teacher logits such as `HeadTeacher` (which also takes a soft-cap).
             token_weights: `[...]`.
             num_items: divides the sums over rows; default: the valid rows of this call.
+            soft_mask: bool `[...]`, the rows of the soft loss, as in `distill_loss`.
+            soft_items: as there.
         """
         if isinstance(targets, HeadCall):
             return self._loss_sum(hidden_states, targets)
@@ -99,11 +103,11 @@ class DistillHead(nn.Linear):
             raise ValueError("no teacher given: pass teacher=(teacher_hidden, teacher_weight), or set soft_weight=0")
         checks.floats("hidden_states", hidden_states, "what enters the head, not token ids")
         checks.loss_targets(targets, hidden_states.shape[:-1], self.distill_config)
-        checks.token_weights(token_weights, hidden_states)
-        call = HeadCall(teacher, targets, token_weights=token_weights)
+        options = (token_weights, num_items, soft_mask, soft_items)
+        call, items = counted_call(teacher, targets, hidden_states, self.distill_config, *options)
         self._loss_sum(hidden_states, call)
         assert call.sums is not None
-        return normalised(call.sums, num_items)
+        return normalised(call.sums, items)
 
     def set_after_head(self, transform: LogitTransform, logits_bias: Tensor | None) -> None:
         """What the model does to these logits, where it could not be measured when the head was made."""

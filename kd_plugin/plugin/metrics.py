@@ -130,8 +130,8 @@ class Measures:
 
     def __init__(self) -> None:
         self.watch = Stopwatch()
-        self._sums = MetricSums((*STATISTICS, "valid_tokens", "router_loss"))
-        self._has_router_loss = False
+        self._sums = MetricSums((*STATISTICS, "valid_tokens", "trained_tokens", "router_loss"))
+        self._has_router_loss = self._splits = False
         self._peak_loss_bytes = 0
         self._dense_bytes = 0
 
@@ -143,7 +143,9 @@ class Measures:
             self._has_router_loss = True
             if sums.num_rows:  # it may be NaN where there is no token
                 router = router_loss.detach().to(valid) * valid
-        self._sums.add(torch.cat([sums.statistics, valid[None], router[None]]))
+        trained = valid if sums.num_hard is None else sums.num_hard.to(valid)
+        self._splits = sums.num_hard is not None
+        self._sums.add(torch.cat([sums.statistics, torch.stack([valid, trained, router])]))
         self._peak_loss_bytes = max(self._peak_loss_bytes, sums.workspace_bytes)
         self._dense_bytes = max(self._dense_bytes, sums.dense_bytes)
 
@@ -166,8 +168,9 @@ class Measures:
         self._peak_loss_bytes = self._dense_bytes = 0
         sums = self._sums.take(device, group, largest=peaks)
         peaks = {name: sums.pop(name) for name in peaks}
-        valid = sums.pop("valid_tokens")
-        means = {name: value / max(valid, 1.0) for name, value in sums.items()}
+        counts = {name: sums.pop(name) for name in ("valid_tokens", "trained_tokens")}
+        valid, trained = (max(count, 1.0) for count in counts.values())
+        means = {name: value / (trained if name == "hard_loss" else valid) for name, value in sums.items()}
         kept = ("soft_loss", "hard_loss", *(["router_loss"] if self._has_router_loss else []))
         kept += make_objective(config).measured
         means = {name: means[name] for name in kept}
@@ -177,7 +180,7 @@ class Measures:
         return {
             "loss": loss,
             **means,
-            "valid_tokens": valid,
+            **(counts if self._splits else {"valid_tokens": counts["valid_tokens"]}),
             "temperature": config.temperature,
             "chunk_size": float(chunk_size),
             **peaks,

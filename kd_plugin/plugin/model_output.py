@@ -12,6 +12,7 @@ from torch import Tensor
 from kd_plugin.distributed.collectives import all_reduce, num_ranks
 from kd_plugin.distributed.uncompiled import uncompiled
 from kd_plugin.loss.output import divisor
+from kd_plugin.loss.split import Number
 
 if TYPE_CHECKING:
     from transformers.utils.generic import ModelOutput
@@ -34,15 +35,19 @@ def check_readable(inputs: Mapping[str, object]) -> None:
 def per_item(
     loss_sum: Tensor,
     num_valid: Tensor,
-    num_items: int | Tensor | None,
+    num_items: Number | None,
     group: dist.ProcessGroup | None,
     group_rows: int | None = None,
+    known: tuple[Number, int] | None = None,
 ) -> Tensor:
     """Divide by `num_items`; without it, count over all ranks and undo the wrapper's averaging over them.
 
-    `group_rows` is that count, where the ranks of `group` have told each other already. Without gradients there is no
-    averaging to undo, and a rank may be alone: it is the mean over this rank's tokens.
+    `known` is what to divide by, and the ranks to multiply by, where that is known before; `group_rows` is the count,
+    where the ranks of `group` have told each other already. Without gradients there is no averaging to undo, and a rank
+    may be alone: it is the mean over this rank's tokens.
     """
+    if known is not None:
+        return loss_sum * known[1] / known[0]
     if num_items is not None:
         items = divisor(num_items, 0)
         return loss_sum / (items.to(loss_sum.device) if isinstance(items, Tensor) else items)

@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Of each row by its place, so that rows of several micro-batches can be laid one upon the other.
 _BY_ROW = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
-_NOT_KEPT = NOT_FOR_TEACHER | {"labels", "shift_labels", "num_items_in_batch", "loss_rows", "token_weights"}
+_NOT_KEPT = NOT_FOR_TEACHER | {"labels", "shift_labels", "loss_rows", "token_weights"}
+_NOT_KEPT |= {"num_items_in_batch", "soft_items_in_batch"}
 
 
 class Kept(NamedTuple):

@@ -14,7 +14,7 @@ from kd_plugin.loss import checks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["UnknownTokenError", "check_inputs", "check_labels", "embedded_ids", "input_embeddings"]
+__all__ = ["UnknownTokenError", "check_inputs", "check_labels", "embedded_ids", "input_embeddings", "replaced_ids"]
 
 
 class UnknownTokenError(ValueError):
@@ -34,7 +34,7 @@ def embedded_ids(model: nn.Module) -> int | None:
     return getattr(input_embeddings(model), "num_embeddings", None)
 
 
-def _replaced_ids(model: nn.Module) -> list[int]:
+def replaced_ids(model: nn.Module) -> list[int]:
     """Ids that stand for images or sounds, which a model replaces before it embeds them."""
     config = getattr(model, "config", None)
     values = vars(config).items() if config is not None else ()
@@ -77,7 +77,7 @@ def check_inputs(inputs: Mapping[str, object], student: nn.Module, teacher: nn.M
 def _refuse_unknown(name: str, ids: Tensor, role: str, model: nn.Module, size: int) -> None:
     """Raise `UnknownTokenError` for the first of the `ids` that `model`, which embeds `size` of them, cannot read."""
     unknown = (ids >= size) | (ids < 0)
-    for known in _replaced_ids(model):
+    for known in replaced_ids(model):
         unknown &= ids != known
     if unknown.any():
         place = unknown.nonzero()[0].tolist()

@@ -53,6 +53,7 @@ def run(
     teacher_logits: Tensor | None,  # [>= max(num_rows, 2), V']
     target_logits: Tensor | None,  # [num_rows, 1]
     row_weights: Tensor | None,  # [num_rows, 1]
+    hard_weights: Tensor | None = None,  # [num_rows, 1]
 ) -> Tensor:
     """`row_pass` over the first `num_rows` rows by the chosen kernel -> statistics `[num_rows, K]`.
 
@@ -60,7 +61,9 @@ def run(
     """
     if kernel == "triton":
         teacher = None if teacher_logits is None else teacher_logits[:num_rows]
-        return triton_kernel.row_pass(spec, student_logits[:num_rows], teacher, target_logits, row_weights)
+        return triton_kernel.row_pass(
+            spec, student_logits[:num_rows], teacher, target_logits, row_weights, hard_weights
+        )
     body = functools.partial(row_pass, spec) if kernel == "eager" else _compiled(spec)
-    tensors = (student_logits, teacher_logits, target_logits, row_weights)
+    tensors = (student_logits, teacher_logits, target_logits, row_weights, hard_weights)
     return in_blocks(body, num_rows, student_logits.shape[1], student_logits.device.type, tensors)

@@ -21,7 +21,7 @@ from torch.fx.node import Argument
 
 from kd_plugin.row_kernels.row_pass import RowSpec, row_pass
 
-INPUTS = ("student", "teacher", "target", "weight")
+INPUTS = ("student", "teacher", "target", "weight", "hard_weight")
 """Arguments of `row_pass` after the spec, as the kernel's parameters call them."""
 
 _ADD, _SUB, _MUL, _DIV, _EXP = "{0} + {1}", "{0} - {1}", "{0} * {1}", "{0} / {1}", "tl.exp({0})"

@@ -112,8 +112,16 @@ def write_gradient(
     soft: Tensor | None,  # [n, columns] of the first part
     hard: Sequence[Tensor],  # [n, columns] of each part; none: there is no hard loss
     row_weights: Tensor | None,  # [n, 1]
+    hard_weights: Tensor | None = None,  # [n, 1]
 ) -> None:
-    """The two losses' gradients together, with respect to the raw logits. What no loss reaches gets zeros."""
+    """The two losses' gradients together, with respect to the raw logits. What no loss reaches gets zeros.
+
+    `row_weights` are of both losses, or of the soft loss alone where there are `hard_weights`.
+    """
+    if hard_weights is not None:
+        hard = [gradient * hard_weights for gradient in hard]
+        soft = soft if soft is None or row_weights is None else soft * row_weights
+        row_weights = None
     for index, part in enumerate(parts):
         terms = [] if index or soft is None else [soft]
         terms += [hard[index]] if hard else []
@@ -128,6 +136,7 @@ def row_pass(
     teacher_logits: Tensor | None,  # [n, V'] same dtype, raw; V' <= V unless the objective sorts
     target_logits: Tensor | None,  # [n, 1] the student's raw logit of each row's label
     row_weights: Tensor | None,  # [n, 1] multiplies each row's gradient
+    hard_weights: Tensor | None = None,  # [n, 1] that of the hard loss; row_weights then are of the soft loss alone
 ) -> Tensor:
     """Statistics `[n, len(STATISTICS)]` of each row, unweighted.
 
@@ -162,7 +171,7 @@ def row_pass(
             value, smoothed, hard_gradients = cross_entropy(objective, whole, student_logits.shape[1], labels)
             values["hard_loss"] = value if smoothed is None else value + smoothed
     if spec.with_gradient:
-        write_gradient(spec, parts, soft_gradient, hard_gradients, row_weights)
+        write_gradient(spec, parts, soft_gradient, hard_gradients, row_weights, hard_weights)
     return in_columns(values, zero)
 
 
@@ -171,7 +180,7 @@ def subtract_labels(
     gradient: Tensor,  # [n, V], as left by row_pass; changed in place
     targets: Tensor,  # [n, 1] int64
     target_logits: Tensor,  # [n, 1] raw
-    row_weights: Tensor | None,  # [n, 1]
+    row_weights: Tensor | None,  # [n, 1], of the hard loss
 ) -> None:
     """The one-hot part of the cross-entropy's gradient, `q - onehot(label)`."""
     share = -spec.objective.hard_weight * (1 - spec.objective.label_smoothing)

@@ -67,7 +67,8 @@ def finish(
     row_weights: Tensor | None,
     merged: Tensor,
     added: Tensor,
+    hard_weights: Tensor | None = None,
 ) -> Tensor:
     """Statistics of all rows; leaves the gradient of this rank's columns in `student_logits`."""
-    tensors = (student_logits, teacher_logits, row_weights, merged, added)
+    tensors = (student_logits, teacher_logits, row_weights, merged, added, hard_weights)
     return _run(kernel, sharded_row_pass.slice_finish, spec, sizes, *tensors)

@@ -197,6 +197,7 @@ def slice_finish(
     row_weights: Tensor | None,  # [n, 1]
     merged: Tensor,  # [n, M]
     sums: Tensor,  # [n, S], added over ranks
+    hard_weights: Tensor | None = None,  # [n, 1]
 ) -> Tensor:
     """The last part: writes the gradient, as `row_pass` does, and returns two times the statistics, side by side.
 
@@ -223,7 +224,7 @@ def slice_finish(
             if smoothed is not None:
                 added["hard_loss"] = smoothed
     if spec.with_gradient:
-        write_gradient(spec, rows.parts, soft_gradient, hard_gradients, row_weights)
+        write_gradient(spec, rows.parts, soft_gradient, hard_gradients, row_weights, hard_weights)
     return torch.cat([in_columns(known, zero), in_columns(added, zero)], -1)
 
 

@@ -104,12 +104,13 @@ def row_pass(
     teacher_logits: Tensor | None,  # [n, V'] fp32, raw; V' <= V
     target_logits: Tensor | None,  # [n, 1]
     row_weights: Tensor | None,  # [n, 1]
+    hard_weights: Tensor | None = None,  # [n, 1]
 ) -> Tensor:
     """As `row_pass.row_pass` -> statistics `[n, len(STATISTICS)]`. Raises `ValueError` for fp64, and as `build`."""
     if student_logits.dtype != torch.float32:
         raise ValueError(f"row_kernel triton computes in float32, found {student_logits.dtype} logits: {_CURE}")
     rows, vocab_size = student_logits.shape
-    values = (student_logits, teacher_logits, target_logits, row_weights)
+    values = (student_logits, teacher_logits, target_logits, row_weights, hard_weights)
     tensors = {name: tensor for name, tensor in zip(expressions.INPUTS, values, strict=True) if tensor is not None}
     assert all(tensor.stride(1) == 1 or tensor.shape[1] == 1 for tensor in tensors.values())
     kernel = build(spec, vocab_size, tuple(tensors), None if teacher_logits is None else teacher_logits.shape[1])

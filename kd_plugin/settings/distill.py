@@ -187,10 +187,15 @@ class DistillConfig(Section):
     """The soft loss is multiplied by temperature ** temperature_power, value and gradient alike."""
 
     soft_weight: NotNegative = 0.5
-    """Weight of the soft loss (per valid token); 0 skips the teacher altogether."""
+    """Weight of the soft loss (the mean over tokens of `soft_on`); 0 skips the teacher altogether."""
 
     hard_weight: NotNegative = 0.5
     """Weight of the cross-entropy against the labels (per valid token); 0 skips it."""
+
+    soft_on: Literal["trained", "all"] = "trained"
+    """Tokens that the soft loss and the metrics count on. `trained`: those that are trained on, as in the hard loss.
+    `all`: prompts too, every token that both models predict, never padding; the hard loss stays on the trained ones.
+    Each loss is the mean over its own tokens. For causal language models."""
 
     beta: Share = 0.5
     """The teacher's share of the jsd mixture m = beta p + (1 - beta) q. The ends are refused: the
@@ -207,7 +212,7 @@ class DistillConfig(Section):
     """Adds z_loss_weight * logsumexp(student logits)^2 to the hard loss of each token."""
 
     ignore_index: int = -100
-    """Rows with this label count in neither loss and cost no matrix product."""
+    """Rows with this label count in neither loss and cost no matrix product; with `soft_on: all` in no hard loss."""
 
     chunk_size: Literal["auto"] | PositiveInt = "auto"
     """Rows per chunk, a hard cap. `auto`: on a GPU as many as its products need to be limited by arithmetic and not
@@ -236,6 +241,11 @@ class DistillConfig(Section):
 
     metrics: bool = True
     """Measure agreement, entropies, acceptance rate and KL at temperature 1 in the same pass."""
+
+    @property
+    def soft_everywhere(self) -> bool:
+        """Whether there is a soft loss, and it counts on tokens that are not trained on."""
+        return self.soft_on == "all" and self.soft_weight > 0
 
     @model_validator(mode="after")
     def _some_weight(self) -> DistillConfig:

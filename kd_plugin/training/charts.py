@@ -64,7 +64,7 @@ _CHARTED = {
 _MEASURED = {
     "loss": "What is optimised, per valid token: soft_weight * soft_loss + hard_weight * hard_loss (+ router_loss).",
     "soft_loss": "Divergence from the teacher, times temperature ** temperature_power; per valid token.",
-    "hard_loss": "Cross-entropy with the labels, in nats per valid token.",
+    "hard_loss": "Cross-entropy with the labels, in nats per token with a label.",
     "router_loss": "What a mixture of experts adds to its own loss, its coefficients included.",
     "grad_norm": "Norm of the whole gradient of this step, before clipping.",
     "lr": "Learning rate of this step.",
@@ -77,7 +77,9 @@ _MEASURED = {
     "kl_t1": "KL(teacher to student) at temperature 1 in nats, whatever the objective.",
     "perplexity": "exp of the cross-entropy on held-out text.",
     "temperature": "Temperature of the soft loss; a setting.",
-    "valid_tokens": "Tokens with a label since the last logged step, over all ranks.",
+    "valid_tokens": "Tokens that count since the last logged step, over all ranks: those with a label, or all with "
+    "distill.soft_on all.",
+    "trained_tokens": "Tokens with a label since the last logged step, over all ranks; where others count, too.",
     "chunk_size": "Rows of hidden states whose logits exist at a time; a setting, or settled in the first step.",
     "peak_allocated_gib": "Most GPU memory that tensors took, in GiB, of the largest rank.",
     "peak_reserved_gib": "Most GPU memory that the allocator held, in GiB, of the largest rank.",

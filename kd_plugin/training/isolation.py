@@ -25,6 +25,7 @@ from kd_plugin.engines.process_group import reduce_numbers
 from kd_plugin.engines.protocol import DTYPES
 from kd_plugin.engines.zero_block import uses_autocast
 from kd_plugin.plugin.isolation import Way, attention_of, recurrent_layers, ways_of, windows_of
+from kd_plugin.plugin.soft_rows import soft_items_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,11 +138,12 @@ def _hidden_states(session: Session, ids: Tensor, positions: Tensor | None) -> d
     """Hidden states `[B, S, D]` of each side, of one forward without targets."""
     device, ignored = session.place.device, session.config.distill.ignore_index
     inputs = {"input_ids": ids, "shift_labels": torch.full_like(ids, ignored), "loss_rows": ids.new_empty(0)}
+    soft_items = soft_items_of(session.config.distill, 1)
     if positions is not None:
         inputs["position_ids"] = positions
     seen: dict[str, Tensor] = {}
     with session.plugin.unmeasured(), session.evaluating(), _recording(session, seen):
-        session.engine.evaluate({name: value.to(device) for name, value in inputs.items()}, num_items=1)
+        session.engine.evaluate({name: value.to(device) for name, value in inputs.items()} | soft_items, num_items=1)
     return seen
 
 

@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kd_plugin.data.batch import Batch
 from kd_plugin.distributed.bars import bar, said_if_slow
 from kd_plugin.distributed.collectives import named_in_wrapper
 from kd_plugin.divergences.measures import MEASURED
 from kd_plugin.engines.process_group import reduce_numbers
+from kd_plugin.plugin.soft_rows import soft_items_of
 from kd_plugin.row_kernels import dispatch
 from kd_plugin.settings.run import DistillConfig, RunConfig
 from kd_plugin.training import checkpoint
@@ -132,8 +134,7 @@ def _is_sound(session: Session) -> bool:
     """Whether the student's weights are finite and give a loss. All ranks call this; no metric is touched."""
     batch, engine = next(session.held_out()), session.engine
     with session.plugin.unmeasured(), session.evaluating():
-        inputs = batch.to(session.place.device).model_inputs()
-        loss = engine.evaluate(inputs, num_items=max(1, batch.num_valid))
+        loss = _evaluate(session, batch)
     broken = reduce_numbers({"losses that are not finite": float(loss.isnan())}, op="max").popitem()[1]
     return not broken and has_finite_parameters(engine.student, engine.torch_optimizer)
 
@@ -152,13 +153,15 @@ def _train_step(session: Session, step: int) -> tuple[Tensor, Tensor | None]:
     engine = session.engine
     batches = session.batches.step(step - 1)
     # One count for the whole step: tokens weigh the same wherever they fall.
-    counted = reduce_numbers({"valid": sum(batch.num_valid for batch in batches)})
-    num_items = max(1, int(counted["valid"]))
+    own = {"trained": sum(b.num_trained for b in batches), "valid": sum(b.num_valid for b in batches)}
+    trained, valid = (max(1, int(number)) for number in reduce_numbers(own).values())
+    soft_items = soft_items_of(session.config.distill, valid)
     loss = torch.zeros((), device=session.place.device)
-    micro_batches = [batch.to(session.place.device, non_blocking=True).model_inputs() for batch in batches]
+    moved = (batch.to(session.place.device, non_blocking=True) for batch in batches)
+    micro_batches = [batch.model_inputs() | soft_items for batch in moved]
     session.pace.run_ahead(micro_batches)
     for index, inputs in enumerate(micro_batches):
-        loss += engine.forward_backward(inputs, num_items=num_items, is_last=index == len(batches) - 1)
+        loss += engine.forward_backward(inputs, num_items=trained, is_last=index == len(batches) - 1)
     return loss, engine.step(learning_rate_at(step, session.config.train))
 
 
@@ -229,6 +232,12 @@ def _run_held_out(session: Session) -> dict[str, float]:
     """Run the student over the held-out sequences; returns what the plugin has measured."""
     with session.evaluating():
         for batch in bar(session.held_out(), what="evaluation", unit="batch", total=session.num_held_out):
-            inputs = batch.to(session.place.device, non_blocking=True).model_inputs()
-            session.engine.evaluate(inputs, num_items=max(1, batch.num_valid))
+            _evaluate(session, batch)
         return session.plugin.metrics()
+
+
+def _evaluate(session: Session, batch: Batch) -> Tensor:
+    """The loss (0-d) of one held-out micro-batch, the mean over its own tokens."""
+    soft_items = soft_items_of(session.config.distill, max(1, batch.num_valid))
+    inputs = batch.to(session.place.device, non_blocking=True).model_inputs() | soft_items
+    return session.engine.evaluate(inputs, num_items=max(1, batch.num_trained))

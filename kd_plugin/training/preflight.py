@@ -219,7 +219,7 @@ def _idle_objective(distill: DistillConfig) -> Idle:
     if distill.chunk_size != "auto":
         yield from _each_changed(distill, ["loss_memory_mb"], f"distill.chunk_size is {distill.chunk_size}")
     if not distill.soft_weight:
-        soft = ["divergence", "terms", "temperature", "temperature_power", "beta", "alpha"]
+        soft = ["divergence", "terms", "temperature", "temperature_power", "soft_on", "beta", "alpha"]
         yield from _each_changed(distill, soft, "distill.soft_weight is 0")
         return
     yield from _idle_options(distill)

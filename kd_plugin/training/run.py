@@ -135,7 +135,10 @@ def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
 
 def _load(config: RunConfig, place: Placement) -> Material:
     tokenizer = tokenizer_of(config)
-    datasets = load_datasets(config.data, tokenizer, config.distill.ignore_index, seed=config.train.seed)
+    distill = config.distill
+    datasets = load_datasets(
+        config.data, tokenizer, distill.ignore_index, seed=config.train.seed, soft_on_all=distill.soft_everywhere
+    )
     teacher = load_teacher(config.teacher)
     student = build_student(config.student, teacher, seed=config.train.seed)
     embedded = {}

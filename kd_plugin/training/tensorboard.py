@@ -27,7 +27,7 @@ TAGS = {
             *("loss", "soft_loss", "hard_loss", "router_loss"),
             *("grad_norm", "lr", "tokens_per_second", "step_time_ms"),
         ),
-        "distill": (*MEASURED, "valid_tokens"),
+        "distill": (*MEASURED, "valid_tokens", "trained_tokens"),
         "memory": (
             "peak_allocated_gib",
             "peak_reserved_gib",

@@ -45,6 +45,7 @@ class Case:
     """Of the batches."""
     autocast: bool = False
     """fp32 models whose forwards run under bf16 autocast"""
+    soft_on: str = "trained"
 
     num_items = "given"
 
@@ -54,6 +55,7 @@ class Case:
         parts += [f"{self.ranks}ranks", self.dtype, f"v{self.vocab_size}.{self.teacher_vocab_size}", self.batch]
         parts += [f"x{self.accumulation}", f"c{self.chunk_size}", self.loss, self.teacher, f"s{self.seed}"]
         parts += ["autocast"] if self.autocast else []
+        parts += [f"on_{self.soft_on}"] if self.soft_on != "trained" else []
         parts += [self.head] if self.head != "plain" else []
         parts += [] if self.teacher_tied is None else [f"teacher_{'tied' if self.teacher_tied else 'untied'}"]
         return "-".join(parts)
@@ -80,6 +82,7 @@ class Case:
             chunk_size=self.chunk_size,
             row_kernel="eager",
             exchange=self.exchange,
+            soft_on=self.soft_on,
         )
 
 
@@ -129,6 +132,42 @@ def count_valid(case: Case, step: int) -> int:
     return sum(int((make_batch(case, step, *pair)[1][:, 1:] != -100).sum()) for pair in pairs)
 
 
+def real_tokens(input_ids: Tensor) -> Tensor:
+    """An attention mask `[B, S]` that hides the last token of the first sequence, where there are more than two."""
+    mask = torch.ones_like(input_ids)
+    mask[0, 3:][-1:] = 0
+    return mask
+
+
+def soft_rows(input_ids: Tensor, labels: Tensor) -> Tensor:
+    """The rows `[B, S - 1]` of the soft loss on all tokens, found one by one."""
+    mask, found = real_tokens(input_ids), torch.zeros_like(labels[:, 1:], dtype=torch.bool)
+    for b, s in torch.cartesian_prod(torch.arange(found.shape[0]), torch.arange(found.shape[1])).tolist():
+        found[b, s] = bool(mask[b, s] and mask[b, s + 1]) or labels[b, s + 1] != -100
+    return found
+
+
+def count_soft(case: Case, step: int) -> int:
+    """Rows of the soft loss of one optimizer step over all ranks and micro-batches."""
+    pairs = [(micro, rank) for micro in range(case.accumulation) for rank in range(case.ranks)]
+    return sum(int(soft_rows(*make_batch(case, step, *pair)).sum()) for pair in pairs)
+
+
+def dense_on_all(case: Case, models: tuple[nn.Module, nn.Module], batch: tuple[Tensor, Tensor], step: int) -> Tensor:
+    """As `dense_loss`, each loss on its own rows and divided by their number in the step."""
+    input_ids, labels = batch
+    mask = real_tokens(input_ids)
+    with torch.no_grad():
+        teachers = models[1](input_ids, attention_mask=mask).logits[:, :-1]
+    students, rows = models[0](input_ids, attention_mask=mask).logits[:, :-1], soft_rows(input_ids, labels)
+    soft = case.config.model_copy(update={"soft_on": "trained", "hard_weight": 0.0})
+    hard = case.config.model_copy(update={"soft_weight": 0.0})
+    counts = max(count_soft(case, step), 1), max(count_valid(case, step), 1)
+    of_soft = kd.reference.distill_logits(students[rows], teachers[rows], config=soft, num_items=counts[0]).loss
+    of_hard = kd.reference.distill_logits(students, None, labels[:, 1:], config=hard, num_items=counts[1]).loss
+    return of_soft + of_hard
+
+
 def dense_loss(case: Case, student: nn.Module, teacher: nn.Module, batch: tuple[Tensor, Tensor], items: int) -> Tensor:
     """Both models' own whole logits and plain autograd; the sum over this batch's rows, divided by `items`."""
     input_ids, labels = batch
@@ -146,7 +185,11 @@ def train_densely(case: Case, models: tuple[nn.Module, nn.Module] | None = None)
         items = count_valid(case, step)
         for micro in range(case.accumulation):
             for rank in range(case.ranks):
-                dense_loss(case, student, teacher, make_batch(case, step, micro, rank), items).backward()
+                batch = make_batch(case, step, micro, rank)
+                if case.soft_on == "all":
+                    dense_on_all(case, (student, teacher), batch, step).backward()
+                else:
+                    dense_loss(case, student, teacher, batch, items).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {name: value.detach() for name, value in student.named_parameters()}

@@ -104,6 +104,11 @@ TWO_RANKS: Cases = {
     ],
     "bf16": bf16_trainings(*QUICK_BF16[:2]),
     "autocast": flat(autocast_cases("alone")),
+    "the soft loss on all tokens": [
+        *(case for wrapper in ("ddp", "alone") for case in modes(wrapper, soft_on="all", accumulation=2)),
+        Case("alone", False, "stats", "tvd", soft_on="all", teacher_vocab_size=17),
+        Case("fsdp1", True, "logits", "jsd", soft_on="all"),
+    ],
 }
 
 TWO_RANKS_OF_ZERO: Cases = {
@@ -114,6 +119,7 @@ TWO_RANKS_OF_ZERO: Cases = {
         *(Case(wrapper, False, "stats", batch="split", accumulation=times) for wrapper in ZERO[:2] for times in (1, 8)),
     ],
     "a rank whose epoch ends early": modes("zero3", batch="early"),
+    "the soft loss on all tokens": modes("zero3", soft_on="all"),
     "both models in one wrapper": [case for wrapper in ZERO[1:] for case in modes(wrapper, teacher="part")],
     "biases and soft-caps": [
         case for head, tied in HEADS.items() for case in modes("zero3", tied=tied, which=MODES[1:], head=head)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import kd_plugin as kd
 from kd_plugin.engines import fsdp1_units, fsdp_units, zero_block
 from tests.ranks.attach_worker import DeepSpeedRun, TorchRun
-from tests.ranks.exchange_cases import Case, count_valid, dense_loss, make_batch, make_models
+from tests.ranks.exchange_cases import Case, count_soft, count_valid, dense_loss, make_batch, make_models, real_tokens
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -159,7 +159,11 @@ def train(case: Case, rank: int) -> dict[str, Any]:
                 if plugin is None:
                     loss = dense_loss(case, run.model, run.teacher, (input_ids, labels), items)
                 else:
-                    loss = run.model(input_ids, labels=labels, num_items_in_batch=items).loss
+                    more = {}
+                    if case.soft_on == "all":
+                        more = {"attention_mask": real_tokens(input_ids)}
+                        more["soft_items_in_batch"] = max(count_soft(case, step), 1)
+                    loss = run.model(input_ids, labels=labels, num_items_in_batch=items, **more).loss
             run.backward(loss)
         run.step()
     whole = [name for name, p in teacher.named_parameters() if _is_whole(p)]

@@ -57,7 +57,8 @@ def make_trainer(kind: str, wrapper: str, folder: Path, **changed: Any) -> Train
     if wrapper == "fsdp":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     student, teacher = make_pair()
-    common = {"model": student, "teacher": teacher, "distill": CONFIG, "args": args, **changed}
+    distill = CONFIG.model_copy(update={"soft_on": changed.pop("soft_on", "trained")})
+    common = {"model": student, "teacher": teacher, "distill": distill, "args": args, **changed}
     if not trl:
         return DistillTrainer(**common, train_dataset=RAGGED, eval_dataset=HELD_OUT, data_collator=collate)
     import datasets

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import kd_plugin as kd
 from tests.hf_runs import CONFIG, Reference, adam, approximately, assert_same_parameters, dense, make_pair
 from tests.ranks import hf_worker
 from tests.ranks.hf_worker import HELD_OUT, RAGGED, ROWS, WRAPPERS
@@ -19,6 +20,7 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ahead fsdp": ("trainer", "fsdp", AHEAD),
     "by name zero3": ("trainer", "zero3", {"teacher": "by name"}),
     "ahead zero3": ("trainer", "zero3", AHEAD),
+    **{f"soft on all {wrapper}": ("trainer", wrapper, {"soft_on": "all"}) for wrapper in ("ddp", "fsdp", "zero3")},
 }
 ALL = {**{name: (*case, {}) for name, case in CASES.items()}, **OTHERS}
 
@@ -46,13 +48,21 @@ def found(launched: Callable[[str], Launched], name: str) -> list[dict[str, Any]
 
 @pytest.fixture(scope="module")
 def references() -> Callable[[str, int], Reference]:
-    made: dict[tuple[str, int], Reference] = {}
+    made: dict[tuple[str, str, int], Reference] = {}
 
-    def of(kind: str, steps: int) -> Reference:
-        rows = ROWS if kind == "sft" else RAGGED
-        return made.setdefault((kind, steps), Reference(rows, steps=steps, optimizer=adam))
+    def of(name: str, steps: int) -> Reference:
+        kind, _, _ = ALL[name]
+        rows, config = ROWS if kind == "sft" else RAGGED, config_of(name)
+        key = (kind, config.soft_on, steps)
+        if key not in made:
+            made[key] = Reference(rows, config, steps=steps, optimizer=adam)
+        return made[key]
 
     return of
+
+
+def config_of(name: str) -> kd.DistillConfig:
+    return CONFIG.model_copy(update={"soft_on": ALL[name][2].get("soft_on", "trained")})
 
 
 def values(history: Sequence[dict[str, float]], name: str = "loss") -> list[float]:
@@ -61,7 +71,7 @@ def values(history: Sequence[dict[str, float]], name: str = "loss") -> list[floa
 
 @BOTH
 def test_losses_are_the_dense_ones_on_every_rank(found: Any, name: str, references: Any) -> None:
-    wanted = references(ALL[name][0], 3)
+    wanted = references(name, 3)
     for report in found:
         assert values(report["history"]) == approximately(wanted.losses)
         assert values(report["history"], "soft_loss") == approximately(wanted.soft)
@@ -71,8 +81,8 @@ def test_losses_are_the_dense_ones_on_every_rank(found: Any, name: str, referenc
 @BOTH
 def test_an_evaluation_counts_every_held_out_token_once(found: Any, name: str, references: Any) -> None:
     """Seven rows on two ranks, two at a time: the last batch is filled up with rows of the first."""
-    after = references(ALL[name][0], 1)
-    wanted = dense((after.student, after.teacher), HELD_OUT, CONFIG)
+    after = references(name, 1)
+    wanted = dense((after.student, after.teacher), HELD_OUT, config_of(name))
     for report in found:
         assert values(report["history"], "eval_valid_tokens")[0] == wanted.num_valid
         assert values(report["history"], "eval_loss")[0] == pytest.approx(float(wanted.loss.detach()), rel=1e-5)
@@ -85,12 +95,12 @@ def test_the_best_checkpoint_is_loaded_at_the_end(found: Any, name: str, referen
     losses = values(found[0]["history"], "eval_loss")
     step = 1 + losses.index(max(losses))
     assert step < 3 and found[0]["best_checkpoint"] == f"checkpoint-{step}"
-    assert_same_parameters(found[0]["best"], references(ALL[name][0], step).student)
+    assert_same_parameters(found[0]["best"], references(name, step).student)
 
 
 @BOTH
 def test_a_resumed_run_ends_where_the_whole_one_does(found: Any, name: str, references: Any) -> None:
-    wanted = references(ALL[name][0], 3)
+    wanted = references(name, 3)
     assert values(found[0]["resumed"]) == approximately(wanted.losses)
     assert_same_parameters(found[0]["last"], wanted.student)
     assert found[0]["last"].keys() == dict(make_pair()[0].state_dict()).keys(), "nothing of the teacher"

@@ -34,14 +34,19 @@ class Rows:
     teacher: Tensor | None  # [ROWS, V'], V' <= VOCAB
     targets: Tensor  # [ROWS, 1]
     weights: Tensor = field(default_factory=lambda: torch.linspace(0, 2, ROWS, dtype=torch.float64)[:, None])
+    hard_weights: Tensor | None = None
+
+    @property
+    def of_labels(self) -> Tensor:
+        return self.weights if self.hard_weights is None else self.hard_weights
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """-> statistics, gradient."""
         student, hard = self.student.clone(), bool(self.spec.objective.hard_weight)
         logits = student.gather(1, self.targets) if hard else None
-        statistics = row_pass(self.spec, student, self.teacher, logits, self.weights)
+        statistics = row_pass(self.spec, student, self.teacher, logits, self.weights, self.hard_weights)
         if hard:
-            subtract_labels(self.spec, student, self.targets, logits, self.weights)
+            subtract_labels(self.spec, student, self.targets, logits, self.of_labels)
         return statistics, student
 
     def cut(self, bounds: tuple[int, ...], kernel: str = "eager") -> tuple[Tensor, Tensor]:
@@ -59,15 +64,14 @@ class Rows:
         sums = [sharded_dispatch.sums(kernel, self.spec, sizes, *cut, merged) for cut in cuts]
         numbers = exchanged_numbers(self.spec.objective, sizes.unequal)
         assert (one[0].shape[1], sums[0].shape[1]) == numbers
-        found = [
-            sharded_dispatch.finish(kernel, self.spec, sizes, *cut, self.weights, merged, sum(sums)) for cut in cuts
-        ]
+        given = (self.weights, merged, sum(sums), self.hard_weights)
+        found = [sharded_dispatch.finish(kernel, self.spec, sizes, *cut, *given) for cut in cuts]
         count = found[0].shape[1] // 2
         assert all(torch.equal(one[:, :count], found[0][:, :count]) for one in found), "ranks must agree on the rows"
         statistics = found[0][:, :count] + sum(one[:, count:] for one in found)
         gradient = torch.cat([student for student, _ in cuts], 1)
         if hard:
-            subtract_labels(self.spec, gradient, self.targets, logits, self.weights)
+            subtract_labels(self.spec, gradient, self.targets, logits, self.of_labels)
         return statistics, gradient
 
 
@@ -196,3 +200,14 @@ def test_a_student_with_more_token_ids_has_one_more_softmax_at_temperature_1() -
     assert exchanged_numbers(objective_of(), True) == (8, 0)
     assert exchanged_numbers(objective_of(temperature=2.0), True) == (10, 0)
     assert exchanged_numbers(objective_of(hard_weight=0.0, metrics=False), True) == (4, 0)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "compile"])
+@pytest.mark.parametrize("teacher_size", [VOCAB, 17])
+def test_each_loss_may_have_weights_of_its_own(kernel: str, teacher_size: int) -> None:
+    config = kd.DistillConfig(divergence="jsd", temperature=2.0, label_smoothing=0.1, z_loss_weight=0.01)
+    rows = make_rows(config, teacher_size=teacher_size)
+    rows.hard_weights = torch.linspace(3, 0, ROWS, dtype=torch.float64)[:, None]
+    check(rows, CUTS["uneven"], kernel)
+    with_one = make_rows(config, teacher_size=teacher_size).whole()[1]
+    assert not torch.allclose(rows.whole()[1], with_one)

@@ -48,11 +48,16 @@ def test_cases_under_the_interpreter(repo_root: Path) -> None:
 
 
 def source_of(
-    vocab: int = 1000, with_gradient: bool = True, teacher_vocab: int | None = None, **settings: object
+    vocab: int = 1000,
+    with_gradient: bool = True,
+    teacher_vocab: int | None = None,
+    each_weighted: bool = False,
+    **settings: object,
 ) -> Source:
     config = DistillConfig(**settings)
     given = [name for name in INPUTS if not (name == "target" and config.hard_weight == 0)]
     given = [name for name in given if not (name == "teacher" and config.soft_weight == 0)]
+    given = [name for name in given if each_weighted or name != "hard_weight"]
     spec = RowSpec(make_objective(config), with_gradient=with_gradient)
     return generate(spec, vocab, tuple(given), teacher_vocab)
 
@@ -96,6 +101,13 @@ def test_only_what_is_needed_is_read() -> None:
     assert source_of(soft_weight=0).inputs == ("student", "target", "weight")
     assert source_of(hard_weight=0).inputs == ("student", "teacher", "weight")
     assert "weight" not in source_of(with_gradient=False).inputs
+
+
+def test_a_weight_for_each_loss_takes_no_sweep_more() -> None:
+    for settings in ({"divergence": "forward_kl"}, {"divergence": "jsd", "teacher_vocab": 700}):
+        each = source_of(each_weighted=True, **settings)
+        assert each.inputs == ("student", "teacher", "target", "weight", "hard_weight")
+        assert each.sweeps == source_of(**settings).sweeps
 
 
 @pytest.fixture
