@@ -14,13 +14,14 @@ Notable decisions:
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kd_plugin.data.best_fit import best_fit
 from kd_plugin.data.packing import Document, Item, PackedDataset, Sequences
+from kd_plugin.data.paired import PairedDataset
 from kd_plugin.data.record import DataError
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def pack(
         DataError: the documents fill no sequence.
     """
     how = {"keep_tail": keep_tail, "soft_on_all": soft_on_all}
+    if documents and documents[0].teacher is not None:
+        return PairedDataset(documents, config.seq_len, ignore_index, seed=seed, keep_tail=keep_tail)
     if config.packing == "joined":
         return PackedDataset(documents, config.seq_len, ignore_index, **how)
     return IsolatedDataset(documents, config.seq_len, ignore_index, seed=seed, **how)
@@ -149,35 +152,3 @@ class IsolatedDataset(Sequences):
             "position_ids": np.concatenate(positions).astype(np.int64),
             **self._scored(part, missing),
         }
-
-
-def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Pack pieces into bins: the longest first, each into the fullest bin that has room for it.
-
-    Args:
-        lengths: int [n], 1 to `capacity` each.
-        capacity: of a bin.
-
-    Returns:
-        The indices of the pieces in each bin.
-    """
-    bins: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # room -> bins
-    rooms: list[int] = []  # sorted, of which there are bins
-    for piece in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[piece])
-        at = bisect_left(rooms, length)
-        if at == len(rooms):
-            room, chosen = capacity, len(bins)
-            bins.append([])
-        else:
-            room = rooms[at]
-            chosen = with_room[room].pop()
-            if not with_room[room]:
-                del rooms[at]
-        bins[chosen].append(piece)
-        if left := room - length:
-            if not with_room[left]:
-                insort(rooms, left)
-            with_room[left].append(chosen)
-    return bins

@@ -29,6 +29,7 @@ __all__ = [
     "Item",
     "PackedDataset",
     "Sequences",
+    "TeacherText",
     "TrainBatches",
     "collate",
     "eval_batches",
@@ -36,6 +37,16 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+
+class TeacherText(NamedTuple):
+    """What the teacher reads of a document, where that is another text."""
+
+    input_ids: np.ndarray
+    """Token ids, int32 [m]."""
+
+    at: np.ndarray
+    """int64 [n]: the place in it of each token of the document that is trained on; -1 for all others."""
 
 
 class Document(NamedTuple):
@@ -49,6 +60,9 @@ class Document(NamedTuple):
 
     where: str = ""
     """Its place in the data, for errors."""
+
+    teacher: TeacherText | None = None
+    """What the teacher reads, where that is not the document itself."""
 
     def digest(self) -> bytes:
         """What its copies have in common, and no other document."""

@@ -109,6 +109,9 @@ TWO_RANKS: Cases = {
         Case("alone", False, "stats", "tvd", soft_on="all", teacher_vocab_size=17),
         Case("fsdp1", True, "logits", "jsd", soft_on="all"),
     ],
+    "a teacher that reads another text": [
+        case for wrapper in ("ddp", "alone") for case in modes(wrapper, own_input=True)
+    ],
 }
 
 TWO_RANKS_OF_ZERO: Cases = {
@@ -120,6 +123,7 @@ TWO_RANKS_OF_ZERO: Cases = {
     ],
     "a rank whose epoch ends early": modes("zero3", batch="early"),
     "the soft loss on all tokens": modes("zero3", soft_on="all"),
+    "a teacher that reads another text": modes("zero3", own_input=True),
     "both models in one wrapper": [case for wrapper in ZERO[1:] for case in modes(wrapper, teacher="part")],
     "biases and soft-caps": [
         case for head, tied in HEADS.items() for case in modes("zero3", tied=tied, which=MODES[1:], head=head)

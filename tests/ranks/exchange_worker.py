@@ -18,7 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 import kd_plugin as kd
 from kd_plugin.engines import fsdp1_units, fsdp_units, zero_block
 from tests.ranks.attach_worker import DeepSpeedRun, TorchRun
-from tests.ranks.exchange_cases import Case, count_soft, count_valid, dense_loss, make_batch, make_models, real_tokens
+from tests.ranks.exchange_cases import (
+    Case,
+    count_soft,
+    count_valid,
+    dense_loss,
+    make_batch,
+    make_models,
+    real_tokens,
+    teacher_inputs,
+)
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -160,6 +169,8 @@ def train(case: Case, rank: int) -> dict[str, Any]:
                     loss = dense_loss(case, run.model, run.teacher, (input_ids, labels), items)
                 else:
                     more = {}
+                    if case.own_input:
+                        more = teacher_inputs(input_ids)
                     if case.soft_on == "all":
                         more = {"attention_mask": real_tokens(input_ids)}
                         more["soft_items_in_batch"] = max(count_soft(case, step), 1)
