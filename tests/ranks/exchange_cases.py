@@ -46,6 +46,8 @@ class Case:
     autocast: bool = False
     """fp32 models whose forwards run under bf16 autocast"""
     soft_on: str = "trained"
+    counted: bool = False
+    """the plugin counts the tokens of all ranks itself, where there is one micro-batch"""
     own_input: bool = False
     """the teacher reads two tokens more, in front of each sequence"""
 
@@ -59,6 +61,7 @@ class Case:
         parts += ["autocast"] if self.autocast else []
         parts += [f"on_{self.soft_on}"] if self.soft_on != "trained" else []
         parts += ["own_input"] if self.own_input else []
+        parts += ["counted"] if self.counted else []
         parts += [self.head] if self.head != "plain" else []
         parts += [] if self.teacher_tied is None else [f"teacher_{'tied' if self.teacher_tied else 'untied'}"]
         return "-".join(parts)
