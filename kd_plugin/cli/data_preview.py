@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from kd_plugin.data.corpus import Corpus
+from kd_plugin.data.corpus import Corpus, Document
 from kd_plugin.data.documents import load_documents
 from kd_plugin.data.isolated import pack
+from kd_plugin.data.teacher_text import teacher_reader_of
 from kd_plugin.estimate.tables import Table, show_tables
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training.tokenizers import tokenizer_of
@@ -35,7 +36,7 @@ def show_data(config: RunConfig, num_sequences: int) -> None:
     """
     tokenizer = tokenizer_of(config)
     with _said() as notes:
-        train, held_out = load_documents(config.data, tokenizer)
+        train, held_out = load_documents(config.data, tokenizer, teacher_reader_of(config, tokenizer))
         dataset = pack(
             train,
             config.data,
@@ -61,6 +62,19 @@ def show_data(config: RunConfig, num_sequences: int) -> None:
         _print_marked(marked(item["input_ids"][:shown], trained[:shown], decode))
         if padding:
             print(f"({padding} tokens of padding)")
+    if num_sequences and train[0].teacher is not None:
+        _show_both(train[0], decode)
+
+
+def _show_both(document: Document, decode: Decode) -> None:
+    """Print what the student and the teacher read of a conversation."""
+    assert document.teacher is not None
+    ids, at = document.teacher
+    trained = np.zeros(len(ids), dtype=bool)
+    trained[at[at >= 0]] = True
+    for who, tokens, marks in (("student", document.input_ids, document.trained), ("teacher", ids, trained)):
+        print(f"\nthe first conversation as the {who} reads it: {len(tokens)} tokens")
+        _print_marked(marked(tokens, marks, decode))
 
 
 def marked(ids: np.ndarray, trained: np.ndarray, decode: Decode) -> list[tuple[str, bool]]:

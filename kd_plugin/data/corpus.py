@@ -17,7 +17,7 @@ import numpy as np
 
 from kd_plugin.data.record import DataError
 
-__all__ = ["ROW", "Block", "Corpus", "Document", "blocks_of", "grouped"]
+__all__ = ["ROW", "Block", "Corpus", "Document", "TeacherText", "blocks_of", "grouped"]
 
 ROW = np.dtype(
     [
@@ -38,6 +38,16 @@ _LONGEST = 2**31 - 1  # tokens of a document; Arrow's lists, and the index, have
 _Item = TypeVar("_Item")
 
 
+class TeacherText(NamedTuple):
+    """What the teacher reads of a document, where that is another text."""
+
+    input_ids: np.ndarray
+    """Token ids, int32 [m]."""
+
+    at: np.ndarray
+    """int64 [n]: the place in it of each token of the document that is trained on; -1 for all others."""
+
+
 class Document(NamedTuple):
     """One tokenised document."""
 
@@ -49,6 +59,9 @@ class Document(NamedTuple):
 
     where: str = ""
     """Its place in the data, for errors."""
+
+    teacher: TeacherText | None = None
+    """What the teacher reads; None: the same."""
 
     def digest(self) -> int:
         """A number of 64 bits that its copies have in common, and no other document but by rare chance."""
@@ -68,6 +81,9 @@ class Block(NamedTuple):
     """Number of a document in the block -> its place in the data."""
 
     num_documents: int
+
+    teacher: Sequence[TeacherText | None] = ()
+    """Of each document, in memory; empty where the teacher reads the same."""
 
 
 class Corpus(Sequence[Document]):
@@ -139,7 +155,8 @@ class Corpus(Sequence[Document]):
         if isinstance(at, slice):
             return self.chosen(np.arange(len(self))[at])
         block, number, part = self._place(range(len(self))[at])
-        return Document(block.input_ids[part], block.trained[part], block.where(number))
+        teacher = block.teacher[number] if block.teacher else None
+        return Document(block.input_ids[part], block.trained[part], block.where(number), teacher)
 
     def _numbers(self) -> np.ndarray:
         return np.arange(len(self._index)) if self._order is None else self._order
@@ -166,11 +183,13 @@ def blocks_of(documents: Iterable[Document]) -> Iterator[tuple[Block, np.ndarray
         ids, trained = (parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in arrays)
         rows = np.array([_row(document) for document in group], dtype=ROW)
         rows["first"] = np.cumsum(rows["length"], dtype=np.int64) - rows["length"]
-        yield Block(ids, trained, places.__getitem__, len(group)), rows
+        teacher = [document.teacher for document in group]
+        texts = teacher if any(text is not None for text in teacher) else ()
+        yield Block(ids, trained, places.__getitem__, len(group), texts), rows
 
 
 def _row(document: Document) -> tuple[int, ...]:
-    ids, trained, where = document
+    ids, trained, where, _ = document
     if len(ids) > _LONGEST:
         raise DataError(f"{where}: a document of {len(ids)} tokens; split it into some of {_LONGEST} at most")
     last = len(ids) - 1 - int(trained[::-1].argmax()) if trained.any() else -1

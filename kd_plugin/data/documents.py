@@ -25,9 +25,11 @@ from kd_plugin.data.isolated import pack
 from kd_plugin.data.known_ids import check_ids
 from kd_plugin.data.mixture import Part, mixed, without
 from kd_plugin.data.packing import Batch, PackedDataset, Sequences, TrainBatches, collate, eval_batches
+from kd_plugin.data.paired import PairedDataset
 from kd_plugin.data.record import DataError
 from kd_plugin.data.records import open_source, refuse_unused
 from kd_plugin.data.tally import Tally
+from kd_plugin.data.teacher_text import TeacherReader
 from kd_plugin.data.tokenized_cache import cached_documents
 from kd_plugin.distributed.bars import bar
 
@@ -52,23 +54,27 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:
+def load_documents(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, teacher: TeacherReader | None = None
+) -> tuple[Corpus, Corpus]:
     """Load training and held-out documents, the same on every rank.
+
+    With `teacher` each has what the teacher reads of it.
 
     Raises:
         DataError: nothing found, no accepted columns, nothing to train on, or a setting without effect.
     """
     refuse_unused(config)
     parts = [
-        Part(name, source.weight, _read(source.source, read, tokenizer, name=name, split=read.split))
+        Part(name, source.weight, _read(source.source, read, tokenizer, teacher, name=name, split=read.split))
         for name, source, read in config.sources()
     ]
     if config.eval is not None:
         split = config.eval_split or config.split
-        return mixed(parts), _read(config.eval, config, tokenizer, name="data.eval", split=split)
+        return mixed(parts), _read(config.eval, config, tokenizer, teacher, name="data.eval", split=split)
     if (split := config.eval_split) is not None:
         name, sources = "data.eval_split", config.sources()
-        held_out = [_read(source.source, read, tokenizer, name=name, split=split) for _, source, read in sources]
+        held_out = [_read(s.source, read, tokenizer, teacher, name=name, split=split) for _, s, read in sources]
         return mixed(parts), Corpus.joined(held_out)
     split_parts = [split_documents(part.documents, config.eval_fraction) for part in parts]
     held_out = Corpus.joined([chosen for _, chosen in split_parts])
@@ -85,16 +91,17 @@ def load_datasets(
     *,
     seed: int,
     soft_on_all: bool = False,
+    teacher: TeacherReader | None = None,
 ) -> tuple[Sequences, Sequences]:
     """Load training and held-out sequences of `config.seq_len` tokens, packed as `config.packing` says.
 
     `seed` shuffles the training documents before they are packed, where that is by fit; with `soft_on_all` the soft
-    loss counts on every token.
+    loss counts on every token. `teacher` makes the teacher's text, where that is another.
 
     Raises:
         DataError: the documents cannot be loaded, or fill no sequence.
     """
-    train, held_out = load_documents(config, tokenizer)
+    train, held_out = load_documents(config, tokenizer, teacher)
     pair = ((train, False), (held_out, True))
     one, other = (
         pack(documents, config, ignore_index, seed=seed, keep_tail=tail, soft_on_all=soft_on_all)
@@ -127,6 +134,9 @@ def check_all_ids(
     for name, dataset in zip(("training", "held-out"), datasets, strict=True):
         parts = dataset.with_ids_from(min(readers.values()))
         check_ids(parts, readers, where=dataset.place, token=token, what=f"{name} data")
+        if isinstance(dataset, PairedDataset) and "teacher" in readers:
+            theirs, what = {"teacher": readers["teacher"]}, f"{name} data as the teacher reads it"
+            check_ids(dataset.teacher_ids(), theirs, where=dataset.teacher_place, token=token, what=what)
 
 
 def split_documents(documents: Sequence[Document], fraction: float) -> tuple[Corpus, Corpus]:
@@ -151,14 +161,25 @@ def split_documents(documents: Sequence[Document], fraction: float) -> tuple[Cor
     return corpus.chosen(np.flatnonzero(~held_out)), corpus.chosen(np.flatnonzero(held_out))
 
 
-def _read(source: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, name: str, split: str) -> Corpus:
+def _read(
+    source: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: TeacherReader | None,
+    *,
+    name: str,
+    split: str,
+) -> Corpus:
+    if teacher is not None and config.cache is not None:
+        logger.info("data.cache: %s is tokenised by every process: the cache has no room for teacher.input", name)
+        config = config.model_copy(update={"cache": None})
     opened = open_source(source, config, name=name, split=split)
 
     def tokenised(tally: Tally) -> Iterator[Document]:
         rows = RowReader(config)
         records = itertools.islice(opened.records(rows), config.max_documents)
         shown = bar(records, what=f"{name}, tokenising", unit="document", total=config.max_documents)
-        yield from tally.kept(encode(tally.counted(shown), tokenizer))
+        yield from tally.kept(encode(tally.counted(shown), tokenizer, teacher))
         rows.check_all_found(name)
 
     documents, tally = cached_documents(tokenised, opened, config, tokenizer, name)
@@ -169,7 +190,9 @@ def _read(source: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *
 
 
 def _cut_in_two(document: Document, fraction: float) -> tuple[Corpus, Corpus]:
-    ids, trained, where = document
+    ids, trained, where, teacher = document
+    if teacher is not None:
+        raise DataError("one conversation cannot be cut in two; name held-out text with data.eval")
     cut = len(ids) - max(1, round(len(ids) * fraction))
     if cut < 1:
         raise DataError(f"one document of {len(ids)} token(s) cannot be cut in two; name held-out text with data.eval")

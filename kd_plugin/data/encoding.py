@@ -10,7 +10,7 @@ Notable decisions:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,15 +22,22 @@ from kd_plugin.data.record import DataError, Record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode", "prompt_ids"]
+__all__ = ["conversation_document", "encode", "prompt_ids"]
 
 _TEXTS_PER_CALL, _CHARACTERS_PER_CALL = 256, 2**20
 """Fast tokenizers work on the texts of one call in parallel, and need some 100 bytes for each of their tokens."""
 _AFTER_THE_END = 4  # tokens: the end token, what a template leaves behind it, what a tokenizer adds
 
 
-def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document | None]:
+def encode(
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: Callable[[Record, Document], Document | str] | None = None,
+) -> Iterator[Document | str | None]:
     """Tokenise records in order; a record that holds nothing to train on gives None.
+
+    `teacher` adds what the teacher reads of a record to its document, or says why it is to be left out, which is then
+    given instead.
 
     Raises:
         DataError: a conversation that the chat template cannot render, or renders unlike its beginning.
@@ -44,10 +51,13 @@ def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Ite
             if record.form == "text":
                 document = _plain(record, next(encoded), tokenizer, added)
             elif record.form == "messages":
-                document = _conversation(record, tokenizer)
+                document = conversation_document(record, tokenizer)
             else:
                 document = _completion(record, tokenizer, added)
-            yield document if document is not None and document.trained.any() else None
+            if document is None or not document.trained.any():
+                yield None
+            else:
+                yield document if teacher is None else teacher(record, document)
 
 
 def _num_characters(record: Record) -> int:
@@ -74,7 +84,12 @@ def _completion(record: Record, tokenizer: PreTrainedTokenizerBase, added: Added
     return _ended(ids[once], trained[once], text, tokenizer, record.where)
 
 
-def _conversation(record: Record, tokenizer: PreTrainedTokenizerBase) -> Document | None:
+def conversation_document(record: Record, tokenizer: PreTrainedTokenizerBase) -> Document | None:
+    """The document of a record of form `messages`; None where no assistant speaks.
+
+    Raises:
+        DataError: as `encode`.
+    """
     messages = record.values["messages"]
     if not any(turn["role"] == "assistant" for turn in messages):
         return None

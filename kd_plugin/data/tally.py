@@ -28,7 +28,7 @@ class Tally:
 
     Attributes:
         forms: form of a row -> number of records.
-        left_out: reason -> the records without a token to train on.
+        left_out: reason -> the records without a token to train on, or without one that the teacher reads, too.
         empty: turns of the assistant that are trained on and say nothing.
         warnings: what was warned of on the way, for whoever reads the documents later.
     """
@@ -49,14 +49,17 @@ class Tally:
             self._on_the_way.append(record)
             yield record
 
-    def kept(self, documents: Iterable[Document | None]) -> Iterator[Document]:
-        """Yield the documents of the records that were counted, in their order, and count those that are None."""
+    def kept(self, documents: Iterable[Document | str | None]) -> Iterator[Document]:
+        """Yield the documents of the records that were counted, in their order, and count what comes instead of one.
+
+        That is the reason why the record is left out, or None.
+        """
         for document in documents:
             record = self._on_the_way.popleft()
-            if document is not None:
+            if isinstance(document, Document):
                 yield document
                 continue
-            reason = _why_left_out(record)
+            reason = _why_left_out(record) if document is None else document
             count, first = self.left_out.get(reason, Counted(0, record.where))
             self.left_out[reason] = Counted(count + 1, first)
 

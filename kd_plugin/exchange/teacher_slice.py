@@ -169,9 +169,9 @@ class SliceConsumer:
 
     def use_head(self, teacher: HeadTeacher) -> None:
         """Keep this rank's slice of the whole head."""
-        self._call.teacher = self._slice.source(self._slice.keep(teacher), teacher.hidden)
+        self._call.teacher = self._slice.source(self._slice.keep(teacher), self._call.aligned(teacher.hidden))
 
     def use_hidden(self, hidden: Tensor) -> None:
         """Go on with the slice that is here."""
         own = self._slice.without_whole_head(self._held)
-        self._call.teacher = self._slice.source(own, hidden.reshape(-1, hidden.shape[-1]))
+        self._call.teacher = self._slice.source(own, self._call.aligned(hidden))

@@ -41,6 +41,8 @@ class HeadCall:
         """Whether a row may count in the soft loss and have no label."""
         self.hard_factor: float | Tensor = 1.0
         """Of a call that splits: `split.Split.factor`."""
+        self.teacher_rows: Tensor | None = None
+        """`[N]` int64, the row of the teacher's hidden states for each row; None: the same."""
         self.chunk_size: int | None = None
         """Rows of one chunk, where the ranks have agreed on them; else each decides."""
         self.vocab_slice: VocabSlice | None = None
@@ -53,3 +55,8 @@ class HeadCall:
         """Weight `[V, D]` and bias `[V]` that an earlier micro-batch of the step has left, or this one leaves."""
         self.sums: LossSums | None = None
         """Filled in by the head; `sums.loss_sum` is what the head returns."""
+
+    def aligned(self, teacher_hidden: Tensor) -> Tensor:
+        """The teacher's hidden states `[..., E]` in the order of the student's rows, `[N, E]`."""
+        flat = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+        return flat if self.teacher_rows is None else flat[self.teacher_rows]

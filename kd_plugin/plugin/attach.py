@@ -46,6 +46,7 @@ from kd_plugin.plugin.replaced_forward import NamedCall
 from kd_plugin.plugin.router_loss import with_router_loss
 from kd_plugin.plugin.soft_rows import Given, call_of, check_convention, known_items
 from kd_plugin.plugin.student_side import StudentSide
+from kd_plugin.plugin.teacher_inputs import taken_from
 from kd_plugin.plugin.teacher_side import TeacherSide
 from kd_plugin.plugin.token_ids import check_inputs
 from kd_plugin.plugin.tokenizers import TokenizerPair
@@ -175,7 +176,7 @@ class Plugin:
         """The student's forward. Without labels, the original one."""
         student = self._student
         inputs = {**inspect.signature(student.own_forward).bind_partial(*args).arguments, **kwargs}
-        labels = inputs.pop("labels", labels)
+        labels, own = inputs.pop("labels", labels), taken_from(inputs)
         if labels is None and shift_labels is None:
             return student.own_forward(**inputs)
         # Who has counted the rows on the host has looked at the ids there, and the step waits for nothing.
@@ -183,12 +184,13 @@ class Plugin:
         vocab_size, ignored = None if looked_at else student.vocab_size, self.config.ignore_index
         targets = student.labels.targets(inputs, labels, shift_labels, ignore_index=ignored, vocab_size=vocab_size)
         if not looked_at:
-            check_inputs(inputs, student.model, causal_lm.unwrap(self.teacher) if self.config.soft_weight else None)
+            teacher = causal_lm.unwrap(self.teacher) if self.config.soft_weight else None
+            check_inputs(inputs, student.model, teacher, None if own is None else own.inputs)
         inputs.pop("logits_to_keep", None)
         mode, chunk_size = self.exchange.mode or self.config.exchange, self.config.chunk_size
         with located(lambda: f"{targets.numel()} rows, exchange {mode}, chunk_size {chunk_size}"):
             with named_in_wrapper("in its forward"), student.watch.our_forward():
-                given = Given(loss_rows, token_weights, num_items_in_batch, soft_items_in_batch)
+                given = Given(loss_rows, token_weights, num_items_in_batch, soft_items_in_batch, own)
                 output = self._loss(inputs, targets, given)
         student.watch.loss_ran()
         return output
@@ -205,7 +207,7 @@ class Plugin:
         checks.loss_targets(targets, hidden.shape[:-1], self.config)
         known = known_items(call, hidden, self.config.ignore_index, given, self.group)
         call.chunk_size = self.agreed_chunk.of_step(self.config, self._heads.vocab_sizes, hidden)
-        loss_sum = self._heads.loss_sum(hidden, call, inputs, self.teacher)
+        loss_sum = self._heads.loss_sum(hidden, call, given.read_by_teacher(inputs), self.teacher)
         assert call.sums is not None
         self._measures.add(call.sums, router_loss)
         counted = None if self.exchange.in_groups else call.sums.group_rows

@@ -63,7 +63,7 @@ class BothHeads:
         Args:
             hidden: the student's hidden states `[B, S, D]`.
             call: the targets.
-            inputs: of the student's forward, which the teacher reads, too.
+            inputs: of the teacher's forward: the student's, unless it reads others.
             teacher: what to call for the teacher, such as the wrapper around it.
         """
         if not self._student.config.soft_weight:
@@ -147,7 +147,8 @@ class _NestedHead:
 
     def use_head(self, teacher: HeadTeacher) -> None:
         """Compute the loss, with the gradients that the teacher's forward goes without."""
-        self._call.teacher = teacher
+        rows = self._call.teacher_rows
+        self._call.teacher = teacher if rows is None else teacher.reading(self._call.aligned(teacher.hidden))
         with torch.set_grad_enabled(self._with_gradient):
             self.loss_sum = self._heads.student_loss(self._hidden, self._call)
 

@@ -26,6 +26,7 @@ from kd_plugin.loss.chunk_loop import wide_dtype
 from kd_plugin.loss.head_call import HeadCall
 from kd_plugin.loss.output import Items, divisor
 from kd_plugin.loss.split import Number, check_items
+from kd_plugin.plugin.teacher_inputs import TeacherReads
 from kd_plugin.plugin.token_ids import replaced_ids
 from kd_plugin.settings.distill import DistillConfig
 
@@ -55,6 +56,12 @@ class Given(NamedTuple):
     """Labelled rows of the whole step over all ranks."""
     soft_items: Number | None = None
     """Rows of the soft loss, likewise."""
+    teacher: TeacherReads | None = None
+    """What the teacher reads, where that is not what the student reads."""
+
+    def read_by_teacher(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The teacher's inputs, if the student's are `inputs`."""
+        return inputs if self.teacher is None else self.teacher.inputs
 
 
 def check_convention(config: DistillConfig, convention: Convention | None, model: nn.Module) -> None:
@@ -146,6 +153,15 @@ def call_of(
         mask = soft_rows(inputs, targets, config.ignore_index, model)
     call = HeadCall(None, targets, given.loss_rows, given.token_weights, mask)
     call.splits = splits
+    if given.teacher is not None and config.soft_weight:
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise SoftRowsError("teacher_input_ids are for decoders, and this is an encoder-decoder: leave them out")
+        if splits:
+            raise SoftRowsError(
+                "distill.soft_on is all, but of a prompt the teacher reads other tokens (teacher_input_ids): set it to "
+                "trained"
+            )
+        call.teacher_rows = given.teacher.checked_rows(targets, config.ignore_index)
     return call
 
 

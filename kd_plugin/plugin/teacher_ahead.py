@@ -29,6 +29,7 @@ from kd_plugin.distributed.torch_internals import times_written
 from kd_plugin.loss.teacher import HeadTeacher
 from kd_plugin.plugin.head import teacher_head_forward
 from kd_plugin.plugin.isolation import attention_of, windows_of
+from kd_plugin.plugin.teacher_inputs import taken_from
 from kd_plugin.plugin.teacher_side import NOT_FOR_TEACHER, TeacherSide
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,9 @@ class TeacherAhead:
 
 
 def _for_teacher(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name not in _NOT_KEPT}
+    given = {name: value for name, value in inputs.items() if name not in _NOT_KEPT}
+    own = taken_from(given)
+    return given if own is None else own.inputs
 
 
 def _key(inputs: Mapping[str, Any]) -> Hashable:

@@ -43,7 +43,12 @@ def replaced_ids(model: nn.Module) -> list[int]:
 
 
 @uncompiled
-def check_inputs(inputs: Mapping[str, object], student: nn.Module, teacher: nn.Module | None) -> None:
+def check_inputs(
+    inputs: Mapping[str, object],
+    student: nn.Module,
+    teacher: nn.Module | None,
+    of_teacher: Mapping[str, object] | None = None,
+) -> None:
     """Refuse ids in `input_ids` and `decoder_input_ids` that one of the models cannot embed.
 
     On a CPU always; on a GPU, where looking waits for the device, only if the models embed different numbers of ids:
@@ -53,11 +58,18 @@ def check_inputs(inputs: Mapping[str, object], student: nn.Module, teacher: nn.M
         inputs: of the forward.
         student: the model, without wrappers.
         teacher: likewise; None where it reads nothing.
+        of_teacher: what it reads, where that is not what the student reads.
 
     Raises:
         UnknownTokenError: naming the first such id and its place.
     """
-    models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    if of_teacher is not None and teacher is not None:
+        _check_for(of_teacher, {"teacher": teacher})
+        teacher = None
+    _check_for(inputs, {"student": student} | ({} if teacher is None else {"teacher": teacher}))
+
+
+def _check_for(inputs: Mapping[str, object], models: Mapping[str, nn.Module]) -> None:
     embedded = {role: size for role, model in models.items() if (size := embedded_ids(model)) is not None}
     sizes = set(embedded.values())
     if not sizes:

@@ -18,6 +18,7 @@ from kd_plugin.settings.data import DataConfig, WeightedSource
 from kd_plugin.settings.distill import DistillConfig, Section, TermConfig
 from kd_plugin.settings.held_out import HeldOutMetric, StopConfig
 from kd_plugin.settings.lora import LoraConfig
+from kd_plugin.settings.teacher_input import TeacherInputConfig
 
 __all__ = [
     "DataConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "StopConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TeacherInputConfig",
     "TermConfig",
     "TrainConfig",
     "WeightedSource",
@@ -91,6 +93,11 @@ class TeacherConfig(ModelSource):
     `train.micro_batch_size`. Its sharded or offloaded weights are then gathered less often, for its last hidden states
     of a whole step in memory. `auto`: as many of the step's as the memory that the first steps leave free allows, the
     same on all ranks, as the log says; null: as the student."""
+
+    input: TeacherInputConfig | None = None
+    """What it reads of a conversation, where that is another text than the student's (context distillation):
+    {system: You are ..., chat_template: teacher.jinja}. Both losses are on the answers alone, which have to be the same
+    tokens in both texts: conversations of which they are not are left out, and counted."""
 
 
 class StudentConfig(ModelSource):

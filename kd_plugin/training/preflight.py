@@ -22,6 +22,7 @@ from kd_plugin.engines import zero_block
 from kd_plugin.models.files import check_weights, is_local, resolve_source, resolve_tokenizer, section_name
 from kd_plugin.settings.distill import BUILT_IN
 from kd_plugin.settings.run import DataConfig, DistillConfig, RunConfig, StudentConfig
+from kd_plugin.training.preflight_input import input_problems
 from kd_plugin.training.preflight_models import missing_packages, model_problems
 from kd_plugin.training.preflight_schedule import schedule_problems
 
@@ -50,6 +51,7 @@ def early_problems(
         *_source_problems(config),
         *model_problems(config),
         *schedule_problems(config),
+        *input_problems(config),
         *_data_problems(config.data),
         *_output_problems(Path(config.log.output_dir)),
         *layout_problems(config, mode, world_size),
@@ -178,7 +180,7 @@ def _idle_sources(config: RunConfig) -> Idle:
         if student.model:
             yield "teacher", "distill.soft_weight is 0"
         else:
-            yield from _each_changed(config.teacher, ["micro_batch_size"], "distill.soft_weight is 0")
+            yield from _each_changed(config.teacher, ["micro_batch_size", "input"], "distill.soft_weight is 0")
     for source in (config.teacher, student):
         name = source.tokenizer or source.model
         if source.revision and source.model and is_local(source.model) and is_local(str(name)):

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kd_plugin.data.documents import check_all_ids, load_datasets
+from kd_plugin.data.teacher_text import teacher_reader_of
 from kd_plugin.engines.process_group import Placement, start_process_group
 from kd_plugin.engines.protocol import DTYPES
 from kd_plugin.models.loading import build_student, check_positions, load_teacher, progress_bars
@@ -137,7 +138,12 @@ def _load(config: RunConfig, place: Placement) -> Material:
     tokenizer = tokenizer_of(config)
     distill = config.distill
     datasets = load_datasets(
-        config.data, tokenizer, distill.ignore_index, seed=config.train.seed, soft_on_all=distill.soft_everywhere
+        config.data,
+        tokenizer,
+        distill.ignore_index,
+        seed=config.train.seed,
+        soft_on_all=distill.soft_everywhere,
+        teacher=teacher_reader_of(config, tokenizer),
     )
     teacher = load_teacher(config.teacher)
     student = build_student(config.student, teacher, seed=config.train.seed)

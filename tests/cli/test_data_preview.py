@@ -97,3 +97,12 @@ def test_pieces_keep_the_spaces_that_a_tokenizer_drops_at_the_start() -> None:
 
     trained = np.array([False, True, True, False, True])
     assert marked(np.arange(5), trained, decode) == [("a", False), (" b c", True), (" d", False), (" e", True)]
+
+
+def test_with_the_soft_loss_on_all_tokens_it_says_how_many_those_are(teacher: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"ask {a}", "completion": "so"} for a in "abcdef"]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(teacher, tmp_path / "x.jsonl", "data.seq_len=20", "distill.soft_on=all", "--rows", "1")
+    assert done.exit_code == 0, done.output
+    # Two documents of five, two and one token, the last of which ends it; nothing predicts the first of each.
+    assert "sequence 1 of 3: 20 tokens, 6 trained on, 14 in the soft loss" in done.stdout

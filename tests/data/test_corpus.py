@@ -10,11 +10,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from kd_plugin.data import best_fit as best_fit_module
 from kd_plugin.data import corpus as corpus_module
-from kd_plugin.data import isolated
+from kd_plugin.data.best_fit import best_fit
 from kd_plugin.data.corpus import Corpus, Document
 from kd_plugin.data.documents import split_documents
-from kd_plugin.data.isolated import IsolatedDataset, best_fit
+from kd_plugin.data.isolated import IsolatedDataset
 from kd_plugin.data.known_ids import VocabularyError, check_ids
 from kd_plugin.data.mixture import Part, mixed, without
 from kd_plugin.data.packing import PackedDataset
@@ -27,7 +28,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few documents lie in several blocks, and a long one in a block of its own."""
     monkeypatch.setattr(corpus_module, "_BLOCK_TOKENS", 40)
     monkeypatch.setattr(corpus_module, "_BLOCK_DOCUMENTS", 5)
-    monkeypatch.setattr(isolated, "_AT_ONCE", 7)
+    monkeypatch.setattr(best_fit_module, "_AT_ONCE", 7)
 
 
 def made(number: int, seed: int = 0, *, longest: int = 23, ids: int = 50) -> list[Document]:
@@ -42,7 +43,7 @@ def made(number: int, seed: int = 0, *, longest: int = 23, ids: int = 50) -> lis
 
 
 def content(documents: Corpus | list[Document]) -> list[tuple[list[int], list[bool], str]]:
-    return [(ids.tolist(), trained.tolist(), where) for ids, trained, where in documents]
+    return [(ids.tolist(), trained.tolist(), where) for ids, trained, where, _ in documents]
 
 
 def test_a_corpus_is_the_documents_it_is_made_of() -> None:
@@ -65,10 +66,10 @@ def test_the_index_says_what_is_in_the_documents() -> None:
     documents = [*made(60), Document(np.array([7, 3], np.int32), np.zeros(2, bool))]
     corpus = Corpus.of(documents)
     for name, values in {
-        "digest": [int.from_bytes(hashlib.sha256(ids.tobytes()).digest()[:8], "big") for ids, _, _ in documents],
-        "num_trained": [trained.sum() for _, trained, _ in documents],
-        "last_trained": [max(np.flatnonzero(trained), default=-1) for _, trained, _ in documents],
-        "highest": [ids.max() for ids, _, _ in documents],
+        "digest": [int.from_bytes(hashlib.sha256(ids.tobytes()).digest()[:8], "big") for ids, *_ in documents],
+        "num_trained": [trained.sum() for _, trained, *_ in documents],
+        "last_trained": [max(np.flatnonzero(trained), default=-1) for _, trained, *_ in documents],
+        "highest": [ids.max() for ids, *_ in documents],
     }.items():
         assert corpus.column(name).tolist() == values
 

@@ -7,7 +7,8 @@ import logging
 import numpy as np
 import pytest
 
-from kd_plugin.data.isolated import IsolatedDataset, best_fit
+from kd_plugin.data.best_fit import best_fit
+from kd_plugin.data.isolated import IsolatedDataset
 from kd_plugin.data.packing import Document, TrainBatches, collate, eval_batches
 from kd_plugin.data.record import DataError
 

@@ -52,8 +52,8 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     places: list[str] = []
     original = documents_module.encode
 
-    def encode(records: Iterable[Record], tokenizer: Any) -> Any:
-        return original((places.append(record.where) or record for record in records), tokenizer)
+    def encode(records: Iterable[Record], *given: Any) -> Any:
+        return original((places.append(record.where) or record for record in records), *given)
 
     monkeypatch.setattr(documents_module, "encode", encode)
     return places

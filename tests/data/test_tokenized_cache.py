@@ -33,8 +33,8 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     places: list[str] = []
     original = documents_module.encode
 
-    def encode(records: Iterable[Record], tokenizer: Any) -> Iterator[Document | None]:
-        return original((places.append(record.where) or record for record in records), tokenizer)
+    def encode(records: Iterable[Record], *given: Any) -> Iterator[Document | str | None]:
+        return original((places.append(record.where) or record for record in records), *given)
 
     monkeypatch.setattr(documents_module, "encode", encode)
     return places

@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 import kd_plugin as kd
 from kd_plugin.data.packing import Batch, collate
+from kd_plugin.data.paired import PairedDataset
 from kd_plugin.loss import checks
+from tests.data_pairs import make_pairs
 from tests.tiny_models import VOCAB, make_model
 
 # Operators whose result the host must wait for on a GPU, by their shape or by their value.
@@ -142,6 +144,33 @@ def test_no_objective_waits(objective: str) -> None:
     weights = torch.rand(batch.labels.shape)
     inputs = {**batch.model_inputs(), "num_items_in_batch": batch.num_valid, "token_weights": weights}
     assert waits_of(student, inputs) == []
+
+
+def scored_items() -> list[dict[str, np.ndarray]]:
+    """Sequences of which every token counts in the soft loss, and some have a label."""
+    generator = np.random.default_rng(1)
+    ids = generator.integers(3, VOCAB, (3, 17))
+    labels = np.where(generator.random((3, 17)) < 0.6, -100, ids)
+    return [{"input_ids": x, "labels": y, "scored": np.ones(17, dtype=bool)} for x, y in zip(ids, labels, strict=True)]
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_the_soft_loss_on_all_tokens_waits_for_nothing(tensors: bool) -> None:
+    student, teacher = (make_model("llama", seed=seed, dtype=torch.float32) for seed in (1, 2))
+    kd.attach(student, teacher, kd.DistillConfig(chunk_size=8, row_kernel="eager", soft_on="all"))
+    batch = collate(scored_items())
+    assert batch.num_trained < batch.num_valid == 3 * 16
+    counts = {"num_items_in_batch": batch.num_trained, "soft_items_in_batch": batch.num_valid}
+    given = {name: torch.tensor(count) if tensors else count for name, count in counts.items()}
+    assert waits_of(student, {**batch.model_inputs(), **given}) == []
+
+
+def test_a_teacher_that_reads_another_text_is_waited_for_by_nobody() -> None:
+    student, teacher = (make_model("llama", seed=seed, dtype=torch.float32) for seed in (1, 2))
+    kd.attach(student, teacher, kd.DistillConfig(chunk_size=8, row_kernel="eager"))
+    dataset = PairedDataset(make_pairs(), 24)
+    batch = collate([dataset[index] for index in range(3)])
+    assert waits_of(student, {**batch.model_inputs(), "num_items_in_batch": batch.num_valid}) == []
 
 
 def test_item_is_seen_in_forward_and_backward() -> None:

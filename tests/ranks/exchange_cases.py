@@ -46,6 +46,10 @@ class Case:
     autocast: bool = False
     """fp32 models whose forwards run under bf16 autocast"""
     soft_on: str = "trained"
+    counted: bool = False
+    """the plugin counts the tokens of all ranks itself, where there is one micro-batch"""
+    own_input: bool = False
+    """the teacher reads two tokens more, in front of each sequence"""
 
     num_items = "given"
 
@@ -56,6 +60,8 @@ class Case:
         parts += [f"x{self.accumulation}", f"c{self.chunk_size}", self.loss, self.teacher, f"s{self.seed}"]
         parts += ["autocast"] if self.autocast else []
         parts += [f"on_{self.soft_on}"] if self.soft_on != "trained" else []
+        parts += ["own_input"] if self.own_input else []
+        parts += ["counted"] if self.counted else []
         parts += [self.head] if self.head != "plain" else []
         parts += [] if self.teacher_tied is None else [f"teacher_{'tied' if self.teacher_tied else 'untied'}"]
         return "-".join(parts)
@@ -168,11 +174,21 @@ def dense_on_all(case: Case, models: tuple[nn.Module, nn.Module], batch: tuple[T
     return of_soft + of_hard
 
 
+def teacher_inputs(input_ids: Tensor) -> dict[str, Tensor]:
+    """What the teacher reads in place of `input_ids`, and its row for each of the student's."""
+    ids = torch.cat([input_ids.flip(0, 1)[:, :2], input_ids], 1)
+    rows = torch.arange(ids.numel()).view(ids.shape)[:, 2:]
+    return {"teacher_input_ids": ids, "teacher_rows": rows}
+
+
 def dense_loss(case: Case, student: nn.Module, teacher: nn.Module, batch: tuple[Tensor, Tensor], items: int) -> Tensor:
     """Both models' own whole logits and plain autograd; the sum over this batch's rows, divided by `items`."""
     input_ids, labels = batch
     with torch.no_grad():
-        teacher_logits = teacher(input_ids).logits[:, :-1]
+        if case.own_input:
+            teacher_logits = teacher(teacher_inputs(input_ids)["teacher_input_ids"]).logits[:, 2:-1]
+        else:
+            teacher_logits = teacher(input_ids).logits[:, :-1]
     logits = student(input_ids).logits[:, :-1]
     return kd.reference.distill_logits(logits, teacher_logits, labels[:, 1:], config=case.config, num_items=items).loss
 

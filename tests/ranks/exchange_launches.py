@@ -108,6 +108,10 @@ TWO_RANKS: Cases = {
         *(case for wrapper in ("ddp", "alone") for case in modes(wrapper, soft_on="all", accumulation=2)),
         Case("alone", False, "stats", "tvd", soft_on="all", teacher_vocab_size=17),
         Case("fsdp1", True, "logits", "jsd", soft_on="all"),
+        *(case for batch in ("steps", "early") for case in modes("alone", soft_on="all", counted=True, batch=batch)),
+    ],
+    "a teacher that reads another text": [
+        case for wrapper in ("ddp", "alone") for case in modes(wrapper, own_input=True)
     ],
 }
 
@@ -120,6 +124,7 @@ TWO_RANKS_OF_ZERO: Cases = {
     ],
     "a rank whose epoch ends early": modes("zero3", batch="early"),
     "the soft loss on all tokens": modes("zero3", soft_on="all"),
+    "a teacher that reads another text": modes("zero3", own_input=True),
     "both models in one wrapper": [case for wrapper in ZERO[1:] for case in modes(wrapper, teacher="part")],
     "biases and soft-caps": [
         case for head, tied in HEADS.items() for case in modes("zero3", tied=tied, which=MODES[1:], head=head)
@@ -132,6 +137,8 @@ FOUR_RANKS: Cases = {
     "two copies of two shards": [
         *diagonal("hsdp", ranks=4),
         Case("hsdp", False, "stats", "tvd", ranks=4, teacher_vocab_size=31),
+        *(Case("hsdp", False, "stats", ranks=4, soft_on="all", counted=counted) for counted in (False, True)),
+        Case("hsdp", False, "logits", ranks=4, own_input=True),
     ],
     "four slices of the vocabulary": [
         Case(wrapper, False, "stats", ranks=4) for wrapper in ("alone", "fsdp1", "zero3")

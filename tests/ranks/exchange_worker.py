@@ -18,7 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 import kd_plugin as kd
 from kd_plugin.engines import fsdp1_units, fsdp_units, zero_block
 from tests.ranks.attach_worker import DeepSpeedRun, TorchRun
-from tests.ranks.exchange_cases import Case, count_soft, count_valid, dense_loss, make_batch, make_models, real_tokens
+from tests.ranks.exchange_cases import (
+    Case,
+    count_soft,
+    count_valid,
+    dense_loss,
+    make_batch,
+    make_models,
+    real_tokens,
+    teacher_inputs,
+)
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -79,7 +88,7 @@ class WrappedRun(TorchRun):
     def __init__(self, case: Case, student: nn.Module, teacher: nn.Module, plugin: Any) -> None:
         dtype = getattr(torch, case.dtype)
         self.module = self.model = student
-        self.teacher, self.factor = teacher, case.ranks
+        self.teacher, self.factor = teacher, 1 if case.counted else case.ranks
         together = Pair(student, teacher) if case.teacher == "part" else None
         size = 2 if case.wrapper == "hsdp" else case.ranks
         mesh = fsdp_units.make_mesh("cpu", case.ranks, shard_size=size)
@@ -159,11 +168,13 @@ def train(case: Case, rank: int) -> dict[str, Any]:
                 if plugin is None:
                     loss = dense_loss(case, run.model, run.teacher, (input_ids, labels), items)
                 else:
-                    more = {}
+                    more: dict[str, Any] = {} if case.counted else {"num_items_in_batch": items}
+                    if case.own_input:
+                        more |= teacher_inputs(input_ids)
                     if case.soft_on == "all":
-                        more = {"attention_mask": real_tokens(input_ids)}
-                        more["soft_items_in_batch"] = max(count_soft(case, step), 1)
-                    loss = run.model(input_ids, labels=labels, num_items_in_batch=items, **more).loss
+                        more |= {"attention_mask": real_tokens(input_ids)}
+                        more |= {} if case.counted else {"soft_items_in_batch": max(count_soft(case, step), 1)}
+                    loss = run.model(input_ids, labels=labels, **more).loss
             run.backward(loss)
         run.step()
     whole = [name for name, p in teacher.named_parameters() if _is_whole(p)]
