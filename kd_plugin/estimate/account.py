@@ -146,7 +146,8 @@ def _in_memory(setup: Setup, gpu_memory_gib: float | None) -> Setup:
 
 
 def _choices(setup: Setup, gpu_memory_gib: float | None) -> tuple[Choice, ...]:
-    sharded = (False, True) if setup.world_size > 1 and setup.teacher is not None else (False,)
+    may_shard = setup.world_size > 1 and setup.teacher is not None and setup.teacher_packed is None
+    sharded = (False, True) if may_shard else (False,)
     choices = [_choice(setup, layout, cut, gpu_memory_gib) for layout in _layouts(setup) for cut in sharded]
     return tuple(sorted(choices, key=_rank))
 

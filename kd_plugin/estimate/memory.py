@@ -198,6 +198,10 @@ def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
     lines = []
     if setup.teacher_gathered:
         lines.append(_working_copy(teacher, setup.teacher_item))
+    if setup.teacher_packed is not None:
+        largest = max((weight.numel for unit in teacher.units for weight in unit.weights if weight.linear), default=0)
+        size, how = largest * setup.teacher_item, f"{largest:,} x {setup.teacher_item} B: the largest, one at a time"
+        lines.append(Line("teacher weight, unpacked", size, how))
     if teacher.activations is not None:
         together = min(setup.accumulation, setup.together)
         size, how = together * max(teacher.activations.layers), "what a layer would keep for backward; nothing stays"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from kd_plugin.distributed.layout import chunk_length
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.engines.protocol import DTYPES
+from kd_plugin.estimate.quantization import Packed, packed_as
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.loss.chunk_size import teacher_columns
 from kd_plugin.settings.distill import ExchangeMode
@@ -75,6 +76,19 @@ class Setup:
     def teacher_item(self) -> int:
         """Bytes of one element of the teacher."""
         return DTYPES[self.config.teacher.dtype].itemsize
+
+    @property
+    def teacher_packed(self) -> Packed | None:
+        """How the teacher's weights are quantised, by `teacher.quantization` or its checkpoint; None: they are not."""
+        quantization = self.config.teacher.quantization
+        if quantization is None and self.teacher is not None:
+            quantization = self.teacher.quantization
+        return None if self.teacher is None or quantization is None else packed_as(quantization)
+
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether the optimizer's states are."""
+        return self.config.train.optimizer == "adamw_8bit" and not self.is_zero
 
     @property
     def teacher_columns(self) -> int:

@@ -7,7 +7,8 @@ Notable decisions:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from kd_plugin.engines.fsdp_units import decoder_layers, embedding_and_head
 from kd_plugin.estimate.work import Activations, Run, Work, run_without_values
 from kd_plugin.models.loading import read_config
 from kd_plugin.models.students import config_with, freeze, student_from_layers
+from kd_plugin.settings.quantization import STAY_PACKED, method_of
 from kd_plugin.settings.run import ModelSource, RunConfig
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ class Weight(NamedTuple):
     rows: int
     columns: int
     trainable: bool
+    linear: bool = False
+    """Whether it is of a linear layer besides the head, and not left out of the teacher's quantisation."""
 
     @property
     def numel(self) -> int:
@@ -66,6 +70,8 @@ class ModelSizes:
     """What one micro-batch takes through the backbone; None likewise."""
     why_unknown: str = ""
     """Why it does not run there."""
+    quantization: Mapping[str, Any] | None = None
+    """How the checkpoint says that it is quantised."""
 
     @property
     def numel(self) -> int:
@@ -94,13 +100,31 @@ def load_sizes(config: RunConfig) -> tuple[ModelSizes, ModelSizes]:
     Raises:
         ModelError, StudentError, ShardingError: a model is not found, or cannot be made as configured.
     """
-    teacher = _on_meta(config.teacher, read_config(config.teacher))
+    of_checkpoint = read_config(config.teacher)
+    teacher = _on_meta(config.teacher, of_checkpoint)
     student = _student(config, teacher)
     batch = (config.train.micro_batch_size, config.data.seq_len)
     dtypes = (getattr(torch, source.dtype) for source in (config.student, config.teacher))
     sides = zip((student, teacher), dtypes, (True, False), strict=True)
-    of_student, of_teacher = (_sizes(model, dtype, batch, trained) for model, dtype, trained in sides)
-    return of_student, of_teacher
+    quantization = _quantization(of_checkpoint)
+    left_out = _left_out(quantization if config.teacher.quantization is None else config.teacher.quantization)
+    of_student, of_teacher = (_sizes(model, dtype, batch, trained, left_out) for model, dtype, trained in sides)
+    return of_student, replace(of_teacher, quantization=quantization)
+
+
+def _quantization(config: PreTrainedConfig) -> Mapping[str, Any] | None:
+    """The block of a checkpoint's config.json that says how its weights are quantised, where they stay so."""
+    blocks = [getattr(part, "quantization_config", None) for part in (config, config.get_text_config())]
+    block = next((block for block in blocks if isinstance(block, Mapping)), None)
+    return block if block is not None and method_of(block) in STAY_PACKED else None
+
+
+def _left_out(quantization: str | Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Names of modules that a mapping leaves out of quantisation besides the head."""
+    if quantization is None or isinstance(quantization, str):
+        return ()
+    keys = ("modules_to_not_convert", "llm_int8_skip_modules")
+    return tuple(name for key in keys for name in quantization.get(key) or ())
 
 
 def _student(config: RunConfig, teacher: PreTrainedModel) -> PreTrainedModel:
@@ -132,12 +156,14 @@ def _on_meta(source: ModelSource, config: PreTrainedConfig, like: PreTrainedMode
         )
 
 
-def _sizes(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int], trained: bool) -> ModelSizes:
+def _sizes(
+    model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int], trained: bool, left_out: Iterable[str]
+) -> ModelSizes:
     embedding, head = embedding_and_head(model)
     weight = head.weight
     assert isinstance(weight, Tensor)
     tied, trainable, (vocab_size, width) = embedding.weight is weight, weight.requires_grad, weight.shape
-    units = _units(model, embedding, head)
+    units = _units(model, embedding, head, _linear_weights(model, head, tuple(left_out)))
     kind, frozen = type(model).__name__, [p for p in model.parameters() if not p.requires_grad]
     run, why = _run(model, dtype, batch, with_backward=trained)
     for parameter in frozen:
@@ -146,7 +172,17 @@ def _sizes(model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int], t
     return ModelSizes(kind, units, vocab_size, width, tied, trainable, activations, work, why)
 
 
-def _units(model: PreTrainedModel, embedding: nn.Module, head: nn.Module) -> tuple[Unit, ...]:
+def _linear_weights(model: nn.Module, head: nn.Module, left_out: tuple[str, ...]) -> set[Tensor]:
+    """Weights of the linear layers besides the head, without modules whose name begins or ends with one of these."""
+    return {
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+        if not any(name.endswith(part) or f"{name}.".startswith(f"{part}.") for part in left_out)
+    }
+
+
+def _units(model: PreTrainedModel, embedding: nn.Module, head: nn.Module, linear: set[Tensor]) -> tuple[Unit, ...]:
     parts: list[tuple[str, nn.Module]] = [("layer", layer) for layer in decoder_layers(model)]
     if embedding.weight is head.weight:
         parts.append(("embedding and head", head))
@@ -157,13 +193,13 @@ def _units(model: PreTrainedModel, embedding: nn.Module, head: nn.Module) -> tup
     for name, module in (*parts, ("rest", model)):
         own = [parameter for parameter in module.parameters() if parameter not in seen]
         seen.update(own)
-        units.append(Unit(name, tuple(_weight(parameter) for parameter in own)))
+        units.append(Unit(name, tuple(_weight(parameter, parameter in linear) for parameter in own)))
     return tuple(units)
 
 
-def _weight(parameter: Tensor) -> Weight:
+def _weight(parameter: Tensor, linear: bool) -> Weight:
     rows = parameter.shape[0] if parameter.ndim else 1
-    return Weight(rows, parameter.numel() // max(rows, 1), parameter.requires_grad)
+    return Weight(rows, parameter.numel() // max(rows, 1), parameter.requires_grad, linear)
 
 
 def _run(

@@ -68,6 +68,10 @@ def time_unknowns(setup: Setup) -> list[str]:
         "data, logging, evaluation",
     ]
     lines += ["checkpoints", "the first step's compilation"]
+    if setup.teacher_packed is not None:
+        lines.append("unpacking the teacher's quantised weights: it is timed as if it were not")
+    if setup.in_8_bits:
+        lines.append("the search for 8-bit codes in the optimizer")
     if setup.teacher_streamed:
         lines.append("the teacher's way from host memory to the GPU in every forward")
     if setup.device == "cuda" and setup.world_size > 8:

@@ -23,6 +23,7 @@ import torch
 
 from kd_plugin.models.files import ModelError, ResolvedSource, resolve_source, resolve_tokenizer, section_name
 from kd_plugin.models.pretrained import import_transformers, load_causal_lm, load_pretrained, refuse_pickle
+from kd_plugin.models.quantization import check_quantised, loading_options, refuse_quantised_student
 from kd_plugin.models.students import config_with, freeze, student_from_layers
 from kd_plugin.settings.run import ModelSource, StudentConfig, TeacherConfig
 
@@ -34,6 +35,7 @@ __all__ = [
     "ResolvedSource",
     "build_student",
     "check_positions",
+    "load_models",
     "load_teacher",
     "load_tokenizer",
     "progress_bars",
@@ -43,6 +45,8 @@ __all__ = [
 
 
 logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
 
 
 def load_tokenizer(config: ModelSource) -> PreTrainedTokenizerBase:
@@ -60,13 +64,37 @@ def load_tokenizer(config: ModelSource) -> PreTrainedTokenizerBase:
     return load(source)
 
 
-def load_teacher(config: TeacherConfig) -> PreTrainedModel:
+def load_teacher(config: TeacherConfig, device: torch.device = CPU) -> PreTrainedModel:
     """Load the frozen teacher on the CPU: eval mode, no gradients, parameters in `config.dtype`.
 
+    One that `config.quantization` has quantised is loaded on `device`, where it will run.
+
     Raises:
-        ModelError: it is not found, or cannot be loaded.
+        ModelError: it is not found, cannot be loaded, or not be quantised so.
+        ImportError: a package is missing.
     """
-    return _load_model(config, getattr(torch, config.dtype)).eval().requires_grad_(False)
+    dtype, how = getattr(torch, config.dtype), config.quantization
+    if how is None:
+        return _load_model(config, dtype).eval().requires_grad_(False)
+    teacher = _load_model(config, dtype, **loading_options(how, dtype, device))
+    check_quantised(teacher, how)
+    return teacher.eval().requires_grad_(False)
+
+
+def load_models(
+    teacher: TeacherConfig, student: StudentConfig, device: torch.device, *, seed: int
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Load the teacher and make the student: `load_teacher` and `build_student`, as which this raises.
+
+    A student that is cut from a teacher with `quantization` gets the teacher's weights as the files have them.
+    """
+    if teacher.quantization is None or student.from_teacher is None:
+        loaded = load_teacher(teacher, device)
+        return loaded, build_student(student, loaded, seed=seed)
+    whole = load_teacher(teacher.model_copy(update={"quantization": None}))
+    made = build_student(student, whole, seed=seed)
+    del whole  # before it is there a second time
+    return load_teacher(teacher, device), made
 
 
 def build_student(config: StudentConfig, teacher: PreTrainedModel, *, seed: int) -> PreTrainedModel:
@@ -84,6 +112,7 @@ def build_student(config: StudentConfig, teacher: PreTrainedModel, *, seed: int)
         student = _fresh_student(config, config.from_config, teacher, seed)
     else:
         student = _load_model(config, torch.float32)
+        refuse_quantised_student(student, "student.model")
     freeze(student, config.freeze)
     return student.train()
 
@@ -149,14 +178,20 @@ def _without_gguf_bar() -> Iterator[None]:
         gguf_files.tqdm = tqdm  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _load_model(config: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(config: ModelSource, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """Load from whatever `config` names; `options` go to `from_pretrained`."""
     source, where = resolve_source(config), f"{section_name(config)}.model"
     if source.gguf_file and (Path(source.path_or_id) / source.gguf_file).is_file():
         name = f"model-{str(dtype).removeprefix('torch.')}"
         source = _unpacked(source, name, partial(_load_gguf, config, source, dtype))
+    if source.gguf_file and options:
+        raise ModelError(
+            f"{where}: teacher.quantization wants a GGUF file that is on this machine and can be unpacked in HF_HOME, "
+            f"which {source.gguf_file} is not: download it, let HF_HOME be writable, or leave teacher.quantization out"
+        )
     if source.gguf_file:
         return _load_gguf(config, source, dtype)
-    kwargs: dict[str, Any] = {"dtype": dtype, **_attention(config)}
+    kwargs: dict[str, Any] = {"dtype": dtype, **_attention(config), **options}
     if not config.allow_pickle:
         refuse_pickle(source, where)
         kwargs["use_safetensors"] = True

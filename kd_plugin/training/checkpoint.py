@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from kd_plugin.distributed.collectives import all_gather_object
+from kd_plugin.engines.optimizers import states_differ
 from kd_plugin.engines.protocol import Engine
 from kd_plugin.loss import processor
 from kd_plugin.row_kernels import dispatch
@@ -185,11 +186,12 @@ def resume(engine: Engine, config: RunConfig, folder: Path, *, mode: str) -> dic
     """Load the checkpoint in `folder` into engine and process; returns what else it says. All ranks call this.
 
     Raises:
-        CheckpointError: written by DeepSpeed and read by FSDP or the other way round, or by ZeRO on another number
-            of ranks; or its weights are not finite.
+        CheckpointError: written by DeepSpeed and read by FSDP or the other way round, or by ZeRO or with 8-bit states
+            on another number of ranks; or its weights are not finite.
     """
     run = json.loads((folder / _RUN).read_text())
     _check_backend(run, folder, mode)
+    _check_states(run, folder, config)
     _warn_of_differences(run, folder, config)
     if not _loads_finite(engine, folder):
         raise CheckpointError(_refusal(engine, config, folder))
@@ -235,6 +237,12 @@ def _check_backend(run: dict[str, Any], folder: Path, mode: str) -> None:
             f"{folder} was written by {run['world_size']} ranks, now there are {dist.get_world_size()}: "
             "DeepSpeed resumes on as many ranks only"
         )
+
+
+def _check_states(run: dict[str, Any], folder: Path, config: RunConfig) -> None:
+    before = run["config"].get("train", {}).get("optimizer", "auto"), run["world_size"]
+    if why := states_differ(before, (config.train.optimizer, dist.get_world_size())):
+        raise CheckpointError(f"{folder} {why}: resume as it was, or start from the export (student.model)")
 
 
 def _loads_finite(engine: Engine, folder: Path) -> bool:

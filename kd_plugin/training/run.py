@@ -27,7 +27,8 @@ import torch
 from kd_plugin.data.documents import check_all_ids, load_datasets
 from kd_plugin.engines.process_group import Placement, start_process_group
 from kd_plugin.engines.protocol import DTYPES
-from kd_plugin.models.loading import build_student, check_positions, load_teacher, progress_bars
+from kd_plugin.models.loading import check_positions, load_models, progress_bars
+from kd_plugin.models.quantization import quantization_method
 from kd_plugin.plugin.tokenizers import check_vocabulary
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training import checkpoint
@@ -39,6 +40,7 @@ from kd_plugin.training.loop import evaluate, run_steps
 from kd_plugin.training.model_card import model_card
 from kd_plugin.training.precision import settled_precision
 from kd_plugin.training.preflight import SetupError, early_problems, idle_settings
+from kd_plugin.training.preflight_quantization import quantised_layout_problems
 from kd_plugin.training.report import continuations, diverged, report
 from kd_plugin.training.schedule import accumulation_steps, parallel_mode, seed_everything, with_steps
 from kd_plugin.training.session import Material, Session, make_session
@@ -134,8 +136,10 @@ def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
 def _load(config: RunConfig, place: Placement) -> Material:
     tokenizer = tokenizer_of(config)
     datasets = load_datasets(config.data, tokenizer, config.distill.ignore_index, seed=config.train.seed)
-    teacher = load_teacher(config.teacher)
-    student = build_student(config.student, teacher, seed=config.train.seed)
+    teacher, student = load_models(config.teacher, config.student, place.device, seed=config.train.seed)
+    mode, found = parallel_mode(config, place.world_size), quantization_method(teacher)
+    if problems := quantised_layout_problems(config, mode, place.world_size, found=found):
+        raise SetupError("\n".join(problems))
     embedded = {}
     for name, model in (("teacher", teacher), ("student", student)):
         embedded[name] = check_vocabulary(model, tokenizer, role=name)
