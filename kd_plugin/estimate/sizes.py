@@ -7,6 +7,7 @@ Notable decisions:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -120,11 +121,16 @@ def _quantization(config: PreTrainedConfig) -> Mapping[str, Any] | None:
 
 
 def _left_out(quantization: str | Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Names of modules that a mapping leaves out of quantisation besides the head."""
+    """Regular expressions for the modules that a mapping leaves out of quantisation, as Transformers reads its lists.
+
+    torchao's has beginnings of names, of bitsandbytes' an item may be the end of one as well.
+    """
     if quantization is None or isinstance(quantization, str):
         return ()
-    keys = ("modules_to_not_convert", "llm_int8_skip_modules")
-    return tuple(name for key in keys for name in quantization.get(key) or ())
+    beginnings = quantization.get("modules_to_not_convert") or ()
+    either = quantization.get("llm_int8_skip_modules") or ()
+    begins = [rf"(?:{part})(?=\.|$)" for part in (*beginnings, *either)]
+    return (*begins, *(rf".*{re.escape(part)}$" for part in either))
 
 
 def _student(config: RunConfig, teacher: PreTrainedModel) -> PreTrainedModel:
@@ -173,12 +179,12 @@ def _sizes(
 
 
 def _linear_weights(model: nn.Module, head: nn.Module, left_out: tuple[str, ...]) -> set[Tensor]:
-    """Weights of the linear layers besides the head, without modules whose name begins or ends with one of these."""
+    """Weights of the linear layers besides the head, without modules whose names match one of `left_out`."""
     return {
         module.weight
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
-        if not any(name.endswith(part) or f"{name}.".startswith(f"{part}.") for part in left_out)
+        if not any(re.match(pattern, name) for pattern in left_out)
     }
 
 
