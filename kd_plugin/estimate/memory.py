@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kd_plugin.distributed.layout import chunk_length
 from kd_plugin.engines.zero_block import uses_autocast
-from kd_plugin.estimate.setup import Line, Setup, keeps_student_head, runs_ahead
+from kd_plugin.estimate.setup import Line, Setup, keeps_student_head, runs_ahead, teacher_packed
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.estimate.states import host_states, student_states, teacher_states
 from kd_plugin.row_kernels.blocks import block_rows
@@ -198,7 +198,7 @@ def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
     lines = []
     if setup.teacher_gathered:
         lines.append(_working_copy(teacher, setup.teacher_item))
-    if setup.teacher_packed is not None:
+    if teacher_packed(setup) is not None:
         largest = max((weight.numel for unit in teacher.units for weight in unit.weights if weight.linear), default=0)
         size, how = largest * setup.teacher_item, f"{largest:,} x {setup.teacher_item} B: the largest, one at a time"
         lines.append(Line("teacher weight, unpacked", size, how))

@@ -78,19 +78,6 @@ class Setup:
         return DTYPES[self.config.teacher.dtype].itemsize
 
     @property
-    def teacher_packed(self) -> Packed | None:
-        """How the teacher's weights are quantised, by `teacher.quantization` or its checkpoint; None: they are not."""
-        quantization = self.config.teacher.quantization
-        if quantization is None and self.teacher is not None:
-            quantization = self.teacher.quantization
-        return None if self.teacher is None or quantization is None else packed_as(quantization)
-
-    @property
-    def in_8_bits(self) -> bool:
-        """Whether the optimizer's states are."""
-        return self.config.train.optimizer == "adamw_8bit" and not self.is_zero
-
-    @property
     def teacher_columns(self) -> int:
         """Token ids of the teacher that the loss reads; 0 without a teacher."""
         if self.teacher is None:
@@ -220,3 +207,17 @@ def keeps_student_head(setup: Setup) -> bool:
 def runs_ahead(setup: Setup) -> bool:
     """Whether the teacher reads several micro-batches of a step at once."""
     return setup.teacher is not None and teacher_forwards(setup) < setup.accumulation
+
+
+def teacher_packed(setup: Setup) -> Packed | None:
+    """How the teacher's weights are quantised, by `teacher.quantization` or its checkpoint; None: they are not."""
+    if setup.teacher is None:
+        return None
+    quantization = setup.config.teacher.quantization
+    quantization = setup.teacher.quantization if quantization is None else quantization
+    return None if quantization is None else packed_as(quantization)
+
+
+def has_8_bit_states(setup: Setup) -> bool:
+    """Whether the optimizer keeps its states in 8 bits."""
+    return setup.config.train.optimizer == "adamw_8bit" and not setup.is_zero

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kd_plugin.distributed.layout import chunk_length
 from kd_plugin.estimate.quantization import Packed, adamw_bytes
-from kd_plugin.estimate.setup import Line, Setup
+from kd_plugin.estimate.setup import Line, Setup, has_8_bit_states, teacher_packed
 from kd_plugin.estimate.sizes import ModelSizes, Weight
 
 __all__ = ["host_states", "shard_numel", "student_states", "teacher_states"]
@@ -47,7 +47,7 @@ def student_states(setup: Setup) -> list[Line]:
 
 def _adamw(setup: Setup, trained: list[Weight]) -> Line:
     each = [shard_numel(setup, weight) for weight in trained]
-    if not setup.in_8_bits:
+    if not has_8_bit_states(setup):
         return Line("AdamW", 2 * _FLOAT * sum(each), f"{sum(each):,} x 8 B (two moments)")
     how = f"{sum(each):,} numbers in two moments, with scales; 8 B each in parameters too small for 8 bits"
     return Line("AdamW, 8 bits", sum(map(adamw_bytes, each)), how)
@@ -92,7 +92,7 @@ def teacher_states(setup: Setup) -> list[Line]:
 
 def _teacher_parameters(setup: Setup, teacher: ModelSizes) -> Line:
     item, ranks = setup.teacher_item, setup.teacher_ranks
-    if (packed := setup.teacher_packed) is not None:
+    if (packed := teacher_packed(setup)) is not None:
         return _packed_teacher(setup, teacher, packed)
     if ranks == 1:
         return Line("teacher", item * teacher.numel, f"{teacher.numel:,} x {item} B, whole on each rank")

@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kd_plugin.estimate.setup import Setup, teacher_forwards
+from kd_plugin.estimate.setup import Setup, has_8_bit_states, teacher_forwards
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.estimate.speeds import LayerSpeeds, Speeds
 from kd_plugin.estimate.states import shard_numel
@@ -175,7 +175,7 @@ def _around_weights(setup: Setup, speeds: Speeds) -> list[Phase]:
         learnt = -(-student.trainable // setup.world_size)
     copied = times * _copied(setup, own, learnt) + _copied_teacher(setup)
     clipped = _NORM + _SCALED * (setup.config.train.max_grad_norm is not None)
-    adamw = _ADAMW_IN_8_BITS if setup.in_8_bits else _PLAIN_ADAMW if setup.is_zero else _FUSED_ADAMW
+    adamw = _ADAMW_IN_8_BITS if has_8_bit_states(setup) else _PLAIN_ADAMW if setup.is_zero else _FUSED_ADAMW
     adamw += clipped
     return [
         Phase("casts and copies", memory=copied / speeds.fresh, how=f"{copied / 1e9:,.3g} GB to gather and reduce"),

@@ -88,8 +88,9 @@ def _int4(dtype: torch.dtype, device: torch.device) -> Any:
             f"{str(dtype).removeprefix('torch.')}: set teacher.dtype to bfloat16, or {_WHERE} to int8"
         )
     from torchao.quantization import Int4WeightOnlyConfig
+    from torchao.quantization.quantize_.workflows import Int4PackingFormat
 
-    packed = "tile_packed_to_4d"
+    packed = Int4PackingFormat.TILE_PACKED_TO_4D
     return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format=packed, set_inductor_config=False)
 
 

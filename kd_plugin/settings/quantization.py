@@ -9,7 +9,7 @@ Notable decisions:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator
 
@@ -53,10 +53,10 @@ def bits_of(quantization: str | Mapping[str, Any]) -> int | None:
     return next((bits for bits in (4, 8) if f"{bits}Weight" in kind), None)
 
 
-def _default_type(quantization: Mapping[str, Any]) -> dict[str, Any]:
+def _default_type(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
     kinds: Any = quantization.get("quant_type")
-    kind: Any = kinds.get("default") if isinstance(kinds, dict) else None  # pyright: ignore[reportUnknownMemberType]
-    return kind if isinstance(kind, dict) else {}  # pyright: ignore[reportUnknownVariableType]
+    kind: Any = cast("Mapping[str, Any]", kinds).get("default") if isinstance(kinds, Mapping) else None
+    return cast("Mapping[str, Any]", kind) if isinstance(kind, Mapping) else {}
 
 
 def _checked(value: str | dict[str, Any]) -> str | dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kd_plugin.engines import zero_block
 from kd_plugin.models.files import ModelError, resolve_source
 from kd_plugin.settings.extras import missing
 from kd_plugin.settings.quantization import STAY_PACKED, method_of
@@ -67,7 +68,19 @@ def quantised_layout_problems(
             f"{what}, but teacher.offload is true, and no wrapper brings quantised weights from host memory layer by "
             "layer: set teacher.offload to false"
         )
+    if (method or method_of(teacher.quantization or "int8")) == "torchao" and _replaces_linear(config, mode):
+        problems.append(
+            f"{what}, but ZeRO-3 replaces torch.nn.functional.linear by one that torchao's weights do not know: set "
+            "deepspeed.zero_optimization.memory_efficient_linear to false"
+        )
     return problems
+
+
+def _replaces_linear(config: RunConfig, mode: str | None) -> bool:
+    if (mode or config.train.parallel) != "deepspeed" or zero_block.zero_stage(config.deepspeed) != 3:
+        return False
+    options = (config.deepspeed or {}).get("zero_optimization")
+    return not isinstance(options, dict) or options.get("memory_efficient_linear", True) is not False
 
 
 def _of_checkpoints(config: RunConfig) -> Iterator[str]:

@@ -22,9 +22,14 @@ WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidde
 NARROW = {"optimizer": "adamw_8bit", "max_steps": 4, "export": False}
 STUDENT = {"from_teacher": None, "from_config": WIDE}
 SAVED = {**NARROW, "save_every": 2}
+# As the refusal of ZeRO-3 with DeepSpeed's own linear layers says
+PLAIN_LINEAR = {"deepspeed": {"zero_optimization": {"stage": 3, "memory_efficient_linear": False}}}
 TEACHERS = [
-    run(f"{name}_int8", name, train={"export": False}, teacher=QUANTISED)
-    for name in ("fsdp", "ddp", "fsdp1", "zero2", "zero3")
+    *(
+        run(f"{name}_int8", name, train={"export": False}, teacher=QUANTISED)
+        for name in ("fsdp", "ddp", "fsdp1", "zero2")
+    ),
+    run("zero3_int8", "zero3", train={"export": False}, teacher=QUANTISED, **PLAIN_LINEAR),
 ]
 STATES = [
     *(run(f"{name}_8bit", name, train=NARROW, student=STUDENT) for name in ("fsdp", "ddp")),

@@ -13,6 +13,7 @@ from kd_plugin.settings.run import RunConfig
 from kd_plugin.training.preflight import early_problems, idle_settings
 from tests.tiny_runs import run_config
 
+STAGE_2 = {"zero_optimization": {"stage": 2}}
 GPTQ = {"quant_method": "gptq", "bits": 4}
 
 
@@ -46,21 +47,34 @@ def problems(run: RunConfig, mode: str | None = None, world_size: int | None = N
 
 @pytest.mark.parametrize("mode", ["single", "ddp", "fsdp", "fsdp1", "deepspeed"])
 def test_a_quantised_teacher_that_is_whole_on_each_rank_runs_in_every_mode(folder: Path, mode: str) -> None:
-    assert problems(config(folder), mode, 1 if mode == "single" else 2) == []
+    assert problems(config(folder, deepspeed=STAGE_2), mode, 1 if mode == "single" else 2) == []
+
+
+def test_zero3s_own_linear_layers_are_not_for_torchaos_weights(folder: Path) -> None:
+    cure = "set deepspeed.zero_optimization.memory_efficient_linear to false"
+    for block in (None, {"zero_optimization": {"stage": 3}}):
+        (line,) = problems(config(folder, deepspeed=block or {}), "deepspeed", 2)
+        assert line.startswith("teacher.quantization is int8, but ZeRO-3 replaces") and line.endswith(cure)
+    plain = {"zero_optimization": {"memory_efficient_linear": False}}
+    assert problems(config(folder, deepspeed=plain), "deepspeed", 2) == []
+    bitsandbytes = {"quantization": "bitsandbytes_4bit"}
+    assert problems(config(folder, teacher=bitsandbytes), "deepspeed", 2) == [], "which has layers of its own"
 
 
 @pytest.mark.parametrize("mode", [None, "ddp", "fsdp", "fsdp1", "deepspeed"])
 def test_it_is_not_cut_over_ranks(folder: Path, mode: str | None) -> None:
-    (line,) = problems(config(folder, teacher={"sharding": "shard"}), mode, None if mode is None else 2)
+    cut = config(folder, teacher={"sharding": "shard"}, deepspeed=STAGE_2)
+    (line,) = problems(cut, mode, None if mode is None else 2)
     assert line.startswith("teacher.quantization is int8, but teacher.sharding is shard")
     assert line.endswith("set teacher.sharding to replicate")
 
 
 def test_one_process_cuts_nothing(folder: Path) -> None:
-    alone = config(folder, teacher={"sharding": "shard"})
+    alone = config(folder, teacher={"sharding": "shard"}, deepspeed=STAGE_2)
     assert problems(alone, "single", 1) == [] and problems(alone, "deepspeed", 1) == []
     assert problems(config(folder, teacher={"sharding": "shard"}, train={"parallel": "single"})) == []
-    assert idle_settings(config(folder), "single") == [], "what several ranks would want is no idle setting"
+    quiet = config(folder, train={"parallel": "single"})
+    assert idle_settings(quiet, "single") == [], "what several ranks would want is no idle setting"
 
 
 @pytest.mark.parametrize("mode", ["single", "fsdp", "deepspeed"])
