@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator
 
-__all__ = ["METHODS", "STAY_PACKED", "Quantization", "bits_of", "method_of"]
+__all__ = ["METHODS", "STAY_PACKED", "Quantization", "bits_of", "method_of", "mixes_rows"]
 
 QuantizationName = Literal["int8", "int4", "bitsandbytes_8bit", "bitsandbytes_4bit"]
 
@@ -51,6 +51,13 @@ def bits_of(quantization: str | Mapping[str, Any]) -> int | None:
         return 4 if quantization.get("load_in_4bit") else 8
     kind = str(_default_type(quantization).get("_type", ""))
     return next((bits for bits in (4, 8) if f"{bits}Weight" in kind), None)
+
+
+def mixes_rows(quantization: str | Mapping[str, Any]) -> bool:
+    """Whether what one token becomes depends on others: LLM.int8 takes out columns in which any token is an outlier."""
+    if method_of(quantization) != "bitsandbytes" or bits_of(quantization) != 8:
+        return False
+    return isinstance(quantization, str) or bool(quantization.get("llm_int8_threshold", 6.0))
 
 
 def _default_type(quantization: Mapping[str, Any]) -> Mapping[str, Any]:

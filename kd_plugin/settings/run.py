@@ -84,9 +84,9 @@ class TeacherConfig(ModelSource):
 
     quantization: Quantization | None = None
     """Quantise the weights of its linear layers while they are loaded; the head, and an embedding tied to it, stay in
-    `dtype`. `int8` and `int4`: weights only, by torchao; `bitsandbytes_8bit` (LLM.int8) and `bitsandbytes_4bit` (NF4):
-    by bitsandbytes; or a mapping as Transformers writes it into a config.json, e.g. {quant_method: bitsandbytes,
-    load_in_4bit: true}. Needs `sharding: replicate` on several ranks."""
+    `dtype`. `int8` and `int4`: weights only, by torchao; `bitsandbytes_8bit` (LLM.int8, with `data.packing: joined`)
+    and `bitsandbytes_4bit` (NF4): by bitsandbytes; or a mapping as Transformers writes it into a config.json, e.g.
+    {quant_method: bitsandbytes, load_in_4bit: true}. Needs `sharding: replicate` on several ranks."""
 
     offload: bool = False
     """Keep its parameters in host memory; each layer is copied to the GPU when it runs."""

@@ -98,7 +98,7 @@ def has_finite_parameters(student: nn.Module, optimizer: torch.optim.Optimizer |
     whole = [*student.parameters(), *(value for value in states if isinstance(value, Tensor))]
     for values in (part for tensor in whole for part in inner_tensors(values_here(tensor))):
         if values.numel() and values.is_floating_point():
-            here = values.isfinite().all()
+            here = _finite(values).all()
             finite = here if finite is None else finite & here.to(finite.device)
     broken = finite is not None and not finite.item()
     return not reduce_numbers({"parameters or states that are not finite": float(broken)}, op="max").popitem()[1]
@@ -128,4 +128,9 @@ def check_weights(model: nn.Module, side: str, source: str) -> None:
 def _is_finite(values: Tensor) -> bool:
     """Whether there is no NaN or infinity; of quantised weights the scales have them."""
     parts = [] if values.is_meta else [part for part in inner_tensors(values) if part.is_floating_point()]
-    return all(bool(part.isfinite().all()) for part in parts)
+    return all(bool(_finite(part).all()) for part in parts)
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Of each value, whether it is neither NaN nor infinite; torch cannot ask that of 8-bit floats."""
+    return (values.float() if values.itemsize == 1 else values).isfinite()

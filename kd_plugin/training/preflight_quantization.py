@@ -14,7 +14,7 @@ from typing import Any
 from kd_plugin.engines import zero_block
 from kd_plugin.models.files import ModelError, resolve_source
 from kd_plugin.settings.extras import missing
-from kd_plugin.settings.quantization import STAY_PACKED, method_of
+from kd_plugin.settings.quantization import STAY_PACKED, method_of, mixes_rows
 from kd_plugin.settings.run import ModelSource, RunConfig
 
 __all__ = ["missing_quantisers", "quantised_layout_problems", "quantization_problems"]
@@ -35,7 +35,7 @@ def quantization_problems(config: RunConfig, mode: str | None) -> list[str]:
 
     `mode` is `train.parallel`, resolved; None where the launch is not known.
     """
-    return [*_of_checkpoints(config), *_of_optimizer(config, mode)]
+    return [*_of_checkpoints(config), *_of_packing(config), *_of_optimizer(config, mode)]
 
 
 def quantised_layout_problems(
@@ -100,6 +100,16 @@ def _of_checkpoints(config: RunConfig) -> Iterator[str]:
         yield (
             f"student.model {student.model} is quantised ({of_student}), and a student is trained in fp32: name a "
             "checkpoint that is not quantised"
+        )
+
+
+def _of_packing(config: RunConfig) -> Iterator[str]:
+    quantization = config.teacher.quantization
+    if quantization is not None and config.data.packing == "isolated" and mixes_rows(quantization):
+        yield (
+            f"teacher.quantization is {_shown(quantization)} (LLM.int8), by whose outliers documents of a sequence act "
+            "on each other, but data.packing is isolated: set teacher.quantization to int8 or {load_in_8bit: true, "
+            "llm_int8_threshold: 0.0}, or data.packing to joined"
         )
 
 

@@ -65,6 +65,7 @@ def test_the_learning_rate_is_the_one_that_is_set(eager: None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_compiled_it_is_what_it_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao")
     compiled, _ = trained("adamw_8bit", steps=10)

@@ -20,9 +20,9 @@ pytest.importorskip("torchao")
 BATCHES = [make_batch(seed, rows=3, length=11) for seed in range(3)]
 
 
-def quantised(folder: Path, name: str = "llama", **settings: object) -> nn.Module:
-    make_model(name, seed=2, width=48, dtype=torch.float32, **settings).save_pretrained(folder)
-    return load_teacher(TeacherConfig(model=str(folder), dtype="float32", quantization="int8"))
+def quantised(folder: Path, name: str = "llama", how: str = "int8", *, width: int = 48) -> nn.Module:
+    make_model(name, seed=2, width=width, dtype=torch.float32).save_pretrained(folder)
+    return load_teacher(TeacherConfig(model=str(folder), dtype="float32", quantization=how))
 
 
 def student_of(name: str) -> nn.Module:
@@ -42,6 +42,16 @@ def test_the_loss_is_that_of_the_quantised_teachers_logits(tmp_path: Path, name:
     assert metrics["soft_loss"] == pytest.approx(wanted.soft, rel=1e-5)
     assert metrics["kl_t1"] == pytest.approx(wanted.metrics["kl_t1"], rel=1e-5)
     assert_same_gradients(gradients_of(student, lambda: student(**batch).loss), gradients, 1e-5)
+
+
+@pytest.mark.parametrize("how", ["int4", "bitsandbytes_8bit", "bitsandbytes_4bit"])
+def test_so_it_is_of_every_other_way_to_quantise(tmp_path: Path, how: str) -> None:
+    if "bitsandbytes" in how:
+        pytest.importorskip("bitsandbytes")
+    student, teacher, config = student_of("llama"), quantised(tmp_path, how=how, width=128), config_of()
+    wanted = expected_loss(student, teacher, BATCHES[0], config).loss.item()
+    kd.attach(student, teacher, config)
+    assert student(**BATCHES[0]).loss.item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_it_is_another_loss_than_the_whole_teachers(tmp_path: Path) -> None:

@@ -108,6 +108,16 @@ def test_a_quantised_checkpoint_is_no_student(folder: Path) -> None:
     assert problems(config(folder, student={**student, "from_config": {"vocab_size": 9}})) == [], "weights are not read"
 
 
+def test_llm_int8_does_not_keep_documents_apart(folder: Path) -> None:
+    mixed = {"quantization": "bitsandbytes_8bit"}
+    (line,) = problems(config(folder, teacher=mixed), "single", 1)
+    assert line.startswith("teacher.quantization is bitsandbytes_8bit (LLM.int8), by whose outliers")
+    assert problems(config(folder, teacher=mixed, data={"packing": "joined"}), "single", 1) == []
+    for block in ({"load_in_8bit": True, "llm_int8_threshold": 0.0}, {"load_in_4bit": True}, "bitsandbytes_4bit"):
+        assert problems(config(folder, teacher={"quantization": block}), "single", 1) == []
+    assert len(problems(config(folder, teacher={"quantization": {"load_in_8bit": True}}), "single", 1)) == 1
+
+
 @pytest.mark.parametrize(
     ("mode", "cure"), [("deepspeed", "whose states ZeRO cannot cut"), ("fsdp1", "whose states FSDP1 cannot put")]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import kd_plugin as kd
 from kd_plugin.models.loading import load_teacher
 from kd_plugin.settings.run import RunConfig, TeacherConfig
 from kd_plugin.settings.yaml_file import load_config
-from kd_plugin.training.finite import BrokenWeightsError
+from kd_plugin.training.finite import BrokenWeightsError, check_weights
 from kd_plugin.training.preflight import SetupError
 from kd_plugin.training.run import TrainResult
+from tests.tiny_models import make_model
 from tests.tiny_runs import curve, make_folder, run_config
 
 pytest.importorskip("torchao")
@@ -76,6 +78,7 @@ def test_memory_counts_packed_weights_as_they_are_held(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_compiled_layers_of_both_models_change_nothing(
     folder: Path, result: TrainResult, caplog: pytest.LogCaptureFixture
@@ -93,6 +96,26 @@ def test_a_tied_teacher_in_bfloat16_trains(tmp_path: Path) -> None:
     assert curve(result)[-1] < curve(result)[0]
 
 
+@pytest.mark.parametrize(
+    ("how", "packing"),
+    [
+        ("int4", "isolated"),
+        ("bitsandbytes_4bit", "isolated"),
+        ("bitsandbytes_8bit", "joined"),
+        ({"load_in_8bit": True, "llm_int8_threshold": 0.0}, "isolated"),
+    ],
+)
+def test_every_other_way_to_quantise_trains(tmp_path: Path, how: Any, packing: str) -> None:
+    if how != "int4":
+        pytest.importorskip("bitsandbytes")
+    folder = make_folder(tmp_path)
+    teacher = make_model("llama", width=128, vocab_size=64, seed=7, dtype=torch.float32, max_position_embeddings=128)
+    teacher.save_pretrained(folder / "teacher")
+    student = {"from_teacher": None, "from_config": {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8}}
+    result = kd.train(config(folder, "other", how, student=student, data={"packing": packing}))
+    assert curve(result)[-1] < curve(result)[0]
+
+
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     model = load_teacher(TeacherConfig(model=str(folder / "teacher"), dtype="float32"))
@@ -104,6 +127,16 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     student = {"from_teacher": None, "model": str(folder / "teacher")}
     with pytest.raises(BrokenWeightsError, match=r"1 weight\(s\) of the teacher .*up_proj"):
         kd.train(config(folder, "broken", teacher={"model": str(folder / "broken")}, student=student))
+
+
+def test_weights_in_8_bit_floats_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 1)
+    model = torch.nn.Linear(3, 2)
+    model.weight = torch.nn.Parameter(model.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    check_weights(model, "teacher", "here")
+    model.weight.data = torch.full((2, 3), math.nan).to(torch.float8_e4m3fn)
+    with pytest.raises(BrokenWeightsError, match=r"1 weight\(s\) of the teacher \(here\) hold NaN"):
+        check_weights(model, "teacher", "here")
 
 
 def test_a_quantised_checkpoint_on_several_ranks_is_refused_once_it_is_loaded(
