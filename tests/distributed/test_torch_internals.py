@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
-from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _python_dispatch
 
 from kd_plugin.distributed import compiler_internals, torch_internals
@@ -132,13 +131,6 @@ def test_autograd_says_whether_its_graph_is_kept(kept: bool) -> None:
     y.register_hook(lambda gradient: said.append(torch_internals.graph_is_kept()))
     y.backward(retain_graph=kept)
     assert said == [kept]
-
-
-def test_a_tensor_of_others_is_taken_apart() -> None:
-    plain, other = torch.zeros(2), torch.ones(2)
-    pair = TwoTensor(plain, TwoTensor(other, plain))
-    assert torch_internals.inner_tensors(plain) == [plain]
-    assert [id(part) for part in torch_internals.inner_tensors(pair)] == [id(plain), id(other), id(plain)]
 
 
 def test_writes_in_place_are_counted_where_tensors_count_them() -> None:
