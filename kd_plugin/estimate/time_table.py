@@ -70,7 +70,7 @@ def time_unknowns(setup: Setup) -> list[str]:
     lines += ["checkpoints", "the first step's compilation"]
     if teacher_packed(setup) is not None:
         lines.append("unpacking the teacher's quantised weights: it is timed as if it were not")
-    if has_8_bit_states(setup):
+    if has_8_bit_states(setup) and setup.device == "cuda":
         lines.append("the search for 8-bit codes in the optimizer")
     if setup.teacher_streamed:
         lines.append("the teacher's way from host memory to the GPU in every forward")

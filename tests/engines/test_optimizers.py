@@ -11,6 +11,7 @@ from torch import nn
 from kd_plugin.distributed.torch_internals import inner_tensors
 from kd_plugin.engines.optimizers import make_adamw, set_learning_rate, states_differ
 from kd_plugin.settings.run import TrainConfig
+from tests.allocations import allocator_record
 
 CPU = torch.device("cpu")
 
@@ -71,6 +72,20 @@ def test_compiled_it_is_what_it_is_eager(monkeypatch: pytest.MonkeyPatch) -> Non
     compiled, _ = trained("adamw_8bit", steps=10)
     monkeypatch.setattr("kd_plugin.engines.optimizers.missing_compiler", lambda device: "a test")
     assert trained("adamw_8bit", steps=10)[0] == pytest.approx(compiled, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:OptimState8bit does not implement _stable_hash_for_caching:UserWarning")
+def test_compiled_it_holds_both_moments_of_one_parameter_in_full() -> None:
+    """As an estimate says."""
+    pytest.importorskip("torchao")
+    parameter = nn.Parameter(torch.randn(512, 768))
+    optimizer = make_adamw([{"params": [parameter]}], TrainConfig(optimizer="adamw_8bit"), CPU, fused=False)
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    _, peak = allocator_record(optimizer.step)
+    assert peak == pytest.approx(8 * parameter.numel(), rel=0.05)
 
 
 def test_without_a_compiler_it_says_that_it_runs_eager(eager: None, caplog: pytest.LogCaptureFixture) -> None:

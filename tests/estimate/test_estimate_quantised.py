@@ -131,6 +131,16 @@ def test_states_in_8_bits_are_as_large_as_estimated(folder: Path, monkeypatch: p
     assert estimated["AdamW, 8 bits"] < 0.5 * 2 * estimated["student gradients"]
 
 
+def test_a_step_in_8_bits_needs_the_largest_parameter_in_full_and_more_time(folder: Path) -> None:
+    estimated, wide = (
+        estimate(config(folder, train={"optimizer": name}), device="cpu", speeds=SPEEDS)
+        for name in ("adamw_8bit", "adamw_fused")
+    )
+    assert estimated.memory.phase_bytes("optimizer step") == 8 * 64 * 128
+    seconds = [next(p.seconds for p in each.time.phases if p.name == "optimizer") for each in (estimated, wide)]
+    assert seconds[0] == pytest.approx(seconds[1] * (18 * 28 + 12) / (28 + 12))
+
+
 def test_parts_too_small_for_8_bits_are_counted_in_32() -> None:
     assert adamw_bytes(4096) == 2 * (4096 + 16 * 4 + 256 * 4)
     assert adamw_bytes(4095) == 8 * 4095 and adamw_bytes(4096 + 128) == 8 * (4096 + 128)
