@@ -35,7 +35,6 @@ __all__ = [
     "ResolvedSource",
     "build_student",
     "check_positions",
-    "load_models",
     "load_teacher",
     "load_tokenizer",
     "progress_bars",
@@ -79,22 +78,6 @@ def load_teacher(config: TeacherConfig, device: torch.device = CPU) -> PreTraine
     teacher = _load_model(config, dtype, **loading_options(how, dtype, device))
     check_quantised(teacher, how)
     return teacher.eval().requires_grad_(False)
-
-
-def load_models(
-    teacher: TeacherConfig, student: StudentConfig, device: torch.device, *, seed: int
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Load the teacher and make the student: `load_teacher` and `build_student`, as which this raises.
-
-    A student that is cut from a teacher with `quantization` gets the teacher's weights as the files have them.
-    """
-    if teacher.quantization is None or student.from_teacher is None:
-        loaded = load_teacher(teacher, device)
-        return loaded, build_student(student, loaded, seed=seed)
-    whole = load_teacher(teacher.model_copy(update={"quantization": None}))
-    made = build_student(student, whole, seed=seed)
-    del whole  # before it is there a second time
-    return load_teacher(teacher, device), made
 
 
 def build_student(config: StudentConfig, teacher: PreTrainedModel, *, seed: int) -> PreTrainedModel:

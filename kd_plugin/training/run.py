@@ -27,7 +27,7 @@ import torch
 from kd_plugin.data.documents import check_all_ids, load_datasets
 from kd_plugin.engines.process_group import Placement, start_process_group
 from kd_plugin.engines.protocol import DTYPES
-from kd_plugin.models.loading import check_positions, load_models, progress_bars
+from kd_plugin.models.loading import build_student, check_positions, load_teacher, progress_bars
 from kd_plugin.models.quantization import quantization_method
 from kd_plugin.plugin.tokenizers import check_vocabulary
 from kd_plugin.settings.run import RunConfig
@@ -136,7 +136,7 @@ def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
 def _load(config: RunConfig, place: Placement) -> Material:
     tokenizer = tokenizer_of(config)
     datasets = load_datasets(config.data, tokenizer, config.distill.ignore_index, seed=config.train.seed)
-    teacher, student = load_models(config.teacher, config.student, place.device, seed=config.train.seed)
+    teacher, student = _models(config, place)
     mode, found = parallel_mode(config, place.world_size), quantization_method(teacher)
     if problems := quantised_layout_problems(config, mode, place.world_size, found=found):
         raise SetupError("\n".join(problems))
@@ -149,6 +149,17 @@ def _load(config: RunConfig, place: Placement) -> Material:
     check_all_ids(config, tokenizer, datasets, embedded)
     seed_everything(config.train.seed + place.rank)  # dropout differs by rank, weights are there already
     return Material(tokenizer, datasets, teacher, student)
+
+
+def _models(config: RunConfig, place: Placement) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Teacher and student; one that is cut from a teacher that is quantised here gets the weights of its files."""
+    seed = config.train.seed
+    if config.teacher.quantization is None or config.student.from_teacher is None:
+        teacher = load_teacher(config.teacher, place.device)
+        return teacher, build_student(config.student, teacher, seed=seed)
+    whole = config.teacher.model_copy(update={"quantization": None})
+    student = build_student(config.student, load_teacher(whole), seed=seed)
+    return load_teacher(config.teacher, place.device), student
 
 
 def _source_of(config: RunConfig, role: str) -> str:

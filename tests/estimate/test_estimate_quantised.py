@@ -17,7 +17,7 @@ from kd_plugin.engines.process_group import start_process_group
 from kd_plugin.estimate.account import Estimate, EstimateError, estimate
 from kd_plugin.estimate.quantization import adamw_bytes, packed_as
 from kd_plugin.estimate.tables import notes_of
-from kd_plugin.models.loading import load_models, load_teacher
+from kd_plugin.models.loading import build_student, load_teacher
 from kd_plugin.settings.run import RunConfig
 from tests.round_speeds import SPEEDS
 from tests.tiny_models import make_model
@@ -115,7 +115,8 @@ def test_states_in_8_bits_are_as_large_as_estimated(folder: Path, monkeypatch: p
     run = config(folder, train={"optimizer": "adamw_8bit"})
     place = start_process_group(60)
     try:
-        teacher, student = load_models(run.teacher, run.student, place.device, seed=0)
+        teacher = load_teacher(run.teacher)
+        student = build_student(run.student, teacher, seed=0)
         kd.attach(student, teacher, run.distill)
         engine = FsdpEngine(student, teacher, run, place, "single")
         ids = torch.randint(3, 60, (2, 32), generator=torch.Generator().manual_seed(0))

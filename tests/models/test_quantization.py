@@ -11,14 +11,13 @@ from torch import nn
 
 from kd_plugin.distributed.torch_internals import inner_tensors, is_wrapper_subclass
 from kd_plugin.models.files import ModelError
-from kd_plugin.models.loading import build_student, load_models, load_teacher
+from kd_plugin.models.loading import build_student, load_teacher
 from kd_plugin.models.students import StudentError
 from kd_plugin.settings.run import StudentConfig, TeacherConfig
 from tests.refusals import refused
 from tests.tiny_models import make_batch, make_model
 
 pytest.importorskip("torchao")
-CPU = torch.device("cpu")
 
 
 def saved(folder: Path, name: str = "llama", **settings: object) -> str:
@@ -106,16 +105,6 @@ def test_a_mapping_that_torchao_cannot_read_is_named(tmp_path: Path) -> None:
 def test_a_model_without_linear_layers_is_not_said_to_be_quantised(tmp_path: Path) -> None:
     words = ("teacher.quantization int8 quantises nothing in GPT2LMHeadModel", "leave it out")
     refused(lambda: quantised(tmp_path, "gpt2"), *words)
-
-
-def test_a_student_is_cut_from_the_teachers_own_weights(tmp_path: Path) -> None:
-    config = TeacherConfig(model=saved(tmp_path), dtype="float32", quantization="int8")
-    cut = StudentConfig.model_validate({"from_teacher": {"layers": 2}})
-    teacher, student = load_models(config, cut, CPU, seed=0)
-    assert packed_names(teacher) and not packed_names(student)
-    whole = load_teacher(config.model_copy(update={"quantization": None}))
-    wanted = build_student(cut, whole, seed=0).state_dict()
-    assert all(torch.equal(value, wanted[name]) for name, value in student.state_dict().items())
 
 
 @pytest.fixture

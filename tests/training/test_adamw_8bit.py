@@ -88,13 +88,14 @@ def test_states_that_are_no_numbers_are_seen(folder: Path) -> None:
     from kd_plugin.distributed.torch_internals import inner_tensors
     from kd_plugin.engines.fsdp import FsdpEngine
     from kd_plugin.engines.process_group import start_process_group
-    from kd_plugin.models.loading import load_models
+    from kd_plugin.models.loading import build_student, load_teacher
     from kd_plugin.training.finite import has_finite_parameters
 
     run = config(folder, "finite")
     place = start_process_group(60)
     try:
-        teacher, student = load_models(run.teacher, run.student, place.device, seed=0)
+        teacher = load_teacher(run.teacher)
+        student = build_student(run.student, teacher, seed=0)
         kd.attach(student, teacher, run.distill)
         engine = FsdpEngine(student, teacher, run, place, "single")
         ids = torch.randint(3, 60, (2, 32), generator=torch.Generator().manual_seed(0))
