@@ -18,7 +18,8 @@ import typer
 from kd_plugin import __version__
 from kd_plugin.cli.launcher import one_line_errors, run_training
 from kd_plugin.cli.recipes import config_path, copy_recipe, recipe, recipes
-from kd_plugin.settings.run import DataConfig, DistillConfig, RunConfig, StudentConfig
+from kd_plugin.settings.quantization import method_of
+from kd_plugin.settings.run import DataConfig, DistillConfig, RunConfig, StudentConfig, TeacherConfig
 from kd_plugin.settings.schema import json_schema, markdown
 from kd_plugin.settings.yaml_file import ConfigError, load_config
 from kd_plugin.training.preflight import SetupError, early_problems, idle_settings
@@ -229,7 +230,7 @@ def _summary(config: RunConfig) -> str:
     sequences = f"{step.micro_batch_size} x {data.seq_len} tokens per rank and forward"
     return "\n".join(
         (
-            f"  teacher  {teacher.model} ({teacher.dtype}, {teacher.sharding})",
+            f"  teacher  {teacher.model} ({teacher.dtype}, {_quantised(teacher)}{teacher.sharding})",
             f"  student  {_origin(config.student)} ({config.student.dtype}{_adapters(config.student)})",
             f"  loss     {_loss(config.distill)}",
             f"  data     {_texts(data)}, {sequences}",
@@ -237,6 +238,12 @@ def _summary(config: RunConfig) -> str:
             f"  output   {config.log.output_dir}",
         )
     )
+
+
+def _quantised(teacher: TeacherConfig) -> str:
+    if teacher.quantization is None:
+        return ""
+    return f"{teacher.quantization if isinstance(teacher.quantization, str) else method_of(teacher.quantization)}, "
 
 
 def _texts(data: DataConfig) -> str:

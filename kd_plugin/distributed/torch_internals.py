@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -109,6 +109,18 @@ def is_wrapper_subclass(tensor: Tensor) -> bool:
 
     path = "torch.utils._python_dispatch.is_traceable_wrapper_subclass"
     return required(_python_dispatch, "is_traceable_wrapper_subclass", path)(tensor)
+
+
+def inner_tensors(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that `tensor` is made of: itself, or what a class that wraps others keeps (codes, scales).
+
+    Raises:
+        UnsupportedTorch: torch does not tell the two apart.
+    """
+    if not is_wrapper_subclass(tensor):
+        return [tensor]
+    parts = [getattr(tensor, name) for name in cast("Any", tensor).__tensor_flatten__()[0]]
+    return [inner for part in parts for inner in inner_tensors(part)]
 
 
 def storage_id(tensor: Tensor) -> int:

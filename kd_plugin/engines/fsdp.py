@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from kd_plugin.engines import fsdp_units
 from kd_plugin.engines.left_out import LeftOut
+from kd_plugin.engines.optimizers import make_adamw, set_learning_rate
 from kd_plugin.engines.process_group import Placement
 from kd_plugin.engines.protocol import DTYPES, parameter_groups
 from kd_plugin.settings.run import RunConfig, TeacherConfig
@@ -69,10 +70,8 @@ class FsdpEngine:
         self.teacher = self._place_teacher(teacher, config.teacher)
         fp16 = config.student.dtype == "float16"
         self._scaler = self._make_scaler(place.device.type, enabled=fp16)
-        settings = {"lr": train.learning_rate, "betas": train.adam_betas, "eps": train.adam_eps}
-        self.optimizer = self.torch_optimizer = torch.optim.AdamW(
-            groups, **settings, fused=self._fused(train.optimizer, fp16)
-        )
+        fused = self._fused(train.optimizer, fp16)
+        self.optimizer = self.torch_optimizer = make_adamw(groups, train, place.device, fused=fused)
 
     def _shard_student(
         self, student: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype, weight_decay: float
@@ -126,8 +125,7 @@ class FsdpEngine:
 
     def step(self, learning_rate: float) -> Tensor:
         """Clip the gradients and take one AdamW step, which fp16's loss scaling may leave out."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         self._scaler.unscale_(self.optimizer)
         norm = self._clip()
         self._scaler.step(self.optimizer)

@@ -13,7 +13,7 @@ import torch
 from kd_plugin.estimate.calibration import measured_speeds
 from kd_plugin.estimate.from_config import gpu_speeds, make_setup
 from kd_plugin.estimate.memory import Memory, memory
-from kd_plugin.estimate.setup import EstimateError, Line, Setup
+from kd_plugin.estimate.setup import EstimateError, Line, Setup, teacher_packed
 from kd_plugin.estimate.sizes import load_sizes
 from kd_plugin.estimate.speeds import Speeds
 from kd_plugin.estimate.step_time import StepTime, is_counted, step_time
@@ -146,7 +146,8 @@ def _in_memory(setup: Setup, gpu_memory_gib: float | None) -> Setup:
 
 
 def _choices(setup: Setup, gpu_memory_gib: float | None) -> tuple[Choice, ...]:
-    sharded = (False, True) if setup.world_size > 1 and setup.teacher is not None else (False,)
+    may_shard = setup.world_size > 1 and setup.teacher is not None and teacher_packed(setup) is None
+    sharded = (False, True) if may_shard else (False,)
     choices = [_choice(setup, layout, cut, gpu_memory_gib) for layout in _layouts(setup) for cut in sharded]
     return tuple(sorted(choices, key=_rank))
 

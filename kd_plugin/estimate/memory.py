@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from kd_plugin.distributed.layout import chunk_length
 from kd_plugin.engines.zero_block import uses_autocast
-from kd_plugin.estimate.setup import Line, Setup, keeps_student_head, runs_ahead
+from kd_plugin.estimate.setup import Line, Setup, has_8_bit_states, keeps_student_head, runs_ahead, teacher_packed
 from kd_plugin.estimate.sizes import ModelSizes
-from kd_plugin.estimate.states import host_states, student_states, teacher_states
+from kd_plugin.estimate.states import host_states, shard_numel, student_states, teacher_states
 from kd_plugin.row_kernels.blocks import block_rows
 
 _FLOAT, _HALF = 4, 2
@@ -65,6 +65,8 @@ def memory(setup: Setup) -> Memory:
     phases["layers' backward"] = (*held, *_layers_backward(setup))
     if setup.is_zero:
         phases["optimizer step"] = _zero_step(setup)
+    elif has_8_bit_states(setup):
+        phases["optimizer step"] = _step_in_8_bits(setup)
     return Memory((*student_states(setup), *teacher_states(setup)), phases, host_states(setup))
 
 
@@ -204,6 +206,10 @@ def _teacher_forward(setup: Setup, teacher: ModelSizes) -> list[Line]:
     lines = []
     if setup.teacher_gathered:
         lines.append(_working_copy(teacher, setup.teacher_item))
+    if teacher_packed(setup) is not None:
+        largest = max((weight.numel for unit in teacher.units for weight in unit.weights if weight.linear), default=0)
+        size, how = largest * setup.teacher_item, f"{largest:,} x {setup.teacher_item} B: the largest, one at a time"
+        lines.append(Line("teacher weight, unpacked", size, how))
     if teacher.activations is not None:
         together = min(setup.accumulation, setup.together)
         size, how = together * max(teacher.activations.layers), "what a layer would keep for backward; nothing stays"
@@ -267,6 +273,13 @@ def _zero_step(setup: Setup) -> tuple[Line, ...]:
     trained = setup.student.trainable
     part = -(-trained // setup.world_size) if setup.mode != "zero0" else trained
     return (Line("gradients in fp32", _FLOAT * part, f"{part:,} x 4 B while AdamW runs"),)
+
+
+def _step_in_8_bits(setup: Setup) -> tuple[Line, ...]:
+    trained = [weight for unit in setup.student.units for weight in unit.weights if weight.trainable]
+    largest = max(shard_numel(setup, weight) for weight in trained)
+    how = f"{largest:,} x 8 B: both moments of the largest parameter, compiled"
+    return (Line("moments in fp32", 2 * _FLOAT * largest, how),)
 
 
 def _total(lines: tuple[Line, ...]) -> float:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from kd_plugin.distributed.layout import chunk_length
 from kd_plugin.divergences.objective import make_objective
 from kd_plugin.engines.protocol import DTYPES
+from kd_plugin.estimate.quantization import Packed, packed_as
 from kd_plugin.estimate.sizes import ModelSizes
 from kd_plugin.loss.chunk_size import teacher_columns
 from kd_plugin.settings.distill import ExchangeMode
@@ -213,3 +214,17 @@ def keeps_student_head(setup: Setup) -> bool:
 def runs_ahead(setup: Setup) -> bool:
     """Whether the teacher reads several micro-batches of a step at once."""
     return setup.teacher is not None and teacher_forwards(setup) < setup.accumulation
+
+
+def teacher_packed(setup: Setup) -> Packed | None:
+    """How the teacher's weights are quantised, by `teacher.quantization` or its checkpoint; None: they are not."""
+    if setup.teacher is None:
+        return None
+    quantization = setup.config.teacher.quantization
+    quantization = setup.teacher.quantization if quantization is None else quantization
+    return None if quantization is None else packed_as(quantization)
+
+
+def has_8_bit_states(setup: Setup) -> bool:
+    """Whether the optimizer keeps its states in 8 bits."""
+    return setup.config.train.optimizer == "adamw_8bit" and not setup.is_zero

@@ -7,7 +7,9 @@ Notable decisions:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +21,7 @@ from kd_plugin.estimate.work import Activations, Run, Work, run_without_values
 from kd_plugin.models.adapters import add_adapters
 from kd_plugin.models.loading import read_config
 from kd_plugin.models.students import config_with, freeze, student_from_layers
+from kd_plugin.settings.quantization import STAY_PACKED, method_of
 from kd_plugin.settings.run import ModelSource, RunConfig
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ class Weight(NamedTuple):
     rows: int
     columns: int
     trainable: bool
+    linear: bool = False
+    """Whether it is of a linear layer besides the head, and not left out of the teacher's quantisation."""
 
     @property
     def numel(self) -> int:
@@ -72,6 +77,8 @@ class ModelSizes:
     """What one micro-batch takes through the backbone; None likewise."""
     why_unknown: str = ""
     """Why it does not run there."""
+    quantization: Mapping[str, Any] | None = None
+    """How the checkpoint says that it is quantised."""
 
     @property
     def numel(self) -> int:
@@ -110,14 +117,44 @@ def load_sizes(config: RunConfig) -> tuple[ModelSizes, ModelSizes]:
     Raises:
         ModelError, StudentError, ShardingError: a model is not found, or cannot be made as configured.
     """
-    teacher = _on_meta(config.teacher, read_config(config.teacher))
+    of_checkpoint = read_config(config.teacher)
+    teacher = _on_meta(config.teacher, of_checkpoint)
     student = _student(config, teacher)
     batch = (config.train.micro_batch_size, config.data.seq_len)
+    quantization = _quantization(of_checkpoint)
+    left_out = _left_out(quantization if config.teacher.quantization is None else config.teacher.quantization)
     of_student, of_teacher = (
-        _sizes(model, getattr(torch, source.dtype), batch, trained=model is student, masked=_is_masked(config, source))
+        _sizes(
+            model,
+            getattr(torch, source.dtype),
+            batch,
+            trained=model is student,
+            masked=_is_masked(config, source),
+            left_out=left_out,
+        )
         for model, source in ((student, config.student), (teacher, config.teacher))
     )
-    return of_student, of_teacher
+    return of_student, replace(of_teacher, quantization=quantization)
+
+
+def _quantization(config: PreTrainedConfig) -> Mapping[str, Any] | None:
+    """The block of a checkpoint's config.json that says how its weights are quantised, where they stay so."""
+    blocks = [getattr(part, "quantization_config", None) for part in (config, config.get_text_config())]
+    block = next((block for block in blocks if isinstance(block, Mapping)), None)
+    return block if block is not None and method_of(block) in STAY_PACKED else None
+
+
+def _left_out(quantization: str | Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Regular expressions for the modules that a mapping leaves out of quantisation, as Transformers reads its lists.
+
+    torchao's has beginnings of names, of bitsandbytes' an item may be the end of one as well.
+    """
+    if quantization is None or isinstance(quantization, str):
+        return ()
+    beginnings = quantization.get("modules_to_not_convert") or ()
+    either = quantization.get("llm_int8_skip_modules") or ()
+    begins = [rf"(?:{part})(?=\.|$)" for part in (*beginnings, *either)]
+    return (*begins, *(rf".*{re.escape(part)}$" for part in either))
 
 
 def _is_masked(config: RunConfig, source: ModelSource) -> bool:
@@ -158,13 +195,19 @@ def _on_meta(source: ModelSource, config: PreTrainedConfig, like: PreTrainedMode
 
 
 def _sizes(
-    model: PreTrainedModel, dtype: torch.dtype, batch: tuple[int, int], *, trained: bool, masked: bool
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    batch: tuple[int, int],
+    *,
+    trained: bool,
+    masked: bool,
+    left_out: Iterable[str],
 ) -> ModelSizes:
     embedding, head = embedding_and_head(model)
     weight = head.weight
     assert isinstance(weight, Tensor)
     tied, trainable, (vocab_size, width) = embedding.weight is weight, weight.requires_grad, weight.shape
-    units = _units(model, embedding, head)
+    units = _units(model, embedding, head, _linear_weights(model, head, tuple(left_out)))
     kind, frozen = type(model).__name__, [p for p in model.parameters() if not p.requires_grad]
     run, why = _run(model, dtype, batch, with_backward=trained, masked=masked)
     for parameter in frozen:
@@ -173,7 +216,17 @@ def _sizes(
     return ModelSizes(kind, units, vocab_size, width, tied, trainable, activations, work, why)
 
 
-def _units(model: PreTrainedModel, embedding: nn.Module, head: nn.Module) -> tuple[Unit, ...]:
+def _linear_weights(model: nn.Module, head: nn.Module, left_out: tuple[str, ...]) -> set[Tensor]:
+    """Weights of the linear layers besides the head, without modules whose names match one of `left_out`."""
+    return {
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+        if not any(re.match(pattern, name) for pattern in left_out)
+    }
+
+
+def _units(model: PreTrainedModel, embedding: nn.Module, head: nn.Module, linear: set[Tensor]) -> tuple[Unit, ...]:
     parts: list[tuple[str, nn.Module]] = [("layer", layer) for layer in decoder_layers(model)]
     if embedding.weight is head.weight:
         parts.append(("embedding and head", head))
@@ -184,13 +237,13 @@ def _units(model: PreTrainedModel, embedding: nn.Module, head: nn.Module) -> tup
     for name, module in (*parts, ("rest", model)):
         own = [parameter for parameter in module.parameters() if parameter not in seen]
         seen.update(own)
-        units.append(Unit(name, tuple(_weight(parameter) for parameter in own)))
+        units.append(Unit(name, tuple(_weight(parameter, parameter in linear) for parameter in own)))
     return tuple(units)
 
 
-def _weight(parameter: Tensor) -> Weight:
+def _weight(parameter: Tensor, linear: bool) -> Weight:
     rows = parameter.shape[0] if parameter.ndim else 1
-    return Weight(rows, parameter.numel() // max(rows, 1), parameter.requires_grad)
+    return Weight(rows, parameter.numel() // max(rows, 1), parameter.requires_grad, linear)
 
 
 def _run(

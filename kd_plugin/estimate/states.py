@@ -7,7 +7,8 @@ than 1 / W. FSDP1 and ZeRO cut flat ranges, and ZeRO leaves parameters below its
 from __future__ import annotations
 
 from kd_plugin.distributed.layout import chunk_length
-from kd_plugin.estimate.setup import Line, Setup, frozen_item
+from kd_plugin.estimate.quantization import Packed, adamw_bytes
+from kd_plugin.estimate.setup import Line, Setup, frozen_item, has_8_bit_states, teacher_packed
 from kd_plugin.estimate.sizes import ModelSizes, Weight
 
 __all__ = ["host_states", "shard_numel", "student_states", "teacher_states"]
@@ -41,8 +42,16 @@ def student_states(setup: Setup) -> list[Line]:
     return [
         _parameters(setup, kept, learnt, cut),
         Line("student gradients", _FLOAT * reduced, f"{reduced:,} x 4 B, reduced in fp32"),
-        Line("AdamW", 2 * _FLOAT * learnt, f"{learnt:,} x 8 B (two moments)"),
+        _adamw(setup, trained),
     ]
+
+
+def _adamw(setup: Setup, trained: list[Weight]) -> Line:
+    each = [shard_numel(setup, weight) for weight in trained]
+    if not has_8_bit_states(setup):
+        return Line("AdamW", 2 * _FLOAT * sum(each), f"{sum(each):,} x 8 B (two moments)")
+    how = f"{sum(each):,} numbers in two moments, with scales; 8 B each in parameters too small for 8 bits"
+    return Line("AdamW, 8 bits", sum(map(adamw_bytes, each)), how)
 
 
 def _parameters(setup: Setup, kept: int, learnt: int, cut: str) -> Line:
@@ -100,12 +109,26 @@ def teacher_states(setup: Setup) -> list[Line]:
 
 def _teacher_parameters(setup: Setup, teacher: ModelSizes) -> Line:
     item, ranks = setup.teacher_item, setup.teacher_ranks
+    if (packed := teacher_packed(setup)) is not None:
+        return _packed_teacher(setup, teacher, packed)
     if ranks == 1:
         return Line("teacher", item * teacher.numel, f"{teacher.numel:,} x {item} B, whole on each rank")
     sharded = {"ddp": "fsdp"}.get(setup.mode, "zero3" if setup.is_zero else setup.mode)
     spread = setup.spread(mode=sharded, teacher_sharded=True)
     kept = sum(shard_numel(spread, weight) for unit in teacher.units for weight in unit.weights)
     return Line("teacher", item * kept, f"{kept:,} x {item} B, cut over {ranks} ranks")
+
+
+def _packed_teacher(setup: Setup, teacher: ModelSizes, packed: Packed) -> Line:
+    item, every = setup.teacher_item, [weight for unit in teacher.units for weight in unit.weights]
+    linear = [weight for weight in every if weight.linear]
+    size = sum(packed.num_bytes(weight.rows, weight.columns, item, setup.device) for weight in linear)
+    count = sum(weight.numel for weight in linear)
+    rest = teacher.numel - count
+    how = f"{count:,} numbers as {packed.name}, {size / max(1, count):.3g} B each with scales"
+    if packed.bits is None:
+        how = f"{count:,} x {item} B, unquantised, as nothing here knows the bytes of {packed.name}"
+    return Line("teacher", size + item * rest, f"{how} + {rest:,} x {item} B, whole on each rank")
 
 
 def host_states(setup: Setup) -> tuple[Line, ...]:

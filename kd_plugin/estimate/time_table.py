@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kd_plugin.estimate.account import Estimate
-from kd_plugin.estimate.setup import Setup
+from kd_plugin.estimate.setup import Setup, has_8_bit_states, teacher_packed
 from kd_plugin.estimate.step_time import Phase, StepTime
 
 __all__ = ["duration", "exchange_times", "missing_time", "time_note", "time_rows", "time_unknowns"]
@@ -68,6 +68,10 @@ def time_unknowns(setup: Setup) -> list[str]:
         "data, logging, evaluation",
     ]
     lines += ["checkpoints", "the first step's compilation"]
+    if teacher_packed(setup) is not None:
+        lines.append("unpacking the teacher's quantised weights: it is timed as if it were not")
+    if has_8_bit_states(setup) and setup.device == "cuda":
+        lines.append("the search for 8-bit codes in the optimizer")
     if setup.teacher_streamed:
         lines.append("the teacher's way from host memory to the GPU in every forward")
     if setup.device == "cuda" and setup.world_size > 8:

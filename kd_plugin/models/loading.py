@@ -24,6 +24,7 @@ import torch
 from kd_plugin.models.adapters import add_adapters, say_what_is_trained, warn_of_idle_freeze
 from kd_plugin.models.files import ModelError, ResolvedSource, resolve_source, resolve_tokenizer, section_name
 from kd_plugin.models.pretrained import import_transformers, load_causal_lm, load_pretrained, refuse_pickle
+from kd_plugin.models.quantization import check_quantised, loading_options, refuse_quantised_student
 from kd_plugin.models.students import config_with, freeze, student_from_layers
 from kd_plugin.settings.run import ModelSource, StudentConfig, TeacherConfig
 
@@ -45,6 +46,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
+
 
 def load_tokenizer(config: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer of `config.tokenizer`, or else the one beside `config.model`.
@@ -61,13 +64,21 @@ def load_tokenizer(config: ModelSource) -> PreTrainedTokenizerBase:
     return load(source)
 
 
-def load_teacher(config: TeacherConfig) -> PreTrainedModel:
+def load_teacher(config: TeacherConfig, device: torch.device = CPU) -> PreTrainedModel:
     """Load the frozen teacher on the CPU: eval mode, no gradients, parameters in `config.dtype`.
 
+    One that `config.quantization` has quantised is loaded on `device`, where it will run.
+
     Raises:
-        ModelError: it is not found, or cannot be loaded.
+        ModelError: it is not found, cannot be loaded, or not be quantised so.
+        ImportError: a package is missing.
     """
-    return _load_model(config, getattr(torch, config.dtype)).eval().requires_grad_(False)
+    dtype, how = getattr(torch, config.dtype), config.quantization
+    if how is None:
+        return _load_model(config, dtype).eval().requires_grad_(False)
+    teacher = _load_model(config, dtype, **loading_options(how, dtype, device))
+    check_quantised(teacher, how)
+    return teacher.eval().requires_grad_(False)
 
 
 def build_student(config: StudentConfig, teacher: PreTrainedModel, *, seed: int) -> PreTrainedModel:
@@ -85,6 +96,7 @@ def build_student(config: StudentConfig, teacher: PreTrainedModel, *, seed: int)
         student = _fresh_student(config, config.from_config, teacher, seed)
     else:
         student = _load_model(config, torch.float32)
+        refuse_quantised_student(student, "student.model")
     if config.lora is not None:
         add_adapters(student, config.lora, seed=seed)
         warn_of_idle_freeze(student, config.freeze)
@@ -155,14 +167,20 @@ def _without_gguf_bar() -> Iterator[None]:
         gguf_files.tqdm = tqdm  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _load_model(config: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(config: ModelSource, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """Load from whatever `config` names; `options` go to `from_pretrained`."""
     source, where = resolve_source(config), f"{section_name(config)}.model"
     if source.gguf_file and (Path(source.path_or_id) / source.gguf_file).is_file():
         name = f"model-{str(dtype).removeprefix('torch.')}"
         source = _unpacked(source, name, partial(_load_gguf, config, source, dtype))
+    if source.gguf_file and options:
+        raise ModelError(
+            f"{where}: teacher.quantization wants a GGUF file that is on this machine and can be unpacked in HF_HOME, "
+            f"which {source.gguf_file} is not: download it, let HF_HOME be writable, or leave teacher.quantization out"
+        )
     if source.gguf_file:
         return _load_gguf(config, source, dtype)
-    kwargs: dict[str, Any] = {"dtype": dtype, **_attention(config)}
+    kwargs: dict[str, Any] = {"dtype": dtype, **_attention(config), **options}
     if not config.allow_pickle:
         refuse_pickle(source, where)
         kwargs["use_safetensors"] = True

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from kd_plugin.models.quantization import quantization_method
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -87,10 +89,16 @@ def student_from_layers(
         make_empty: builds a model of the teacher's class from a configuration, weights unset.
 
     Raises:
-        StudentError: `num_kept` is too many, or layers of this architecture depend on their position.
+        StudentError: `num_kept` is too many, layers of this architecture depend on their position, or the teacher's
+            weights are quantised.
     """
     where = "student.from_teacher"
     _require_plain(teacher.config, where)
+    if method := quantization_method(teacher):
+        raise StudentError(
+            f"{where}: the weights of teacher.model are quantised ({method}), and a student is trained in fp32: name a "
+            "checkpoint that is not, and set teacher.quantization, or use student.model or student.from_config"
+        )
     num_layers = teacher.config.num_hidden_layers
     kept = evenly_spaced(num_layers, num_kept)
     per_layer = {key: [list_[i] for i in kept] for key, list_ in per_layer_lists(teacher.config).items()}

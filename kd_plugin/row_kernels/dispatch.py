@@ -29,15 +29,21 @@ def choose(row_kernel: str, device_type: str) -> str:
     if row_kernel != "auto":
         logger.info("row_kernel: %s", row_kernel)
         return row_kernel
+    missing = missing_compiler(device_type)
+    chosen = "eager" if missing else "compile"
+    logger.info("row_kernel: auto -> %s (%s)", chosen, missing or "compiler found")
+    return chosen
+
+
+def missing_compiler(device_type: str) -> str:
+    """What torch.compile lacks for a "cpu" or "cuda" device on this machine; empty where nothing is missing."""
     compilers = ["c++", "g++", "clang++"] if device_type == "cpu" else ["nvcc", "gcc", "cc", "clang"]
     missing = []
     if not (os.environ.get("CXX") or any(shutil.which(name) for name in compilers)):
         missing.append(f"none of {compilers} in PATH")
     if device_type != "cpu" and find_spec("triton") is None:  # which torch.compile generates code for there
         missing.append("triton is not installed")
-    chosen = "eager" if missing else "compile"
-    logger.info("row_kernel: auto -> %s (%s)", chosen, ", ".join(missing) or "compiler found")
-    return chosen
+    return ", ".join(missing)
 
 
 @functools.cache

@@ -1,8 +1,8 @@
-"""What other trainers call a setting, for the suggestion behind an unknown key or divergence."""
+"""What other trainers call a setting or a value, for the suggestion behind one that is not known here."""
 
 from __future__ import annotations
 
-__all__ = ["DIVERGENCES", "KEYS"]
+__all__ = ["DIVERGENCES", "KEYS", "VALUES"]
 
 KEYS = {
     "lr": "train.learning_rate",
@@ -55,6 +55,10 @@ KEYS = {
     "max_length": "data.seq_len",
     "max_seq_length": "data.seq_len",
     "sequence_len": "data.seq_len",
+    "load_in_8bit": "teacher.quantization",
+    "load_in_4bit": "teacher.quantization",
+    "quantization_config": "teacher.quantization",
+    "quantization_bit": "teacher.quantization",
     "teacher_model": "teacher.model",
     "student_model": "student.model",
     "model_name_or_path": "student.model",
@@ -103,3 +107,21 @@ DIVERGENCES = {
     "mse": "logit_mse",
 }
 """Other name -> divergence here."""
+
+_EIGHT_BIT = ("adamw_bnb_8bit", "adamw_8bit_bnb", "adamw_torch_8bit", "paged_adamw_8bit", "adamw8bit", "adam_8bit")
+
+VALUES = {
+    "train.optimizer": {
+        **dict.fromkeys(_EIGHT_BIT, "adamw_8bit"),
+        "adamw_torch_fused": "adamw_fused",
+        "fused_adamw": "adamw_fused",
+        **dict.fromkeys(("adamw_torch", "adamw_hf", "adam", "paged_adamw"), "adamw"),
+    },
+    "teacher.quantization": {
+        **dict.fromkeys(("8bit", "8-bit", "load_in_8bit", "bnb_8bit", "llm.int8"), "bitsandbytes_8bit"),
+        **dict.fromkeys(("4bit", "4-bit", "load_in_4bit", "bnb_4bit", "nf4"), "bitsandbytes_4bit"),
+        **dict.fromkeys(("int8_weight_only", "torchao_int8", "torchao_int8_weight_only"), "int8"),
+        **dict.fromkeys(("int4_weight_only", "torchao_int4", "torchao_int4_weight_only"), "int4"),
+    },
+}
+"""Section and key here -> what other trainers write there -> the value here."""

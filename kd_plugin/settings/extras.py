@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 
+_BROUGHT_BY = {"torchao": "'kd-plugin[quantize]'", "bitsandbytes": "bitsandbytes"}
+"""Package -> what pip installs for it; all others come with the extra `train`."""
+
 
 def missing(package: str, why: str) -> str:
     """One line about an optional package that is not installed, as `require` says it; empty where it is."""
     if importlib.util.find_spec(package) is not None:
         return ""
-    return f"{package} is not installed and {why}: pip install 'kd-plugin[train]'"
+    what = _BROUGHT_BY.get(package, "'kd-plugin[train]'")
+    return f"{package} is not installed and {why}: pip install {what}"
 
 
 def require(package: str, why: str) -> None:

@@ -18,6 +18,7 @@ from kd_plugin.settings.data import DataConfig, WeightedSource
 from kd_plugin.settings.distill import DistillConfig, Section, TermConfig
 from kd_plugin.settings.held_out import HeldOutMetric, StopConfig
 from kd_plugin.settings.lora import LoraConfig
+from kd_plugin.settings.quantization import Quantization
 from kd_plugin.settings.teacher_input import TeacherInputConfig
 
 __all__ = [
@@ -84,6 +85,12 @@ class TeacherConfig(ModelSource):
 
     sharding: Literal["shard", "replicate"] = "shard"
     """`shard`: FSDP2 over `train.shard_size` ranks, or ZeRO-3 over all; `replicate`: whole on each rank."""
+
+    quantization: Quantization | None = None
+    """Quantise the weights of its linear layers while they are loaded; the head, and an embedding tied to it, stay in
+    `dtype`. `int8` and `int4`: weights only, by torchao; `bitsandbytes_8bit` (LLM.int8, with `data.packing: joined`)
+    and `bitsandbytes_4bit` (NF4): by bitsandbytes; or a mapping as Transformers writes it into a config.json, e.g.
+    {quant_method: bitsandbytes, load_in_4bit: true}. Needs `sharding: replicate` on several ranks."""
 
     offload: bool = False
     """Keep its parameters in host memory; each layer is copied to the GPU when it runs."""
@@ -180,9 +187,10 @@ class TrainConfig(Section):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Learning rate at the last step divided by the peak."""
 
-    optimizer: Literal["auto", "adamw", "adamw_fused"] = "auto"
+    optimizer: Literal["auto", "adamw", "adamw_fused", "adamw_8bit"] = "auto"
     """`adamw_fused` updates all parameters in one kernel, `adamw` does not. `auto`: fused, but under DeepSpeed, and
-    under FSDP1 in fp16, not."""
+    under FSDP1 in fp16, not. `adamw_8bit`: torchao's, which keeps both moments of a rank's part of a parameter in 8
+    bits where that has 4096 numbers or more, a multiple of 256; not under DeepSpeed or FSDP1."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay, on matrices only."""

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from kd_plugin.settings.aliases import KEYS
+from kd_plugin.settings.aliases import KEYS, VALUES
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.settings.schema import field_schema, known_keys, wanted
 
@@ -231,6 +231,8 @@ def _what(detail: ErrorDetails, keys: Keys, schema: dict[str, Any], values: Any)
         case "finite_number":
             return f"wants a finite number{got}"
     hint = "; null is written null" if given == "None" else ""
+    if other := VALUES.get(".".join(keys), {}).get(str(given).lower()):
+        hint = f"; did you mean {other!r}?"
     return f"wants {wanted(schema)}{hint}{got}"
 
 

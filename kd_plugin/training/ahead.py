@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from kd_plugin.distributed.layout import values_here
+from kd_plugin.distributed.torch_internals import inner_tensors
 from kd_plugin.engines.process_group import reduce_numbers
 from kd_plugin.plugin.attach import Plugin
 from kd_plugin.training import memory
@@ -92,4 +93,4 @@ class TeacherPace:
     def _parameter_bytes(self) -> int:
         models = [model for model in (self._plugin.student, self._plugin.teacher) if isinstance(model, nn.Module)]
         here = {parameter: values_here(parameter) for model in models for parameter in model.parameters()}
-        return sum(values.nbytes for values in here.values())
+        return sum(part.nbytes for values in here.values() for part in inner_tensors(values))

@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 
 from kd_plugin.distributed.collectives import all_gather_object
+from kd_plugin.engines.optimizers import states_differ
 from kd_plugin.engines.protocol import Engine
-from kd_plugin.loss import processor
-from kd_plugin.row_kernels import dispatch
 from kd_plugin.settings.run import RunConfig
+from kd_plugin.training.differences import changed_sections, numerics
 from kd_plugin.training.finite import has_finite_parameters
 from kd_plugin.training.random_state import random_state, set_random_state
 
@@ -52,8 +52,6 @@ PARTIAL = ".partial"
 """The end of a folder's name while it is written."""
 _STATE = "engine"
 _RUN = "run.json"
-_SAME = ("student", "teacher", "distill", "data", "deepspeed")
-"""Sections that make it another run when they change."""
 
 
 class CheckpointError(ValueError):
@@ -126,7 +124,7 @@ def together_in(folder: Path, config: RunConfig, world_size: int) -> int | None:
     That is where it had not been settled, and where the micro-batches, the ranks or the device are others.
     """
     run = json.loads((folder / _RUN).read_text())
-    same = run["world_size"] == world_size and run.get("numerics", {}).get("device") == _numerics(config)["device"]
+    same = run["world_size"] == world_size and run.get("numerics", {}).get("device") == numerics(config)["device"]
     before, now = run["config"], config.model_dump(mode="json")
     same = same and before["data"].get("seq_len") == now["data"]["seq_len"]
     sizes = ("micro_batch_size", "tokens_per_step", "gradient_accumulation_steps")
@@ -148,7 +146,7 @@ def save(
         for stale in final.parent.glob(f"*{PARTIAL}"):
             shutil.rmtree(stale, ignore_errors=True)
     run = {"step": step, "parallel": mode, "world_size": dist.get_world_size()}
-    run |= {"finite": True, "chunk_size": chunk_size, "teacher_together": together, "numerics": _numerics(config)}
+    run |= {"finite": True, "chunk_size": chunk_size, "teacher_together": together, "numerics": numerics(config)}
     with written_aside(final, run | {"config": config.model_dump(mode="json")}) as partial:
         engine.save(partial / _STATE)
         torch.save(random_state(), partial / f"random_{rank}.pt")
@@ -185,12 +183,13 @@ def resume(engine: Engine, config: RunConfig, folder: Path, *, mode: str) -> dic
     """Load the checkpoint in `folder` into engine and process; returns what else it says. All ranks call this.
 
     Raises:
-        CheckpointError: written by DeepSpeed and read by FSDP or the other way round, or by ZeRO on another number
-            of ranks; of a student with other adapters; or its weights are not finite.
+        CheckpointError: written by DeepSpeed and read by FSDP or the other way round, or by ZeRO or with 8-bit states
+            on another number of ranks; of a student with other adapters; or its weights are not finite.
     """
     run = json.loads((folder / _RUN).read_text())
     _check_backend(run, folder, mode)
     _check_adapters(run, folder, config)
+    _check_states(run, folder, config)
     _warn_of_differences(run, folder, config)
     if not _loads_finite(engine, folder):
         raise CheckpointError(_refusal(engine, config, folder))
@@ -216,9 +215,9 @@ def automatic_chunk(run: dict[str, Any], config: RunConfig) -> int | None:
 
 
 def _warn_of_differences(run: dict[str, Any], folder: Path, config: RunConfig) -> None:
-    for section, keys in _changed_sections(run["config"], config).items():
+    for section, keys in changed_sections(run["config"], config).items():
         logger.warning("resume: section %s differs from the one that wrote %s (%s)", section, folder, keys)
-    for name, now in _numerics(config).items():
+    for name, now in numerics(config).items():
         before = run.get("numerics", {}).get(name, now)
         if before != now:
             logger.warning("resume: %s was %s, now it is %s: last bits may differ", name, before, now)
@@ -253,6 +252,12 @@ def _check_adapters(run: dict[str, Any], folder: Path, config: RunConfig) -> Non
             )
 
 
+def _check_states(run: dict[str, Any], folder: Path, config: RunConfig) -> None:
+    before = run["config"].get("train", {}).get("optimizer", "auto"), run["world_size"]
+    if why := states_differ(before, (config.train.optimizer, dist.get_world_size())):
+        raise CheckpointError(f"{folder} {why}: resume as it was, or start from the export (student.model)")
+
+
 def _loads_finite(engine: Engine, folder: Path) -> bool:
     if _is_finite(folder) is False:
         return False
@@ -269,26 +274,3 @@ def _refusal(engine: Engine, config: RunConfig, folder: Path) -> str:
     if finite is not None:
         cure = f"the newest finite one is {finite}: remove what is newer, and lower train.learning_rate"
     return f"{folder} holds weights that are NaN or infinite; {cure}"
-
-
-def _numerics(config: RunConfig) -> dict[str, str]:
-    """What the last bits of a run depend on besides its settings."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    numerics = {"torch": str(torch.__version__), "row_kernel": dispatch.choose(config.distill.row_kernel, kind)}
-    if kind == "cuda":
-        return numerics | {"device": torch.cuda.get_device_name()}
-    name = torch.cpu.get_capabilities().get("cpu_name", kind)
-    numerics["device"] = f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    for name, dtype in processor.HALVES.items():
-        numerics[f"{name} products"] = processor.describe(dtype)
-    return numerics
-
-
-def _changed_sections(before: dict[str, Any], config: RunConfig) -> dict[str, str]:
-    """Name of each section that differs -> those of its settings that do."""
-    now, changed = config.model_dump(mode="json"), {}
-    for name in _SAME:
-        old, new = before.get(name) or {}, now[name] or {}
-        if before.get(name) != now[name]:
-            changed[name] = ", ".join(key for key in [*new, *(old.keys() - new)] if old.get(key) != new.get(key))
-    return changed

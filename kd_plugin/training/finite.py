@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugin.distributed.layout import values_here
+from kd_plugin.distributed.torch_internals import inner_tensors
 from kd_plugin.engines.process_group import reduce_numbers
 from kd_plugin.engines.zero_block import uses_autocast
 from kd_plugin.settings.run import RunConfig
@@ -94,10 +95,10 @@ def has_finite_parameters(student: nn.Module, optimizer: torch.optim.Optimizer |
     """
     states = [] if optimizer is None else [value for state in optimizer.state.values() for value in state.values()]
     finite: Tensor | None = None
-    for parameter in [*student.parameters(), *(value for value in states if isinstance(value, Tensor))]:
-        values = values_here(parameter)
+    whole = [*student.parameters(), *(value for value in states if isinstance(value, Tensor))]
+    for values in (part for tensor in whole for part in inner_tensors(values_here(tensor))):
         if values.numel() and values.is_floating_point():
-            here = values.isfinite().all()
+            here = _finite(values).all()
             finite = here if finite is None else finite & here.to(finite.device)
     broken = finite is not None and not finite.item()
     return not reduce_numbers({"parameters or states that are not finite": float(broken)}, op="max").popitem()[1]
@@ -125,4 +126,11 @@ def check_weights(model: nn.Module, side: str, source: str) -> None:
 
 
 def _is_finite(values: Tensor) -> bool:
-    return values.is_meta or not values.is_floating_point() or bool(values.isfinite().all())
+    """Whether there is no NaN or infinity; of quantised weights the scales have them."""
+    parts = [] if values.is_meta else [part for part in inner_tensors(values) if part.is_floating_point()]
+    return all(bool(_finite(part).all()) for part in parts)
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Of each value, whether it is neither NaN nor infinite; torch cannot ask that of 8-bit floats."""
+    return (values.float() if values.itemsize == 1 else values).isfinite()

@@ -24,6 +24,7 @@ from kd_plugin.settings.distill import BUILT_IN
 from kd_plugin.settings.run import DataConfig, DistillConfig, RunConfig, StudentConfig
 from kd_plugin.training.preflight_input import input_problems
 from kd_plugin.training.preflight_models import missing_packages, model_problems
+from kd_plugin.training.preflight_quantization import quantised_layout_problems, quantization_problems
 from kd_plugin.training.preflight_schedule import schedule_problems
 
 __all__ = ["SetupError", "early_problems", "idle_settings", "layout_problems"]
@@ -50,6 +51,7 @@ def early_problems(
         *missing_packages(config),
         *_source_problems(config),
         *model_problems(config),
+        *quantization_problems(config, mode),
         *schedule_problems(config),
         *input_problems(config),
         *_data_problems(config.data),
@@ -117,6 +119,10 @@ def _output_problems(folder: Path) -> list[str]:
 
 def layout_problems(config: RunConfig, mode: str | None, world_size: int | None) -> list[str]:
     """One line for each setting that cannot spread the models as it says, under the resolved `mode` if it is known."""
+    return [*quantised_layout_problems(config, mode, world_size), *_group_problems(config, mode, world_size)]
+
+
+def _group_problems(config: RunConfig, mode: str | None, world_size: int | None) -> list[str]:
     size = config.train.shard_size
     if _wants_deepspeed(config, mode):
         return _deepspeed_layout_problems(config)
@@ -180,7 +186,8 @@ def _idle_sources(config: RunConfig) -> Idle:
         if student.model:
             yield "teacher", "distill.soft_weight is 0"
         else:
-            yield from _each_changed(config.teacher, ["micro_batch_size", "input"], "distill.soft_weight is 0")
+            keys = ["quantization", "micro_batch_size", "input"]
+            yield from _each_changed(config.teacher, keys, "distill.soft_weight is 0")
     for source in (config.teacher, student):
         name = source.tokenizer or source.model
         if source.revision and source.model and is_local(source.model) and is_local(str(name)):
@@ -273,7 +280,8 @@ def _idle_layout(config: RunConfig, mode: str | None) -> Idle:
         yield "deepspeed", f"train.parallel is {mode}"
     if mode == "single":
         yield from _each_changed(config.distill, ["exchange"], "one process exchanges nothing")
-        yield from _each_changed(config.teacher, ["sharding"], "one process shards nothing")
+        if config.teacher.quantization is None:  # which wants it on several ranks
+            yield from _each_changed(config.teacher, ["sharding"], "one process shards nothing")
         yield from _each_changed(config.train, ["shard_size"], "one process shards nothing")
     if mode == "ddp" and config.teacher.sharding == "replicate":
         yield from _each_changed(config.train, ["shard_size"], "train.parallel ddp and teacher.sharding replicate")

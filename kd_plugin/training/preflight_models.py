@@ -15,6 +15,7 @@ from kd_plugin.data.records import is_hub_dataset
 from kd_plugin.models.files import ModelError, resolve_source, resolve_tokenizer, tensor_shapes
 from kd_plugin.settings.extras import missing
 from kd_plugin.settings.run import ModelSource, RunConfig
+from kd_plugin.training.preflight_quantization import missing_quantisers
 
 __all__ = ["missing_packages", "model_problems", "model_warnings"]
 
@@ -43,6 +44,7 @@ def missing_packages(config: RunConfig) -> list[str]:
         lines.append(missing("accelerate", f"log.report_to {tracker} needs it"))
         if importlib.util.find_spec(tracker) is None:
             lines.append(f"{tracker} is not installed and log.report_to names it: pip install {tracker}")
+    lines += missing_quantisers(config)
     return [line for line in lines if line]
 
 

@@ -29,6 +29,7 @@ from kd_plugin.data.teacher_text import teacher_reader_of
 from kd_plugin.engines.process_group import Placement, start_process_group
 from kd_plugin.engines.protocol import DTYPES
 from kd_plugin.models.loading import build_student, check_positions, load_teacher, progress_bars
+from kd_plugin.models.quantization import quantization_method
 from kd_plugin.plugin.tokenizers import check_vocabulary
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training import checkpoint
@@ -41,6 +42,7 @@ from kd_plugin.training.metrics_file import first_evaluation
 from kd_plugin.training.model_card import adapter_card, model_card
 from kd_plugin.training.precision import settled_precision
 from kd_plugin.training.preflight import SetupError, early_problems, idle_settings
+from kd_plugin.training.preflight_quantization import quantised_layout_problems
 from kd_plugin.training.report import continuations, diverged, report
 from kd_plugin.training.schedule import accumulation_steps, parallel_mode, seed_everything, with_steps
 from kd_plugin.training.session import Material, Session, make_session
@@ -145,8 +147,10 @@ def _load(config: RunConfig, place: Placement) -> Material:
         soft_on_all=distill.soft_everywhere,
         teacher=teacher_reader_of(config, tokenizer),
     )
-    teacher = load_teacher(config.teacher)
-    student = build_student(config.student, teacher, seed=config.train.seed)
+    teacher, student = _models(config, place)
+    mode, found = parallel_mode(config, place.world_size), quantization_method(teacher)
+    if problems := quantised_layout_problems(config, mode, place.world_size, found=found):
+        raise SetupError("\n".join(problems))
     embedded = {}
     for name, model in (("teacher", teacher), ("student", student)):
         embedded[name] = check_vocabulary(model, tokenizer, role=name)
@@ -156,6 +160,17 @@ def _load(config: RunConfig, place: Placement) -> Material:
     check_all_ids(config, tokenizer, datasets, embedded)
     seed_everything(config.train.seed + place.rank)  # dropout differs by rank, weights are there already
     return Material(tokenizer, datasets, teacher, student)
+
+
+def _models(config: RunConfig, place: Placement) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Teacher and student; one that is cut from a teacher that is quantised here gets the weights of its files."""
+    seed = config.train.seed
+    if config.teacher.quantization is None or config.student.from_teacher is None:
+        teacher = load_teacher(config.teacher, place.device)
+        return teacher, build_student(config.student, teacher, seed=seed)
+    whole = config.teacher.model_copy(update={"quantization": None})
+    student = build_student(config.student, load_teacher(whole), seed=seed)
+    return load_teacher(config.teacher, place.device), student
 
 
 def _source_of(config: RunConfig, role: str) -> str:
