@@ -62,6 +62,21 @@ def write_gguf(model: torch.nn.Module, path: Path) -> None:
     writer.close()
 
 
+def test_a_gguf_file_is_unpacked_and_then_quantised(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao")
+    (tmp_path / "files").mkdir()
+    write_gguf(make_teacher("llama"), tmp_path / "files" / "tiny.gguf")
+    config = TeacherConfig(model=str(tmp_path / "files"), dtype="float32", quantization="int8")
+    logits = load_teacher(config)(tokens()).logits
+    whole = load_teacher(config.model_copy(update={"quantization": None}))(tokens()).logits
+    assert 1e-4 < (logits - whole).norm() / whole.norm() < 0.15  # of other weights it would be about 1
+    monkeypatch.setattr(loading, "_unpacked", lambda source, *_: source)  # as without a cache that can be written
+    with pytest.raises(loading.ModelError, match=r"wants a GGUF file .* which tiny\.gguf is not"):
+        load_teacher(config)
+
+
 def test_gguf_file_loads_as_an_ordinary_model_and_is_unpacked_once(cache: Path, tmp_path: Path) -> None:
     original = make_teacher("llama")
     folder = tmp_path / "files"
