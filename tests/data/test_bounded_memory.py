@@ -126,7 +126,9 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, str]]], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith(".gz")) for name in WRITERS]
+)
 def test_no_file_of_rows_is_held_whole(tmp_path: Path, name: str) -> None:
     import tracemalloc
 

@@ -100,6 +100,7 @@ def test_the_newest_checkpoint_and_how_to_go_on_are_named_and_it_goes_on(folder:
         pass
 
 
+@pytest.mark.slow
 def test_torchruns_ranks_end_with_one_line_of_rank_zero(folder: Path) -> None:
     command = [*TORCHRUN, "launch/train_fsdp.py", *endless(folder, "torchrun", save_every=2)]
     with started(command, until="checkpoint ") as process:
