@@ -80,6 +80,7 @@ def test_contestants_get_the_same_tensors(bench: Any, tiny: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.slow
 def test_race_times_every_contestant_every_round_and_reports_those_that_fail(bench: Any, tiny: Any) -> None:
     entries = [
         bench.race.Entry("floor", "GEMMs only", tiny),

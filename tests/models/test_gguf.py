@@ -143,6 +143,7 @@ def load_as_one_of_two(file: Path, marks: Path) -> str:
     return load_teacher(TeacherConfig(model=str(file), dtype="float32")).config.name_or_path
 
 
+@pytest.mark.slow
 def test_ranks_at_once_unpack_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Not threads: Transformers turns tying off for its whole process while a model loads, and two loads at once
     # may leave it off.

@@ -202,7 +202,7 @@ def test_a_student_with_more_token_ids_has_one_more_softmax_at_temperature_1() -
     assert exchanged_numbers(objective_of(hard_weight=0.0, metrics=False), True) == (4, 0)
 
 
-@pytest.mark.parametrize("kernel", ["eager", "compile"])
+@pytest.mark.parametrize("kernel", ["eager", pytest.param("compile", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("teacher_size", [VOCAB, 17])
 def test_each_loss_may_have_weights_of_its_own(kernel: str, teacher_size: int) -> None:
     config = kd.DistillConfig(divergence="jsd", temperature=2.0, label_smoothing=0.1, z_loss_weight=0.01)
