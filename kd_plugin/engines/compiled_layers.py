@@ -101,9 +101,10 @@ class _CompiledForward:
             self._backend.started = True
         elif not self._backend.started:
             return _forward(layer, *args, **kwargs)
+        with_gradients = torch.is_grad_enabled()
         # Above a frozen embedding, the first layer's input has no gradient, and the others' have: another graph
-        moved = any(isinstance(each, Tensor) and each.requires_grad for each in (*args, *kwargs.values()))
-        kind = type(layer).__name__, torch.is_grad_enabled(), moved
+        inputs = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+        kind = type(layer).__name__, with_gradients, with_gradients and any(each.requires_grad for each in inputs)
         with compiler_internals.floats_as_constants(), compiler_internals.equal_sizes_may_differ():
             run = partial(self._compiled, layer, *args, **kwargs)
             if kind in self._seen:
