@@ -30,8 +30,8 @@ def main(config_file: str, rank: str) -> None:
     """Load the data as `kd_plugin.train` does, and print the seconds, a digest and the number of records tokenised."""
     encode = documents.encode
 
-    def counted(records: Iterable[Record], tokenizer: Any) -> Iterator[Document | None]:
-        return encode(_counting(records), tokenizer)
+    def counted(records: Iterable[Record], *given: Any) -> Iterator[Document | str | None]:
+        return encode(_counting(records), *given)
 
     documents.encode = counted
     config = load_config(Path(config_file))
