@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from kd_plugin.settings.distill import Section
 
@@ -35,3 +36,15 @@ class LoraConfig(Section):
 
     use_rslora: bool = False
     """Rank-stabilised LoRA: a larger rank does not shrink what the adapters add."""
+
+    @model_validator(mode="after")
+    def _is_an_expression(self) -> Self:
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ValueError(
+                    f"target_modules {self.target_modules!r} is no regular expression ({error}): several layers are a "
+                    "list, [q_proj, v_proj]"
+                ) from error
+        return self

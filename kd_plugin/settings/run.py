@@ -161,7 +161,7 @@ class TrainConfig(Section):
     """Optimizer steps."""
 
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """How many times the training text is read; sets `max_steps`."""
+    """How many times the training text is read; sets `max_steps`, whatever it says."""
 
     tokens_per_step: PositiveInt | None = None
     """Tokens of one optimizer step over all ranks; sets `gradient_accumulation_steps`."""
@@ -179,7 +179,7 @@ class TrainConfig(Section):
     """Steps of linear warm-up from 0."""
 
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of all steps that warm up; sets `warmup_steps`."""
+    """Share of all steps that warm up; sets `warmup_steps`, whatever it says."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate after the warm-up, down to `min_lr_ratio` of the peak at `max_steps`."""

@@ -42,12 +42,17 @@ class EarlyStop:
             for value in earlier.values():
                 self._count(math.nan if value is None else value)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the run that is resumed had come to its end by this already."""
+        return self._settings is not None and self._without >= self._settings.patience
+
     def ends(self, step: int, values: Mapping[str, float]) -> bool:
         """Whether the evaluation after `step` is one too many without a better one; says so. The same on all ranks."""
         if self._settings is None:
             return False
         self._count(values[self._settings.metric])
-        if self._without < self._settings.patience:
+        if not self.is_over:
             return False
         logger.info(
             "train.stop_on: %s was not better than %.4g by more than %g in %d evaluations: ending at step %d",

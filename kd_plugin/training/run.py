@@ -129,7 +129,7 @@ def _train(config: RunConfig, place: Placement, mode: str) -> TrainResult:
         done = _resume(session, start_from)
         now = evaluate(session, done)
         before = first_evaluation(Path(config.log.output_dir)) or now if done else now
-        after = run_steps(session, done + 1, now)
+        after = now if session.early_stop.is_over else run_steps(session, done + 1, now)
         last = int(session.history[-1]["step"]) if session.history else done
         step = session.best.restore(session.engine, last)
         after = after if step == last else session.best.values
@@ -258,7 +258,7 @@ def _report(
     if session.history or not path.exists():
         path.write_text(json.dumps({"step": step, **summary, "samples": samples}, indent=1))
     else:
-        logger.info("train.resume: the run was at step %d already, nothing was trained; %s stays as it was", step, path)
+        logger.info("train.resume: the run was at its end already, nothing was trained; %s stays as it was", path)
     logger.info("%s", report(**summary, history=session.history, samples=samples, places=places))
 
 

@@ -69,30 +69,27 @@ def accumulation_steps(train: TrainConfig, *, seq_len: int, world_size: int) -> 
 def with_steps(config: RunConfig, *, num_sequences: int, sequences_per_step: int) -> RunConfig:
     """`config` with the steps that `train.epochs` and `train.warmup_ratio` come to.
 
-    Raises:
-        EngineError: they contradict an explicit number of steps.
+    They go before an explicit number of steps, such as a recipe's, with a warning.
     """
     train, steps = config.train, {}
     if train.epochs is not None:
         steps["max_steps"] = max(1, math.ceil(train.epochs * num_sequences / sequences_per_step))
-        _refuse_both("epochs", train.epochs, "max_steps", train.max_steps, steps["max_steps"])
+        _say("epochs", train.epochs, "max_steps", train.max_steps, steps["max_steps"])
     last = steps.get("max_steps", train.max_steps)
     if train.warmup_ratio is not None:
         steps["warmup_steps"] = round(train.warmup_ratio * last)
-        _refuse_both("warmup_ratio", train.warmup_ratio, "warmup_steps", train.warmup_steps, steps["warmup_steps"])
+        _say("warmup_ratio", train.warmup_ratio, "warmup_steps", train.warmup_steps, steps["warmup_steps"])
     train = train.model_copy(update=steps)
     if train.warmup_steps > last:
         logger.warning("train.warmup_steps %d: the peak rate is never reached", train.warmup_steps)
     return config.model_copy(update={"train": train})
 
 
-def _refuse_both(name: str, value: float, other: str, given: int, steps: int) -> None:
-    # The default, and what a saved config.yaml spells out.
-    if given not in (TrainConfig.model_fields[other].default, steps):
-        raise EngineError(
-            f"train.{name} {value:g} makes {steps} steps, but train.{other} is {given}: remove one of the two"
-        )
-    logger.info("train.%s %g: train.%s is %d", name, value, other, steps)
+def _say(name: str, value: float, other: str, given: int, steps: int) -> None:
+    if given in (TrainConfig.model_fields[other].default, steps):  # as left out, or as a saved config.yaml has it
+        logger.info("train.%s %g: train.%s is %d", name, value, other, steps)
+    else:
+        logger.warning("train.%s %g: train.%s is %d instead of %d", name, value, other, steps, given)
 
 
 def micro_batches_together(config: RunConfig) -> int | None:

@@ -32,6 +32,7 @@ def test_an_empty_mapping_takes_the_defaults_and_nothing_is_no_adapter(config_fi
     ("override", "said"),
     [
         ("student.lora.r=0", "student.lora.r: wants a whole number > 0 (got 0)"),
+        ('student.lora.target_modules="(["', "target_modules '([' is no regular expression"),
         ("student.lora.lora_dropout=1", "student.lora.lora_dropout: wants a number >= 0 and < 1 (got 1)"),
         ("student.lora.target_modules=[]", "student.lora.target_modules: wants non-empty text or a list of non-empty"),
         ("student.lora.modules_to_save=lm_head", "student.lora.modules_to_save: wants a list of non-empty texts"),
