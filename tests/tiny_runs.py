@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+import kd_plugin as kd
+from kd_plugin.engines.fsdp import FsdpEngine
+from kd_plugin.engines.process_group import start_process_group
+from kd_plugin.models.loading import build_student, load_teacher
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training.run import TrainResult
 from tests.tiny_models import make_model
@@ -77,3 +84,26 @@ def curve(result: dict[str, Any] | TrainResult, name: str = "loss") -> list[floa
     """One number of every logged step of a run."""
     history = result.history if isinstance(result, TrainResult) else result["history"]
     return [values[name] for values in history]
+
+
+def assert_same_steps(found: dict[str, Any] | TrainResult, wanted: TrainResult) -> None:
+    """Losses and gradient norms, as two ranks have those of one."""
+    assert curve(found) == pytest.approx(curve(wanted), rel=2e-5)
+    assert curve(found, "grad_norm") == pytest.approx(curve(wanted, "grad_norm"), rel=1e-4)
+
+
+@contextmanager
+def engine_after_a_step(config: RunConfig) -> Iterator[FsdpEngine]:
+    """The engine of one process, which has taken an optimizer step on 2 x 32 tokens."""
+    place = start_process_group(60)
+    try:
+        teacher = load_teacher(config.teacher)
+        student = build_student(config.student, teacher, seed=0)
+        kd.attach(student, teacher, config.distill)
+        engine = FsdpEngine(student, teacher, config, place, "single")
+        ids = torch.randint(3, 60, (2, 32), generator=torch.Generator().manual_seed(0))
+        engine.forward_backward({"input_ids": ids, "labels": ids}, num_items=62, is_last=True)
+        engine.step(1e-3)
+        yield engine
+    finally:
+        place.close()

@@ -159,10 +159,11 @@ class IsolatedDataset(Sequences):
         missing = self.num_padding(index)
         positions = [np.arange(length) for length in (*self._lengths[pieces], missing)]
         positions = np.concatenate(positions).astype(np.int64)
-        scored = (positions > 0) & (np.arange(self.seq_len) < self.seq_len - missing)
-        return {
+        item = {
             "input_ids": np.pad(np.concatenate(ids), (0, missing)),
             "labels": np.pad(np.concatenate(labels), (0, missing), constant_values=self.ignore_index),
             "position_ids": positions,
-            **({"scored": scored} if self.soft_on_all else {}),
         }
+        if self.soft_on_all:
+            item["scored"] = (positions > 0) & (np.arange(self.seq_len) < self.seq_len - missing)
+        return item

@@ -68,19 +68,15 @@ class Sequences(ABC):
         Targets are what is trained on; the first token of a document never is.
         """
         document = int(self.starts.searchsorted(first, side="right")) - 1
-        ids, marks, heads, at = [], [], [], first
+        ids, marks, at = [], [], first
         while at < stop:
             its_ids, its_marks = self.documents.tokens(document)
             begin = at - int(self.starts[document])
             part = slice(begin, begin + stop - at)
             ids.append(its_ids[part])
             marks.append(its_marks[part])
-            if not begin:
-                heads.append(at - first)
             at, document = at + len(ids[-1]), document + 1
-        targets = np.concatenate(marks)
-        targets[heads] = False
-        return np.concatenate(ids), targets
+        return np.concatenate(ids), np.concatenate(marks) & self.scored(first, stop)
 
     def scored(self, first: int, stop: int) -> np.ndarray:
         """Whether the soft loss may count on the tokens from `first` to before `stop` of all, bool [stop - first].
@@ -95,9 +91,11 @@ class Sequences(ABC):
     def place(self, index: int) -> str:
         """The document that token `index` of all tokens comes from, and its position there, both counted from 1."""
         document = int(self.starts.searchsorted(index, side="right")) - 1
+        return self._named(document, index - int(self.starts[document]))
+
+    def _named(self, document: int, token: int) -> str:
         where = self.documents[document].where
-        name = f"document {document + 1}" + (f" ({where})" if where else "")
-        return f"{name}, token {index - self.starts[document] + 1}"
+        return f"document {document + 1}" + (f" ({where})" if where else "") + f", token {token + 1}"
 
     def with_ids_from(self, lowest: int) -> Iterator[tuple[int, np.ndarray]]:
         """The documents with an id of `lowest` or more: the index of the first of all its tokens, and its ids."""

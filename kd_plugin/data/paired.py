@@ -88,7 +88,7 @@ class PairedDataset(Sequences):
 
     def num_padding(self, index: int) -> int:
         """Tokens that the student's texts leave free in sequence `index`."""
-        return self.seq_len - int(self.documents.lengths[self._bins[index]].sum())
+        return self.seq_len - sum(len(self.documents[number].input_ids) for number in self._bins[index].tolist())
 
     def teacher_ids(self) -> Iterator[tuple[int, np.ndarray]]:
         """What the teacher reads of each document: the place of its first token among all of these, and the ids."""
@@ -99,9 +99,8 @@ class PairedDataset(Sequences):
     def teacher_place(self, index: int) -> str:
         """The document that token `index` of all that the teacher reads comes from, and its position there."""
         document = int(self._teacher_ends.searchsorted(index, side="right"))
-        where, ids = self.documents[document].where, _text(self.documents[document]).input_ids
-        name = f"document {document + 1}" + (f" ({where})" if where else "")
-        return f"{name}, token {index - int(self._teacher_ends[document]) + len(ids) + 1}"
+        start = int(self._teacher_ends[document]) - len(_text(self.documents[document]).input_ids)
+        return self._named(document, index - start)
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):

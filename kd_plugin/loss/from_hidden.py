@@ -193,7 +193,8 @@ def counted_call(
     check_soft_mask(soft_mask, targets, hidden.shape[:-1], config)
     call = HeadCall(teacher, targets, token_weights=token_weights, soft_mask=soft_mask)
     items = items_of(soft_mask, targets, config.ignore_index, hidden.dtype, num_items, soft_items)
-    call.hard_factor = 1.0 if items is None else items.factor
+    if call.splits and items is not None:
+        call.hard_factor = items.factor
     return call, items
 
 

@@ -56,6 +56,11 @@ class Items(NamedTuple):
     soft: float | Tensor
     hard: float | Tensor
 
+    @classmethod
+    def of_both(cls, items: float | Tensor) -> Items:
+        """The same for both losses."""
+        return cls(items, items)
+
     @property
     def factor(self) -> float | Tensor:
         """What a row of the hard loss weighs in a sum that is divided by `soft`."""
@@ -76,7 +81,7 @@ def normalised(sums: LossSums, items: Items | None) -> DistillOutput:
     num_valid = sums.num_valid
     num_soft = num_valid if sums.num_soft is None else sums.num_soft
     if items is None:
-        items = Items(divisor(None, num_valid), divisor(None, num_valid))
+        items = Items.of_both(divisor(None, num_valid))
     soft, hard = sums.statistics[0] / items.soft, sums.statistics[1] / items.hard
     per_row = sums.statistics / num_soft.clamp_min(1)
     by_name: dict[str, Tensor] = dict(zip(STATISTICS, per_row.unbind(), strict=True))
@@ -107,7 +112,7 @@ def items_of(
     """
     check_items(num_items, soft_items, splits=soft_mask is not None)
     if soft_mask is None:
-        return None if num_items is None else Items(divisor(num_items, 1), divisor(num_items, 1))
+        return None if num_items is None else Items.of_both(divisor(num_items, 1))
     labelled = soft_mask.new_zeros(()) if targets is None else targets != ignore_index
     found = (divisor(soft_items, soft_mask.sum()), divisor(num_items, labelled.sum()))
     wide = chunk_loop.wide_dtype(dtype)  # a quotient of integers would be fp32

@@ -219,17 +219,15 @@ def _split(
     **options: Tensor | None,
 ) -> DistillOutput:
     """The two losses one by one, each on its own rows."""
-    counted = soft_mask
     alone = {"soft_on": "trained", "label_smoothing": 0.0, "z_loss_weight": 0.0, "hard_weight": 0.0}
     ids = torch.where(soft_mask, torch.zeros_like(soft_mask, dtype=torch.int64), config.ignore_index)
     of_soft, of_hard = config.model_copy(update=alone), config.model_copy(update={"soft_weight": 0.0})
     found = distill_loss(*models, ids, config=of_soft, num_items=soft_items, **options)
     if targets is None:
         return found
-    counted = counted | (targets != config.ignore_index)
     hard = distill_loss(*models, targets, config=of_hard, num_items=num_items, **options)
-    loss = found.loss + hard.loss
-    return found._replace(loss=loss, hard_loss=hard.hard_loss, num_valid=counted.sum())
+    counted = soft_mask | (targets != config.ignore_index)
+    return found._replace(loss=found.loss + hard.loss, hard_loss=hard.hard_loss, num_valid=counted.sum())
 
 
 def distill_logits(

@@ -20,7 +20,7 @@ from kd_plugin.engines.protocol import Engine
 from kd_plugin.settings.held_out import is_better
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training.checkpoint import written_aside
-from kd_plugin.training.metrics_file import read_metrics
+from kd_plugin.training.metrics_file import HELD_OUT, read_metrics
 
 __all__ = ["Best", "EarlyStop"]
 
@@ -35,7 +35,7 @@ class EarlyStop:
         self._best: float | None = None
         self._without = 0
         if self._settings is not None and done is not None:
-            tag = f"eval/{self._settings.metric}"
+            tag = f"{HELD_OUT}{self._settings.metric}"
             lines = read_metrics(Path(config.log.output_dir), until=done)
             # By step: the one that a run resumes at is evaluated twice. The student before step 1 does not count.
             earlier = {values["step"]: values[tag] for values in lines if tag in values and values["step"]}

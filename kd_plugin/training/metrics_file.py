@@ -13,10 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["MetricsFile", "first_evaluation", "read_metrics"]
+__all__ = ["HELD_OUT", "MetricsFile", "first_evaluation", "read_metrics"]
 
 NAME = "metrics.jsonl"
-_HELD_OUT = "eval/"
+HELD_OUT = "eval/"
+"""What the tags of numbers that were measured on held-out text begin with."""
 
 
 def read_metrics(folder: Path, *, until: int) -> list[dict[str, Any]]:
@@ -38,7 +39,7 @@ def read_metrics(folder: Path, *, until: int) -> list[dict[str, Any]]:
 def first_evaluation(folder: Path) -> dict[str, float]:
     """What was measured on held-out text before step 1, by name; empty where `folder`'s metrics.jsonl lacks it."""
     for values in read_metrics(folder, until=0):
-        measured = {tag.removeprefix(_HELD_OUT): value for tag, value in values.items() if tag.startswith(_HELD_OUT)}
+        measured = {tag.removeprefix(HELD_OUT): value for tag, value in values.items() if tag.startswith(HELD_OUT)}
         if measured:
             return {name: math.nan if value is None else value for name, value in measured.items()}
     return {}

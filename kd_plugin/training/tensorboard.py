@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kd_plugin.divergences.measures import MEASURED
 from kd_plugin.training.charts import LAYOUT, METRICS, describe, lines_of
+from kd_plugin.training.metrics_file import HELD_OUT
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -49,7 +50,7 @@ def tagged(values: Mapping[str, float]) -> dict[str, float]:
 
 def evaluated(values: Mapping[str, float]) -> dict[str, float]:
     """Numbers measured on held-out text under their tags."""
-    return {f"eval/{name}": value for name, value in values.items()}
+    return {f"{HELD_OUT}{name}": value for name, value in values.items()}
 
 
 def sample_tag(model: str) -> str:

@@ -9,19 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-import kd_plugin as kd
 from kd_plugin.distributed.layout import values_here
 from kd_plugin.distributed.torch_internals import inner_tensors
-from kd_plugin.engines.fsdp import FsdpEngine
-from kd_plugin.engines.process_group import start_process_group
 from kd_plugin.estimate.account import Estimate, EstimateError, estimate
 from kd_plugin.estimate.quantization import adamw_bytes, packed_as
 from kd_plugin.estimate.tables import notes_of
-from kd_plugin.models.loading import build_student, load_teacher
+from kd_plugin.models.loading import load_teacher
 from kd_plugin.settings.run import RunConfig
 from tests.round_speeds import SPEEDS
 from tests.tiny_models import make_model
-from tests.tiny_runs import make_folder, run_config
+from tests.tiny_runs import engine_after_a_step, make_folder, run_config
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
 
@@ -113,20 +110,10 @@ def test_states_in_8_bits_are_as_large_as_estimated(folder: Path, monkeypatch: p
     pytest.importorskip("torchao")
     monkeypatch.setattr("kd_plugin.engines.optimizers.missing_compiler", lambda device: "a test")
     run = config(folder, train={"optimizer": "adamw_8bit"})
-    place = start_process_group(60)
-    try:
-        teacher = load_teacher(run.teacher)
-        student = build_student(run.student, teacher, seed=0)
-        kd.attach(student, teacher, run.distill)
-        engine = FsdpEngine(student, teacher, run, place, "single")
-        ids = torch.randint(3, 60, (2, 32), generator=torch.Generator().manual_seed(0))
-        engine.forward_backward({"input_ids": ids, "labels": ids}, num_items=62, is_last=True)
-        engine.step(1e-3)
+    with engine_after_a_step(run) as engine:
         assert engine.torch_optimizer is not None
         states = [value for state in engine.torch_optimizer.state.values() for value in state.values()]
         real = held(states)
-    finally:
-        place.close()
     estimated = lasting(estimate(run, device="cpu", speeds=SPEEDS))
     assert estimated["AdamW, 8 bits"] == pytest.approx(real, rel=0.05)
     assert estimated["AdamW, 8 bits"] < 0.5 * 2 * estimated["student gradients"]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 import kd_plugin as kd
 from kd_plugin.settings.run import RunConfig
 from kd_plugin.training import checkpoint
-from tests.tiny_runs import curve, make_folder, run_config
+from kd_plugin.training.metrics_file import read_metrics
+from tests.tiny_runs import curve, engine_after_a_step, make_folder, run_config
 
 pytest.importorskip("torchao")
 
@@ -79,33 +80,23 @@ def test_states_of_another_kind_or_of_other_ranks_are_refused(folder: Path) -> N
 
 def test_the_best_student_comes_back(folder: Path) -> None:
     """Which reads its states, too."""
-    result = kd.train(config(folder, "best", eval_every=1, export_best="kl_t1", learning_rate=0.3, schedule="constant"))
-    evaluated = [values["eval_kl_t1"] for values in result.history if "eval_kl_t1" in values]
-    assert result.after["kl_t1"] == pytest.approx(min([*evaluated, result.after["kl_t1"]]))
+    result = kd.train(config(folder, "best", eval_every=1, export_best="kl_t1", learning_rate=0.6, schedule="constant"))
+    lines = read_metrics(result.output_dir, until=4)
+    evaluated = {line["step"]: line["eval/kl_t1"] for line in lines if line["step"] and "eval/kl_t1" in line}
+    assert sorted(evaluated) == [1, 2, 3, 4]
+    best = min(evaluated, key=lambda step: evaluated[step])
+    assert result.step == best < 4, "not the last"
+    assert result.after["kl_t1"] == evaluated[best]
 
 
 def test_states_that_are_no_numbers_are_seen(folder: Path) -> None:
     from kd_plugin.distributed.torch_internals import inner_tensors
-    from kd_plugin.engines.fsdp import FsdpEngine
-    from kd_plugin.engines.process_group import start_process_group
-    from kd_plugin.models.loading import build_student, load_teacher
     from kd_plugin.training.finite import has_finite_parameters
 
-    run = config(folder, "finite")
-    place = start_process_group(60)
-    try:
-        teacher = load_teacher(run.teacher)
-        student = build_student(run.student, teacher, seed=0)
-        kd.attach(student, teacher, run.distill)
-        engine = FsdpEngine(student, teacher, run, place, "single")
-        ids = torch.randint(3, 60, (2, 32), generator=torch.Generator().manual_seed(0))
-        engine.forward_backward({"input_ids": ids, "labels": ids}, num_items=62, is_last=True)
-        engine.step(1e-3)
+    with engine_after_a_step(config(folder, "finite")) as engine:
         assert has_finite_parameters(engine.student, engine.torch_optimizer)
         assert engine.torch_optimizer is not None
         moments = [state["exp_avg_sq"].to_local() for state in engine.torch_optimizer.state.values()]
         packed = next(moment for moment in moments if len(inner_tensors(moment)) > 1)
         inner_tensors(packed)[1][2] = float("inf")  # a scale
         assert not has_finite_parameters(engine.student, engine.torch_optimizer)
-    finally:
-        place.close()
